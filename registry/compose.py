@@ -1,6 +1,7 @@
 """Builds the model of a planned composition: reads and verifies its packs, stacks and attaches their banks."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,27 +54,35 @@ def compose_packs(plan: Plan, packs: list[DomainPack], base: LoadedBase) -> PreT
 
 
 def build_router(packs: list[DomainPack], shares: torch.Tensor, *, width: int) -> DomainRouter:
-    """The router of these slots, from their statistics alone; the KP slot is first."""
+    """The router of these slots, from their statistics alone; the KP slot is first.
+
+    Experts below the feature layer change the hidden state that is read there. A composition that has some (adapters
+    made elsewhere often start in layer 0) routes by token evidence only.
+
+    Raises:
+        IntegrityError: Statistics of these packs are not of one kind.
+    """
     _check_same_features(packs)
-    statistics = [pack.statistics for pack in packs]
-    return DomainRouter(statistics, prior=shares, tempers=joint_tempers(packs[1:]), width=width)
+    tempers = joint_tempers(packs[1:])
+    if min(pack.bank.first_layer for pack in packs) < packs[0].feature_layer:
+        tempers = replace(tempers, hidden=0.0)
+    return DomainRouter([pack.statistics for pack in packs], prior=shares, tempers=tempers, width=width)
 
 
 def _check_same_features(packs: list[DomainPack]) -> None:
-    """Statistics are comparable only if they count the same tokens and describe the input of the same layer.
-
-    It is the first layer that carries experts: what enters it is a function of the frozen base alone.
-    """
+    """Statistics are comparable only if they count the same tokens and describe the input of the same layer."""
+    expected = _kind_of_statistics(packs[0])
     for pack in packs:
-        sizes = len(pack.statistics.token_counts), len(pack.statistics.feature_sum)
-        expected = len(packs[0].statistics.token_counts), len(packs[0].statistics.feature_sum)
-        first = min(other.bank.first_layer for other in packs)
-        if sizes != expected or pack.feature_layer != first:
+        found = _kind_of_statistics(pack)
+        if found != expected:
             raise IntegrityError(
                 "The packs cannot be routed together.",
-                cause=f"(tokens, features) is {sizes} and {expected}; features are taken at layer {pack.feature_layer},"
-                f" the first experts are in layer {first}",
+                cause=f"(tokens, features, feature layer) is {found} and {expected}",
             )
+
+
+def _kind_of_statistics(pack: DomainPack) -> tuple[int, int, int]:
+    return len(pack.statistics.token_counts), len(pack.statistics.feature_sum), pack.feature_layer
 
 
 def joint_tempers(packs: list[DomainPack]) -> Tempers:

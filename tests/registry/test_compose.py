@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lorary.adapters.attach import routing_of
+from lorary.adapters.bank import ExpertBank
 from lorary.adapters.router import Tempers
 from lorary.domains.errors import IntegrityError
 from lorary.registry import Registry
@@ -119,3 +120,15 @@ def test_packs_whose_features_are_of_another_layer_are_not_routed_together(packs
 
     with pytest.raises(IntegrityError, match="together"):
         build_router([packs[0], replace(packs[1], feature_layer=2)], torch.ones(2), width=32)
+
+
+def test_experts_below_the_feature_layer_leave_routing_to_the_tokens(packs: list[DomainPack]) -> None:
+    low = ExpertBank(layers={0: packs[2].bank.layers[packs[2].bank.first_layer]})
+    shares = torch.tensor([0.7, 0.1, 0.2])
+
+    router = build_router([*packs[:2], replace(packs[2], bank=low)], shares, width=32)
+
+    ids, mask = torch.randint(6, 300, (1, 16), generator=torch.Generator().manual_seed(0)), torch.ones(1, 16).bool()
+    found = [router.slot_gates(router.increments(ids, hidden, mask).cumsum(1)) for hidden in torch.randn(2, 1, 16, 32)]
+    assert torch.equal(*found)
+    assert (found[0][0, -1] - shares).abs().max() > 0.01
