@@ -3,8 +3,11 @@
 torch is imported inside the fixtures, so that tests of files without torch start fast.
 """
 
+import importlib.util
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -98,3 +101,40 @@ def tiny_tokenizer() -> "PreTrainedTokenizerFast":
         model_max_length=512,
         clean_up_tokenization_spaces=False,
     )
+
+
+@pytest.fixture
+def local_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """A running Hub of our own (tests/hub_server), which the client in this process takes for the real one.
+
+    The token is alice's, who may write to alice and acme; the client's cache is empty. `local_hub.env` is the same for
+    a subprocess.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    if "hub_server" not in sys.modules:  # a package beside the tests, which are no package
+        folder = Path(__file__).parent / "hub_server"
+        spec = importlib.util.spec_from_file_location(
+            "hub_server", folder / "__init__.py", submodule_search_locations=[str(folder)]
+        )
+        assert spec is not None
+        sys.modules["hub_server"] = importlib.util.module_from_spec(spec)
+    server = importlib.import_module("hub_server.server")
+    home = tmp_path / "hf-home"
+    with server.HubServer(tmp_path / "hub") as hub:
+        hub.env = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_alice", "HF_HUB_DISABLE_XET": "1"}
+        hub.env |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        monkeypatch.setenv("HF_TOKEN", "hf_alice")
+        settings = {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(home / "hub"),
+            "HF_TOKEN_PATH": str(home / "token"),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+        }
+        for name, value in settings.items():
+            monkeypatch.setattr(constants, name, value)
+        yield hub
+        close_session()
