@@ -27,7 +27,7 @@ from .fused import FusedLinear, GateCell
 from .gates import LayerGates
 from .router import DomainRouter
 from .router_cache import find_cache, running_sums
-from .stack import Stack, build_gates, build_linear, layer_slices
+from .stack import Stack, build_gates, build_group, layer_slices, same_input_groups
 
 
 class Routing:
@@ -142,7 +142,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         for path, module in list(layer.named_modules()):
             if isinstance(module, FusedLinear):
                 layer.set_submodule(path, module.base)
-        del layer.expert_gates, layer.gate_cell
+        del layer.expert_gates, layer.expert_groups, layer.gate_cell
     del model.routing, model.routing_handles
     return model
 
@@ -212,8 +212,12 @@ def _extend_layer(layer: nn.Module, stack: Stack, index: int, *, dtype: torch.dt
     slices = layer_slices(stack, index)
     cell = GateCell()
     layer.gate_cell = cell  # type: ignore[assignment]
-    for target in dict.fromkeys(target for part in slices for target in part.experts.A):
-        fused = build_linear(layer.get_submodule(target), target, slices, cell, dtype)
-        if fused is not None:
+    groups = nn.ModuleList()
+    for targets in same_input_groups(dict.fromkeys(target for part in slices for target in part.experts.A)):
+        built = build_group({target: layer.get_submodule(target) for target in targets}, slices, cell, dtype)
+        assert built is not None
+        groups.append(built[0])
+        for target, fused in built[1].items():
             layer.set_submodule(target, fused)
+    layer.expert_groups = groups
     layer.expert_gates = build_gates(slices, static=stack.static).train(layer.training)

@@ -6,6 +6,9 @@ The slot gate comes from the domain router. The expert gate is adaptive routing 
 softmax over the bank's experts of cos(h, W_e) / temperature. The rank gate is rank-wise decoupling: 2 sigmoid(V h),
 which is 1 at the start (V = 0), so that each rank is a unit that text can claim or leave. Arithmetic is float32; scores
 are bounded by 1 / temperature because both sides are unit vectors.
+
+All scores of a layer are one matrix product with the hidden state as it is; its length is divided out of the few
+scores, not of the wide hidden state, and all constant factors are in the rows.
 """
 
 from typing import Any
@@ -22,8 +25,7 @@ EPSILON = 1e-6
 class LayerGates(nn.Module):
     """All gates of one decoder layer for a stack of banks; a trainable bank, if any, is the last."""
 
-    expert_gate: Tensor
-    rank_gate: Tensor
+    rows: Tensor
     slot_of_expert: Tensor
     expert_of_rank: Tensor
     same_slot: Tensor
@@ -52,8 +54,9 @@ class LayerGates(nn.Module):
             fixed_gate: Constant expert gate times rank gate of each rank, for a static composition.
         """
         super().__init__()
-        self.register_buffer("expert_gate", expert_gate.float(), persistent=False)
-        self.register_buffer("rank_gate", rank_gate.float(), persistent=False)
+        rows = torch.cat([_expert_rows(expert_gate.float()), _rank_rows(rank_gate.float())])
+        self.register_buffer("rows", rows, persistent=False)
+        self.frozen_experts = len(expert_gate)
         self.register_buffer("slot_of_expert", slot_of_expert, persistent=False)
         self.register_buffer("expert_of_rank", expert_of_rank, persistent=False)
         self.register_buffer("fixed_gate", fixed_gate, persistent=False)
@@ -74,27 +77,45 @@ class LayerGates(nn.Module):
         if self.fixed_gate is not None:
             by_rank = slot_gate[..., self.slot_of_expert[self.expert_of_rank]] * self.fixed_gate
             return by_rank.expand(*hidden.shape[:-1], -1)
-        unit = F.normalize(hidden.float(), dim=-1, eps=EPSILON)
-        experts = self.expert_gates(unit)
+        scores = self.scores(hidden)
+        experts = self.expert_gates(scores)
         if self.training and self.new_expert_gate is not None:
             self.new_expert_use = experts[..., -len(self.new_expert_gate) :]
-        experts = slot_gate[..., self.slot_of_expert] * experts
-        return experts[..., self.expert_of_rank] * self.rank_gates(unit)
+        experts = slot_gate.index_select(-1, self.slot_of_expert) * experts
+        return experts.index_select(-1, self.expert_of_rank) * self.rank_gates(scores)
 
-    def expert_gates(self, unit: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq experts"]:
+    def scores(self, hidden: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq scores"]:
+        """What experts and ranks make of the direction of the hidden state: experts first, then ranks."""
+        hidden = hidden.float()
+        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).clamp(min=EPSILON)
+        return F.linear(hidden, self._all_rows()) / length
+
+    def expert_gates(self, scores: Float[Tensor, "batch seq scores"]) -> Float[Tensor, "batch seq experts"]:
         """Softmax within each slot; scores are bounded, so no maximum needs to be taken out."""
-        rows = self.expert_gate
-        if self.new_expert_gate is not None:
-            rows = torch.cat([rows, self.new_expert_gate])
-        exponentials = torch.exp(unit @ F.normalize(rows, dim=-1, eps=EPSILON).T / TEMPERATURE)
-        return exponentials / (exponentials @ self.same_slot)
+        exponentials = torch.exp(scores[..., : len(self.slot_of_expert)])
+        return exponentials / F.linear(exponentials, self.same_slot)
 
-    def rank_gates(self, unit: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq rank"]:
+    def rank_gates(self, scores: Float[Tensor, "batch seq scores"]) -> Float[Tensor, "batch seq rank"]:
         """2 sigmoid(V h) with h of unit root mean square."""
-        rows = self.rank_gate
-        new = len(self.expert_of_rank) - len(rows)
-        if self.new_rank_gate is not None:
-            rows = torch.cat([rows, self.new_rank_gate])
-        elif new:
-            rows = torch.cat([rows, rows.new_zeros(new, rows.shape[1])])
-        return 2 * torch.sigmoid(unit @ rows.T * unit.shape[-1] ** 0.5)
+        return 2 * torch.sigmoid(scores[..., len(self.slot_of_expert) :])
+
+    def _all_rows(self) -> Float[Tensor, "scores width"]:
+        if self.new_expert_gate is None:
+            return self.rows
+        frozen = self.rows[: self.frozen_experts], self.rows[self.frozen_experts :]
+        missing = len(self.slot_of_expert) + len(self.expert_of_rank) - len(self.rows) - len(self.new_expert_gate)
+        if self.new_rank_gate is None:
+            new_ranks = self.rows.new_zeros(missing, self.rows.shape[1])
+        else:
+            new_ranks = _rank_rows(self.new_rank_gate)
+        return torch.cat([frozen[0], _expert_rows(self.new_expert_gate), frozen[1], new_ranks])
+
+
+def _expert_rows(gate: Float[Tensor, "experts width"]) -> Float[Tensor, "experts width"]:
+    """Rows whose product with a unit vector is the cosine over the temperature."""
+    return F.normalize(gate, dim=-1, eps=EPSILON) / TEMPERATURE
+
+
+def _rank_rows(gate: Float[Tensor, "rank width"]) -> Float[Tensor, "rank width"]:
+    """Rows whose product with a unit vector is that with the vector of unit root mean square."""
+    return gate * gate.shape[-1] ** 0.5

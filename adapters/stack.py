@@ -1,6 +1,6 @@
 """Stack: the banks of a composition, laid on one rank axis for each decoder layer, ready to be attached."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,8 +8,15 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .bank import ExpertBank, LayerExperts
-from .fused import FusedLinear, GateCell
+from .fused import ExpertGroup, FusedLinear, GateCell
 from .gates import LayerGates
+
+SAME_INPUT = (
+    {"q_proj", "k_proj", "v_proj"},
+    {"gate_proj", "up_proj"},
+    {"query", "key", "value"},
+    {"w1", "w3"},
+)  # last parts of module paths
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,27 +74,46 @@ def build_gates(slices: Sequence[_Slice], *, static: bool) -> LayerGates:
     )
 
 
-def build_linear(
-    base: nn.Module, target: str, slices: Sequence[_Slice], cell: GateCell, dtype: torch.dtype
-) -> FusedLinear | None:
-    """The fused module of one target, or None if no expert extends it."""
-    having = [s for s in slices if target in s.experts.A]
-    if not having:
+def build_group(
+    bases: Mapping[str, nn.Module], slices: Sequence[_Slice], cell: GateCell, dtype: torch.dtype
+) -> tuple[ExpertGroup, dict[str, FusedLinear]] | None:
+    """The experts of targets that read the same input, and their fused modules; None if no expert extends any."""
+    having = {target: [s for s in slices if target in s.experts.A] for target in bases}
+    targets = [target for target, parts in having.items() if parts]
+    if not targets:
         return None
-    frozen = [s.experts for s in having if not s.is_new]
-    new = next((s.experts for s in having if s.is_new), None)
-    sample = having[0].experts
-    d_in, d_out = sample.A[target].shape[1], sample.B[target].shape[0]
-    return FusedLinear(
-        base,
-        cell,
-        A=torch.cat([torch.zeros(0, d_in), *(e.A[target].float() for e in frozen)]).to(dtype),
-        B=torch.cat([torch.zeros(d_out, 0), *(_scaled(e, target) for e in frozen)], dim=1).to(dtype),
-        new_A=None if new is None else new.A[target].float().clone(),
-        new_B=None if new is None else new.B[target].float().clone(),
-        new_scale=None if new is None else new.scales(),
-        ranks=None if len(having) == len(slices) else _ranks_of(slices, having),
-    )
+    fused, A, Bt, columns = {}, [], [], []
+    for target in targets:
+        frozen = [s.experts for s in having[target] if not s.is_new]
+        new = next((s.experts for s in having[target] if s.is_new), None)
+        sample = having[target][0].experts
+        d_in, d_out = sample.A[target].shape[1], sample.B[target].shape[0]
+        A.append(torch.cat([torch.zeros(0, d_in), *(e.A[target].float() for e in frozen)]).to(dtype))
+        scaled = torch.cat([torch.zeros(d_out, 0), *(_scaled(e, target) for e in frozen)], dim=1)
+        Bt.append(scaled.t().contiguous().to(dtype))
+        columns.append(_ranks_of(slices, having[target]))
+        fused[target] = FusedLinear(
+            bases[target],
+            new_A=None if new is None else new.A[target].float().clone(),
+            new_B=None if new is None else new.B[target].float().clone(),
+            new_scale=None if new is None else new.scales(),
+        )
+    has_all = all(len(having[target]) == len(slices) for target in targets)
+    group = ExpertGroup(list(fused.values()), cell, A=A, Bt=Bt, columns=None if has_all else torch.cat(columns))
+    return group, fused
+
+
+def same_input_groups(targets: Iterable[str]) -> list[list[str]]:
+    """Targets that are likely to read the same tensor together, by the names that model families give them.
+
+    It is a guess about speed only: a fused module computes alone whenever it is called with another tensor.
+    """
+    groups: dict[tuple[str, int], list[str]] = {}
+    for target in targets:
+        parent, _, name = target.rpartition(".")
+        kind = next((i for i, names in enumerate(SAME_INPUT) if name in names), None)
+        groups.setdefault((parent, kind) if kind is not None else (target, -1), []).append(target)
+    return list(groups.values())
 
 
 def _scaled(experts: LayerExperts, target: str) -> Float[Tensor, "d_out rank"]:

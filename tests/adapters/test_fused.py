@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorary.adapters.attach import attach
 from lorary.adapters.bank import LayerExperts
-from lorary.adapters.fused import FusedLinear, FusedUpdate, GateCell
+from lorary.adapters.fused import ExpertGroup, FusedLinear, GateCell
 from lorary.adapters.gates import LayerGates
-from lorary.adapters.stack import Stack, _Slice, build_gates, build_linear
+from lorary.adapters.stack import Stack, _Slice, build_gates, build_group
 
 WIDTH, D_IN, D_OUT = 16, 24, 10
 EXPERT = st.tuples(st.integers(1, 6), st.floats(0.5, 32), st.sampled_from(("lora", "rslora")))
@@ -35,9 +35,9 @@ def fused_layer() -> Callable[..., tuple[FusedLinear, LayerGates, list[LayerExpe
             base.bias.zero_()
         last = len(layers) - 1
         slices = [_Slice(slot=i, experts=layer, is_new=trainable and i == last) for i, layer in enumerate(layers)]
-        fused = build_linear(base, "a", slices, GateCell(), dtype)
-        assert fused is not None
-        return fused, build_gates(slices, static=False), layers
+        built = build_group({"a": base}, slices, GateCell(), dtype)
+        assert built is not None
+        return built[1]["a"], build_gates(slices, static=False), layers
 
     return make
 
@@ -71,7 +71,7 @@ def random_inputs(seed: int, slots: int, *, batch: int = 2, seq: int = 5, d_in: 
 
 
 def run(fused: FusedLinear, gates: LayerGates, x: Tensor, hidden: Tensor, slot_gate: Tensor) -> Tensor:
-    fused.cell.gates = gates(hidden, slot_gate)
+    fused.group.cell.gates = gates(hidden, slot_gate)
     return fused(x)
 
 
@@ -148,18 +148,32 @@ def as_float64_leaves(layer: LayerExperts) -> tuple[LayerExperts, dict[str, Tens
     return copy, leaves
 
 
+@pytest.mark.parametrize("is_plain", [True, False], ids=["linear", "other-module"])
 @pytest.mark.parametrize("frozen", [0, 3], ids=["only-new", "frozen-and-new"])
-def test_gradients_of_the_fused_update_agree_with_finite_differences(frozen: int) -> None:
+def test_gradients_of_a_group_agree_with_finite_differences(frozen: int, is_plain: bool) -> None:
     generator = torch.Generator().manual_seed(0)
 
-    def leaf(*shape: int, grad: bool = True) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_(grad)
+    def leaf(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    y, x, gates = leaf(2, 3, 4), leaf(2, 3, 5), leaf(2, 3, frozen + 2)
-    A, B = leaf(frozen, 5, grad=False), leaf(4, frozen, grad=False)
-    new_A, new_B, scale = leaf(2, 5), leaf(4, 2), leaf(2, grad=False)
+    x, gates = leaf(2, 3, 5).requires_grad_(), leaf(2, 3, frozen + 2).requires_grad_()
+    bases = [nn.Linear(5, size, bias=bias, dtype=torch.float64) for size, bias in ((4, True), (6, False))]
+    members = [
+        FusedLinear(
+            (base if is_plain else nn.Sequential(base)).requires_grad_(False),
+            new_A=leaf(2, 5),
+            new_B=leaf(base.out_features, 2),
+            new_scale=leaf(2),
+        )
+        for base in bases
+    ]
+    group = ExpertGroup(members, GateCell(), A=[leaf(frozen, 5)] * 2, Bt=[leaf(frozen, 4), leaf(frozen, 6)])
+    trained: Any = [parameter for member in members for parameter in (member.new_A, member.new_B)]
 
-    assert torch.autograd.gradcheck(FusedUpdate.apply, (y, x, gates, A, B, new_A, new_B, scale))
+    def run_group(x: Tensor, gates: Tensor, *_trained: Tensor) -> Any:
+        return group.outputs(x, gates, (0, 1))
+
+    assert torch.autograd.gradcheck(run_group, (x, gates, *trained))
 
 
 @pytest.mark.parametrize(
@@ -231,9 +245,9 @@ def test_matrix_products_are_two_thin_ones_each_way_and_none_for_weights_of_froz
     banks = [([(4, 8.0, "lora")] * 3, True, False), ([(2, 8.0, "lora")], True, False)]
     fused, gates, _ = fused_layer(layers_of(banks, 1), trainable=trainable)
     x, hidden, slot_gate = random_inputs(2, 2, batch=2, seq=63)
-    fused.cell.gates = gates(hidden, slot_gate).detach()
+    fused.group.cell.gates = gates(hidden, slot_gate).detach()
 
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
         fused(x.requires_grad_()).sum().backward()
 
     tokens, rank, new = 126, 14, 2 * trainable
@@ -243,14 +257,20 @@ def test_matrix_products_are_two_thin_ones_each_way_and_none_for_weights_of_froz
     assert counter.get_total_flops() == 2 * base + 2 * thin + new_weights
 
 
+def addmm_flops(_into: Any, left: Any, right: Any, out_shape: Any = None, **_: Any) -> int:
+    """FlopCounterMode does not know the product that adds in place."""
+    return 2 * left[0] * left[1] * right[1]
+
+
 def test_frozen_experts_take_part_in_no_gradient(layers_of: Any, fused_layer: Any) -> None:
     fused, gates, _ = fused_layer(layers_of([([(2, 4.0, "lora")], True, True)] * 2, 1), trainable=True)
     x, hidden, slot_gate = random_inputs(2, 2)
 
     run(fused, gates, x, hidden, slot_gate).sum().backward()
 
-    assert not any(buffer.requires_grad for buffer in [*fused.buffers(), *gates.buffers()])
-    assert all(buffer.grad is None for buffer in [*fused.buffers(), *gates.buffers()])
+    buffers = [*fused.buffers(), *fused.group.buffers(), *gates.buffers()]
+    assert not any(buffer.requires_grad for buffer in buffers)
+    assert all(buffer.grad is None for buffer in buffers)
     assert fused.base.weight.grad is None
     assert {name for name, _ in fused.named_parameters() if not name.startswith("base.")} == {"new_A", "new_B"}
 
@@ -269,7 +289,8 @@ def test_no_weight_gradient_is_computed_for_new_experts_that_need_none(layers_of
 def test_a_target_that_no_expert_extends_stays_as_it_is(layers_of: Any) -> None:
     layer = layers_of([([(2, 4.0, "lora")], True, True)], 1)[0]
 
-    built = build_linear(nn.Linear(5, 5), "z", [_Slice(slot=0, experts=layer, is_new=False)], GateCell(), torch.float32)
+    slices = [_Slice(slot=0, experts=layer, is_new=False)]
+    built = build_group({"z": nn.Linear(5, 5)}, slices, GateCell(), torch.float32)
 
     assert built is None
 

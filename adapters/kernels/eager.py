@@ -1,0 +1,96 @@
+"""The fast path in plain torch: one A product for the group, gates on the thin activation, B added in place.
+
+On a CPU these are the fewest passes over memory there are (docs/layer.md has the measurements). Every product is one
+call of the BLAS library; nothing waits for a device.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from .group import GroupGradients, GroupWeights
+
+
+def update_(
+    x: Float[Tensor, "tokens d_in"],
+    outputs: Sequence[Float[Tensor, "tokens _"]],
+    gates: Float[Tensor, "tokens rank"],
+    weights: GroupWeights,
+    *,
+    keep: bool = False,
+) -> Float[Tensor, "tokens columns"] | None:
+    """Adds the gated updates in place; see `Kernels`."""
+    low = torch.mm(x, weights.A.t())
+    gate = _by_column(gates, weights)
+    lanes = _by_module(low, gate)
+    gated = (lanes * gate).to(low.dtype) if keep else lanes.mul_(gate)
+    for output, part, Bt in zip(outputs, _split(gated, weights), weights.Bt, strict=True):
+        output.addmm_(part, Bt)
+    return low if keep else None
+
+
+def gradients_(
+    grad_outputs: Sequence[Float[Tensor, "tokens _"]],
+    x: Float[Tensor, "tokens d_in"],
+    low: Float[Tensor, "tokens columns"],
+    gates: Float[Tensor, "tokens rank"],
+    weights: GroupWeights,
+    *,
+    trainable: Sequence[int],
+    grad_x: Float[Tensor, "tokens d_in"] | None,
+    wants_gates: bool,
+) -> GroupGradients:
+    """The backward pass; see `Kernels`. No product is spent on the weights of frozen experts."""
+    parts = [torch.mm(grad, Bt.t()) for grad, Bt in zip(grad_outputs, weights.Bt, strict=True)]
+    grad_gated = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    gate = _by_column(gates, weights)
+    grad_low = (_by_module(grad_gated, gate) * gate).to(x.dtype).view_as(low)
+    if grad_x is not None:
+        grad_x.addmm_(grad_low, weights.A)
+    grads_A, grads_Bt, start = [], [], 0
+    for grad, Bt, new in zip(grad_outputs, weights.Bt, trainable, strict=True):
+        tail = slice(start + len(Bt) - new, start + len(Bt))
+        own = gates[:, gates.shape[1] - new :] if weights.columns is None else gates[:, weights.columns[tail]]
+        gated = (low[:, tail] * own).to(x.dtype)
+        # an empty product would still be a call
+        grads_A.append(grad_low[:, tail].t() @ x if new else x.new_zeros(0, x.shape[1]))
+        grads_Bt.append(gated.t() @ grad if new else grad.new_zeros(0, grad.shape[1]))
+        start += len(Bt)
+    return GroupGradients(
+        gates=_gate_gradient(grad_gated, low, gates, weights) if wants_gates else None,
+        A=tuple(grads_A),
+        Bt=tuple(grads_Bt),
+    )
+
+
+def _by_column(gates: Float[Tensor, "tokens rank"], weights: GroupWeights) -> Tensor:
+    """The gates as they multiply `low`: (tokens, 1, rank) where all modules have the same, else (tokens, columns)."""
+    if weights.columns is not None:
+        return gates.index_select(1, weights.columns)
+    return gates if len(weights.Bt) == 1 else gates.unsqueeze(1)
+
+
+def _by_module(low: Float[Tensor, "tokens columns"], gate: Tensor) -> Tensor:
+    """`low` in the shape that broadcasts with the gates."""
+    return low if gate.ndim == 2 else low.view(len(low), -1, gate.shape[2])
+
+
+def _split(gated: Tensor, weights: GroupWeights) -> Sequence[Tensor]:
+    """Each module's columns."""
+    if len(weights.Bt) == 1:
+        return (gated,)
+    return gated.unbind(1) if gated.ndim == 3 else gated.split(weights.ranks, dim=1)
+
+
+def _gate_gradient(
+    grad_gated: Float[Tensor, "tokens columns"],
+    low: Float[Tensor, "tokens columns"],
+    gates: Float[Tensor, "tokens rank"],
+    weights: GroupWeights,
+) -> Float[Tensor, "tokens rank"]:
+    product = grad_gated.float() * low
+    if weights.columns is not None:
+        return torch.zeros_like(gates).index_add_(1, weights.columns, product)
+    return product if len(weights.Bt) == 1 else product.view(len(product), -1, gates.shape[1]).sum(1)

@@ -1,0 +1,86 @@
+"""GroupWeights: the experts of target modules that read the same input, laid out for few and large matrix products.
+
+    low = x A^T               A of all modules one under the other: one product for the whole group
+    y_m += (g * low_m) Bt_m   for each module m, added in place to what the base module computed
+
+`low` has one column for each row of A, in the order [module][rank]. Every implementation offers the two functions of
+`Kernels`: `update_` and `gradients_`. They work on flat (tokens, features) tensors.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupWeights:
+    """A and B of every expert, for all modules of one group."""
+
+    A: Float[Tensor, "columns d_in"]
+    Bt: tuple[Float[Tensor, "_ _"], ...]  # by module: (its ranks, its d_out), scales folded in
+    columns: Int[Tensor, " columns"] | None = None  # which gate a column has; None: every module has all, in order
+
+    @property
+    def ranks(self) -> list[int]:
+        """How many columns each module has."""
+        return [len(Bt) for Bt in self.Bt]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupGradients:
+    """What the backward pass finds apart from the gradient of x, which it adds in place."""
+
+    gates: Float[Tensor, "tokens rank"] | None  # float32
+    A: tuple[Float[Tensor, "_ d_in"], ...]  # by module, of its last ranks only: those that train
+    Bt: tuple[Float[Tensor, "_ _"], ...]
+
+
+class Kernels(Protocol):
+    """One implementation."""
+
+    def update_(
+        self,
+        x: Float[Tensor, "tokens d_in"],
+        outputs: Sequence[Float[Tensor, "tokens _"]],
+        gates: Float[Tensor, "tokens rank"],
+        weights: GroupWeights,
+        *,
+        keep: bool = False,
+    ) -> Float[Tensor, "tokens columns"] | None:
+        """Adds every expert's gated update to the outputs, in place.
+
+        Args:
+            x: The input of the group, in the type of the outputs.
+            outputs: What the base modules computed, one for each module.
+            gates: float32.
+            weights: In the type of the outputs.
+            keep: Whether `low` is wanted for the backward pass.
+
+        Returns:
+            `low`, if it is kept.
+        """
+        ...
+
+    def gradients_(
+        self,
+        grad_outputs: Sequence[Float[Tensor, "tokens _"]],
+        x: Float[Tensor, "tokens d_in"],
+        low: Float[Tensor, "tokens columns"],
+        gates: Float[Tensor, "tokens rank"],
+        weights: GroupWeights,
+        *,
+        trainable: Sequence[int],
+        grad_x: Float[Tensor, "tokens d_in"] | None,
+        wants_gates: bool,
+    ) -> GroupGradients:
+        """The backward pass of `update_`; frozen experts cost no weight gradient.
+
+        Args:
+            trainable: How many of each module's last ranks train.
+            grad_x: The gradient that x has from the base modules; the experts' is added in place. None: not wanted.
+            wants_gates: Whether the gradient of the gates is wanted.
+        """
+        ...

@@ -1,0 +1,141 @@
+"""Cases that every implementation must pass, and the comparison with the reference."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorary.adapters.kernels import reference
+from lorary.adapters.kernels.group import GroupWeights
+
+# tokens, d_in, d_out of each module, ranks of each module (None: all), rank axis
+SHAPES = {
+    "one-token": (1, 24, (16,), None, 8),
+    "ones": (1, 1, (1,), None, 1),
+    "odd-sizes": (63, 33, (17, 65), None, 13),
+    "three-modules": (100, 64, (64, 16, 16), None, 24),
+    "mixed-ranks": (37, 40, (24, 48), ((0, 1, 2, 5, 6), (1, 3, 4, 5)), 7),
+    "a-module-without-some": (5, 19, (7, 9, 11), ((0, 1), (2, 3, 4), (0, 1, 2, 3, 4)), 5),
+    "many-tokens": (257, 48, (130,), None, 32),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+class Case:
+    """Inputs of one call, the same for every implementation."""
+
+    def __init__(self, shape: str, dtype: torch.dtype, *, contiguous: bool = True, empty: bool = False, seed: int = 0):
+        tokens, d_in, d_outs, chosen, rank = SHAPES[shape]
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(*size, generator=generator) * scale).to(dtype)
+
+        def strided(tensor: Tensor) -> Tensor:
+            """The same numbers with a gap after every row."""
+            return tensor if contiguous else torch.cat([tensor, tensor], dim=1)[:, : tensor.shape[1]]
+
+        ranks = [rank] * len(d_outs) if chosen is None else [len(part) for part in chosen]
+        self.x = strided(normal(tokens, d_in))
+        self.outputs = [strided(normal(tokens, size)) for size in d_outs]
+        self.grads = [strided(normal(tokens, size)) for size in d_outs]
+        self.gates = torch.rand(tokens, rank, generator=generator)
+        if empty:  # slots that are closed, for all and for some
+            self.gates[:, : rank // 2] = 0
+            self.gates[: tokens // 2] = 0
+        columns = None if chosen is None else torch.tensor([column for part in chosen for column in part])
+        self.weights = GroupWeights(
+            A=normal(sum(ranks), d_in, scale=d_in**-0.5),
+            Bt=tuple(normal(r, size, scale=0.3) for r, size in zip(ranks, d_outs, strict=True)),
+            columns=columns,
+        )
+        self.trainable = [min(r, 2 * (i + 1) - 1) for i, r in enumerate(ranks)]
+
+    def to(self, device: str) -> "Case":
+        for name in ("x", "gates"):
+            setattr(self, name, getattr(self, name).to(device))
+        self.outputs = [tensor.to(device) for tensor in self.outputs]
+        self.grads = [tensor.to(device) for tensor in self.grads]
+        self.weights = GroupWeights(
+            A=self.weights.A.to(device),
+            Bt=tuple(Bt.to(device) for Bt in self.weights.Bt),
+            columns=None if self.weights.columns is None else self.weights.columns.to(device),
+        )
+        return self
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request: Any) -> str:
+    return request.param
+
+
+@pytest.fixture(params=TOLERANCE, ids=["float32", "bfloat16", "float16"])
+def dtype(request: Any) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def make_case() -> Callable[..., Case]:
+    return Case
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that is not written to is not a number: a kernel that forgets a part of its output fails."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poison(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+    monkeypatch.setattr(Tensor, "new_empty", lambda self, *a, **k: poison(empty(*a, dtype=self.dtype, **k)))
+
+
+@pytest.fixture(scope="session")
+def agrees_with_reference(relative_error: Any) -> Callable[..., None]:
+    """`agrees_with_reference(kernels, case)`: outputs and every gradient."""
+
+    def check(kernels: Any, case: Case) -> None:
+        tolerance = TOLERANCE[case.x.dtype]
+        expected = [output.clone() for output in case.outputs]
+        low = reference.update_(case.x, expected, case.gates, case.weights, keep=True)
+
+        assert kernels.update_(case.x, case.outputs, case.gates, case.weights) is None
+        kept_outputs = [torch.zeros_like(output) for output in case.outputs]
+        kept = kernels.update_(case.x, kept_outputs, case.gates, case.weights, keep=True)
+
+        assert low is not None
+        assert relative_error(kept, low) <= tolerance
+        for found, wanted in zip(case.outputs, expected, strict=True):
+            assert relative_error(found, wanted) <= tolerance
+        check_gradients(kernels, case, low, tolerance)
+
+    def check_gradients(kernels: Any, case: Case, low: Tensor, tolerance: float) -> None:
+        def gradients(implementation: Any) -> tuple[Any, Tensor]:
+            grad_x = torch.ones_like(case.x)
+            found = implementation.gradients_(
+                case.grads,
+                case.x,
+                low,
+                case.gates,
+                case.weights,
+                trainable=case.trainable,
+                grad_x=grad_x,
+                wants_gates=True,
+            )
+            return found, grad_x
+
+        (found, found_x), (expected, expected_x) = gradients(kernels), gradients(reference)
+        assert relative_error(found_x, expected_x) <= tolerance
+        assert found.gates.dtype == torch.float32
+        assert relative_error(found.gates, expected.gates) <= tolerance
+        for name in ("A", "Bt"):
+            for mine, theirs, new in zip(getattr(found, name), getattr(expected, name), case.trainable, strict=True):
+                assert mine.shape[0] == new
+                # sums over tokens of products that may be zero where gates are closed
+                assert relative_error(mine, theirs, floor=1e-3) <= tolerance
+
+    return check
