@@ -4,7 +4,7 @@ A bank has a layer's experts on one rank axis: A is (rank, d_in) and B is (d_out
 `rank` is the sum of the experts' ranks. B is kept as trained; the experts' scales are folded in where a stack is built.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,7 @@ class Expert:
     rank: int
     alpha: float
     method: str = "lora"
+    generation: int = 0  # experts that were added together; the gates of later ones do not touch those of earlier ones
 
     @property
     def scale(self) -> float:
@@ -48,6 +49,20 @@ class LayerExperts:
         """The length of the layer's rank axis."""
         return sum(expert.rank for expert in self.experts)
 
+    def only(self, expert: Expert) -> "LayerExperts":
+        """One expert's matrices, as views, without gates; see `ExpertBank.only`."""
+        start = sum(other.rank for other in self.experts[: self.experts.index(expert)])
+        part = slice(start, start + expert.rank)
+        # both are zero where only other experts of the layer extend a target
+        own = [target for target in self.A if self.A[target][part].any() or self.B[target][:, part].any()]
+        return LayerExperts(
+            experts=(expert,),
+            A={target: self.A[target][part] for target in own},
+            B={target: self.B[target][:, part] for target in own},
+            expert_gate=self.expert_gate[:0],
+            rank_gate=None,
+        )
+
     def scales(self) -> Float[Tensor, " rank"]:
         """Each rank's scale."""
         return torch.cat([torch.full((expert.rank,), expert.scale) for expert in self.experts])
@@ -56,6 +71,10 @@ class LayerExperts:
         """Each rank's expert, by its place in the layer."""
         ranks = torch.tensor([expert.rank for expert in self.experts])
         return torch.repeat_interleave(torch.arange(len(self.experts)), ranks)
+
+    def rank_rows(self) -> Float[Tensor, "rank width"]:
+        """The rank gates' rows; zeros where rank gates are off, which are factors of 1."""
+        return torch.zeros(self.rank, self.expert_gate.shape[1]) if self.rank_gate is None else self.rank_gate
 
     def static_gate(self) -> Float[Tensor, " rank"]:
         """The constant gates that stand for this layer's own: the measured mean, or one over the number of experts."""
@@ -83,8 +102,9 @@ class ExpertBank:
 
     @property
     def experts(self) -> tuple[Expert, ...]:
-        """Every expert once, in the order of its first layer."""
-        return tuple(dict.fromkeys(expert for _, layer in sorted(self.layers.items()) for expert in layer.experts))
+        """Every expert once, by generation and in the order of its first layer."""
+        found = dict.fromkeys(expert for _, layer in sorted(self.layers.items()) for expert in layer.experts)
+        return tuple(sorted(found, key=lambda expert: expert.generation))
 
     @property
     def first_layer(self) -> int:
@@ -102,6 +122,10 @@ class ExpertBank:
             for name, tensor in layer.tensors():
                 yield f"layers.{index}.{name}", tensor
 
+    def only(self, expert: Expert) -> "ExpertBank":
+        """One expert's matrices without gates; targets that only its neighbours in a layer extend are left out."""
+        return ExpertBank({i: layer.only(expert) for i, layer in self.layers.items() if expert in layer.experts})
+
     def counts(self, depth: int) -> tuple[int, ...]:
         """Experts in each of `depth` decoder layers."""
         return tuple(len(self.layers[i].experts) if i in self.layers else 0 for i in range(depth))
@@ -114,11 +138,13 @@ def new_bank(
     *,
     generator: torch.Generator,
     weights: list[float] | None = None,
+    older: Sequence[Expert] = (),
 ) -> ExpertBank:
     """A fresh bank that changes nothing yet: A random (Kaiming uniform, as Hu et al.), B and rank gates zero.
 
     Args:
         weights: Layer weights, for the schedule `data` only.
+        older: Experts of the bank that the new ones will join: they are numbered on, in a generation of their own.
     """
     counts = allocate(
         anatomy.count,
@@ -132,21 +158,69 @@ def new_bank(
     for index, count in enumerate(counts):
         if count:
             layer = model.get_submodule(f"{anatomy.layers}.{index}")
-            bank.layers[index] = _new_layer(layer, targets, count, anatomy.width, config, generator)
+            experts = _new_experts(count, config, older)
+            bank.layers[index] = _new_layer(layer, targets, experts, anatomy.width, config, generator)
     return bank
+
+
+def join(first: LayerExperts, second: LayerExperts) -> LayerExperts:
+    """Two sets of experts of one layer on one rank axis; a target that only one extends is zero in the other."""
+    parts, a_matrices, b_matrices = (first, second), {}, {}
+    for target in dict.fromkeys([*first.A, *second.A]):
+        sample = next(part for part in parts if target in part.A)
+        d_in, d_out = sample.A[target].shape[1], sample.B[target].shape[0]
+        a_matrices[target] = torch.cat(
+            [part.A.get(target, sample.A[target].new_zeros(part.rank, d_in)) for part in parts]
+        )
+        b_matrices[target] = torch.cat(
+            [part.B.get(target, sample.B[target].new_zeros(d_out, part.rank)) for part in parts], dim=1
+        )
+    rank_gate = mean_gate = None
+    if first.rank_gate is not None or second.rank_gate is not None:
+        rank_gate = torch.cat([part.rank_rows() for part in parts])
+    if first.mean_gate is not None or second.mean_gate is not None:
+        mean_gate = torch.cat([part.static_gate() for part in parts])
+    return LayerExperts(
+        experts=first.experts + second.experts,
+        A=a_matrices,
+        B=b_matrices,
+        expert_gate=torch.cat([first.expert_gate, second.expert_gate]),
+        rank_gate=rank_gate,
+        mean_gate=mean_gate,
+    )
+
+
+def extended(bank: ExpertBank, addition: ExpertBank) -> ExpertBank:
+    """A bank and a new generation of experts as one bank; the tensors of the older experts are the same bytes in it."""
+    layers = dict(bank.layers)
+    for index, new in addition.layers.items():
+        layers[index] = join(layers[index], new) if index in layers else new
+    return ExpertBank(layers)
+
+
+def _new_experts(count: int, config: BankConfig, older: Sequence[Expert]) -> tuple[Expert, ...]:
+    generation = 1 + max((expert.generation for expert in older), default=-1)
+    return tuple(
+        Expert(
+            id=f"e{len(older) + i}",
+            rank=config.rank,
+            alpha=config.alpha,
+            method=config.method,
+            generation=generation,
+        )
+        for i in range(count)
+    )
 
 
 def _new_layer(
     layer: nn.Module,
     targets: tuple[str, ...],
-    count: int,
+    experts: tuple[Expert, ...],
     width: int,
     config: BankConfig,
     generator: torch.Generator,
 ) -> LayerExperts:
-    experts = tuple(
-        Expert(id=f"e{i}", rank=config.rank, alpha=config.alpha, method=config.method) for i in range(count)
-    )
+    count = len(experts)
     rank = count * config.rank
     a_matrices, b_matrices = {}, {}
     for target in targets:

@@ -2,8 +2,9 @@
 
     g[token, rank] = slot_gate[token, slot] * expert_gate[token, expert] * rank_gate[token, rank]
 
-The slot gate comes from the domain router. The expert gate is adaptive routing inside a bank:
-softmax over the bank's experts of cos(h, W_e) / temperature. The rank gate is rank-wise decoupling: 2 sigmoid(V h),
+The slot gate comes from the domain router. The expert gate is adaptive routing inside a bank: softmax over the experts
+of one generation of cos(h, W_e) / temperature, so that a generation that is added later leaves the older ones' gates as
+they are. The rank gate is rank-wise decoupling: 2 sigmoid(V h),
 which is 1 at the start (V = 0), so that each rank is a unit that text can claim or leave. Arithmetic is float32; scores
 are bounded by 1 / temperature because both sides are unit vectors.
 
@@ -28,7 +29,7 @@ class LayerGates(nn.Module):
     rows: Tensor
     slot_of_expert: Tensor
     expert_of_rank: Tensor
-    same_slot: Tensor
+    same_group: Tensor
     fixed_gate: Tensor | None
 
     def __init__(
@@ -39,6 +40,7 @@ class LayerGates(nn.Module):
         new_expert_gate: Float[Tensor, "new width"] | None,
         new_rank_gate: Float[Tensor, "new_rank width"] | None,
         slot_of_expert: Int[Tensor, " experts"],
+        group_of_expert: Int[Tensor, " experts"],
         expert_of_rank: Int[Tensor, " rank"],
         fixed_gate: Float[Tensor, " rank"] | None = None,
     ):
@@ -50,6 +52,7 @@ class LayerGates(nn.Module):
             new_expert_gate: Trainable rows of the new bank's experts, or None.
             new_rank_gate: Trainable rows of the new bank's ranks; None with a new bank means factors of 1.
             slot_of_expert: Each expert's slot, frozen ones first.
+            group_of_expert: Equal for experts of one generation of one slot, which share a softmax.
             expert_of_rank: Each rank's expert.
             fixed_gate: Constant expert gate times rank gate of each rank, for a static composition.
         """
@@ -60,8 +63,8 @@ class LayerGates(nn.Module):
         self.register_buffer("slot_of_expert", slot_of_expert, persistent=False)
         self.register_buffer("expert_of_rank", expert_of_rank, persistent=False)
         self.register_buffer("fixed_gate", fixed_gate, persistent=False)
-        same_slot = (slot_of_expert[:, None] == slot_of_expert[None, :]).float()
-        self.register_buffer("same_slot", same_slot, persistent=False)
+        same_group = (group_of_expert[:, None] == group_of_expert[None, :]).float()
+        self.register_buffer("same_group", same_group, persistent=False)
         self.new_expert_gate = None if new_expert_gate is None else nn.Parameter(new_expert_gate)
         self.new_rank_gate = None if new_rank_gate is None else nn.Parameter(new_rank_gate)
         self.new_expert_use: Tensor | None = None  # the new experts' gates in the latest training forward
@@ -91,9 +94,9 @@ class LayerGates(nn.Module):
         return F.linear(hidden, self._all_rows()) / length
 
     def expert_gates(self, scores: Float[Tensor, "batch seq scores"]) -> Float[Tensor, "batch seq experts"]:
-        """Softmax within each slot; scores are bounded, so no maximum needs to be taken out."""
+        """Softmax within each group; scores are bounded, so no maximum needs to be taken out."""
         exponentials = torch.exp(scores[..., : len(self.slot_of_expert)])
-        return exponentials / F.linear(exponentials, self.same_slot)
+        return exponentials / F.linear(exponentials, self.same_group)
 
     def rank_gates(self, scores: Float[Tensor, "batch seq scores"]) -> Float[Tensor, "batch seq rank"]:
         """2 sigmoid(V h) with h of unit root mean square."""

@@ -21,12 +21,19 @@ SAME_INPUT = (
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Banks by slot; slot 0 is the KP bank. The last bank may be trainable."""
+    """Banks by slot; slot 0 is the KP bank. The last bank may be trainable.
+
+    One bank more than names: the last bank is a new generation of experts of the last slot, beside those it has.
+    """
 
     names: tuple[str, ...]
     banks: tuple[ExpertBank, ...]
     trainable: bool = False  # the last bank's tensors become parameters
     static: bool = False  # expert and rank gates are their measured means
+
+    def __post_init__(self) -> None:
+        if len(self.banks) - len(self.names) not in (0, 1):
+            raise ValueError(f"{len(self.banks)} banks for {len(self.names)} slots")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -47,8 +54,8 @@ def layer_slices(stack: Stack, index: int) -> list[_Slice]:
     """The banks that carry experts in this layer, in slot order; the trainable one, if any, is last."""
     last = len(stack.banks) - 1
     return [
-        _Slice(slot=slot, experts=bank.layers[index], is_new=stack.trainable and slot == last)
-        for slot, bank in enumerate(stack.banks)
+        _Slice(slot=min(i, len(stack.names) - 1), experts=bank.layers[index], is_new=stack.trainable and i == last)
+        for i, bank in enumerate(stack.banks)
         if index in bank.layers
     ]
 
@@ -58,17 +65,18 @@ def build_gates(slices: Sequence[_Slice], *, static: bool) -> LayerGates:
     frozen = [s.experts for s in slices if not s.is_new]
     new = next((s.experts for s in slices if s.is_new), None)
     width = slices[0].experts.expert_gate.shape[1]
-    slots, experts, offset = [], [], 0
+    groups, experts, offset = [], [], 0  # a group: slot and generation
     for part in slices:
-        slots += [part.slot] * len(part.experts.experts)
+        groups += [(part.slot, expert.generation) for expert in part.experts.experts]
         experts.append(part.experts.expert_of_rank() + offset)
         offset += len(part.experts.experts)
     return LayerGates(
         expert_gate=torch.cat([torch.zeros(0, width), *(e.expert_gate.float() for e in frozen)]),
-        rank_gate=torch.cat([torch.zeros(0, width), *(_rank_rows(e, width) for e in frozen)]),
+        rank_gate=torch.cat([torch.zeros(0, width), *(e.rank_rows().float() for e in frozen)]),
         new_expert_gate=None if new is None else new.expert_gate.float().clone(),
         new_rank_gate=None if new is None or new.rank_gate is None else new.rank_gate.float().clone(),
-        slot_of_expert=torch.tensor(slots),
+        slot_of_expert=torch.tensor([slot for slot, _ in groups]),
+        group_of_expert=torch.tensor([groups.index(group) for group in groups]),
         expert_of_rank=torch.cat(experts),
         fixed_gate=torch.cat([s.experts.static_gate().float() for s in slices]) if static else None,
     )
@@ -119,10 +127,6 @@ def same_input_groups(targets: Iterable[str]) -> list[list[str]]:
 def _scaled(experts: LayerExperts, target: str) -> Float[Tensor, "d_out rank"]:
     """B with each expert's scale folded in, once, in float32."""
     return experts.B[target].float() * experts.scales()
-
-
-def _rank_rows(experts: LayerExperts, width: int) -> Float[Tensor, "rank width"]:
-    return torch.zeros(experts.rank, width) if experts.rank_gate is None else experts.rank_gate.float()
 
 
 def _ranks_of(slices: Sequence[_Slice], having: Sequence[_Slice]) -> Int[Tensor, " rank"]:

@@ -18,7 +18,7 @@ from ..domains.errors import NotFoundError
 from ..domains.names import check_name
 from .canonical import MAX_BYTES, JsonObject, canonical_json, parse_json
 from .digest import is_digest, sha256_of
-from .records import EXTRA, field_names, minor_of, record_from_json, record_to_json
+from .records import EXTRA, field_names, later, minor_of, record_from_json, record_to_json
 
 SCHEMA: Final = "lorary.pack/1"
 MANIFEST_FILE: Final = "lorary.json"  # the manifest's own name in a pack folder
@@ -75,6 +75,7 @@ class ExpertRecord:
     targets: tuple[str, ...]  # target modules, such as q_proj
     layers: tuple[int, ...]  # decoder layers where it is present
     parameters: int
+    generation: int = later(0)  # experts that were added together share a softmax of expert gates
     extra: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -85,6 +86,7 @@ class ExpertRecord:
         _require(self.method in METHODS, "method", self.method)
         _require(all(layer >= 0 for layer in self.layers), "layers", self.layers)
         _require(self.parameters >= 0, "parameters", self.parameters)
+        _require(self.generation >= 0, "generation", self.generation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +122,7 @@ class PackManifest:
         _require(self.role in ROLES, "role", self.role)
         _check_paths([file.path for file in self.files])
         _require(not _repeated(expert.id for expert in self.experts), "experts", "two with the same id")
+        _check_generations([expert.generation for expert in self.experts])
         _check_extra(self)
 
     @classmethod
@@ -191,6 +194,13 @@ def _check_paths(paths: list[str]) -> None:
     folders = {str(parent) for path in folded for parent in PurePosixPath(path).parents}
     clashes = _repeated(folded) | folders.intersection(folded) | {MANIFEST_FILE}.intersection(folded)
     _require(not clashes, "files", f"{', '.join(sorted(clashes))} more than once, also as a folder")
+
+
+def _check_generations(generations: list[int]) -> None:
+    """Experts stand in the order in which they were added, because ranks do."""
+    in_order = sorted(generations)
+    has_gap = set(in_order) != set(range(len(set(in_order))))
+    _require(generations == in_order and not has_gap, "generation", generations)
 
 
 def _check_extra(manifest: PackManifest) -> None:

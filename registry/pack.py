@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from ..adapters.bank import Expert, ExpertBank, LayerExperts
+from ..adapters.bank import Expert, ExpertBank, LayerExperts, join
 from ..adapters.gates import TEMPERATURE
 from ..adapters.router import Tempers
 from ..domains.base_model import Anatomy
@@ -98,9 +98,9 @@ def expert_records(bank: ExpertBank) -> tuple[ExpertRecord, ...]:
     """What a manifest says of each expert."""
     records = []
     for expert in bank.experts:
-        layers = {i: layer for i, layer in bank.layers.items() if expert in layer.experts}
-        targets = sorted({target.rpartition(".")[2] for layer in layers.values() for target in layer.A})
-        size = sum(t.numel() for t in _tensors_of(bank, expert).values())
+        tensors = _tensors_of(bank, expert)
+        targets = sorted({target.rpartition(".")[2] for _, target, _ in tensors})
+        size = sum(t.numel() for t in tensors.values())
         records.append(
             ExpertRecord(
                 id=expert.id,
@@ -108,8 +108,9 @@ def expert_records(bank: ExpertBank) -> tuple[ExpertRecord, ...]:
                 alpha=expert.alpha,
                 method=expert.method,
                 targets=tuple(targets),
-                layers=tuple(sorted(layers)),
+                layers=tuple(sorted({index for index, _, _ in tensors})),
                 parameters=size,
+                generation=expert.generation,
             )
         )
     return tuple(records)
@@ -177,26 +178,14 @@ def _router_tensors(pack: DomainPack) -> dict[str, Tensor]:
     return tensors
 
 
-def _rank_slice(layer: LayerExperts, expert: Expert) -> slice:
-    """The part of the layer's rank axis that is this expert's."""
-    start = 0
-    for other in layer.experts:
-        if other == expert:
-            return slice(start, start + expert.rank)
-        start += other.rank
-    raise ValueError(f"{expert.id} is not in this layer")
-
-
 def _tensors_of(bank: ExpertBank, expert: Expert) -> dict[tuple[int, str, str], Tensor]:
     """The expert's A and B by layer, target and letter."""
-    tensors = {}
-    for index, layer in bank.layers.items():
-        if expert in layer.experts:
-            part = _rank_slice(layer, expert)
-            for target in layer.A:
-                tensors[index, target, "A"] = layer.A[target][part]
-                tensors[index, target, "B"] = layer.B[target][:, part]
-    return tensors
+    return {
+        (index, target, letter): matrices[target]
+        for index, layer in bank.only(expert).layers.items()
+        for letter, matrices in (("A", layer.A), ("B", layer.B))
+        for target in matrices
+    }
 
 
 def _expert_tensors(bank: ExpertBank, expert: Expert, anatomy: Anatomy) -> dict[str, Tensor]:
@@ -219,7 +208,9 @@ def _merged_tensors(bank: ExpertBank, anatomy: Anatomy) -> dict[str, Tensor]:
 
 def _add_expert(bank: ExpertBank, record: ExpertRecord, tensors: dict[str, Tensor], source: str) -> None:
     """Puts one expert's tensors behind those already in the bank."""
-    expert = Expert(id=record.id, rank=record.rank, alpha=record.alpha, method=record.method)
+    expert = Expert(
+        id=record.id, rank=record.rank, alpha=record.alpha, method=record.method, generation=record.generation
+    )
     layers: dict[int, dict[str, dict[str, Tensor]]] = {}
     for key, tensor in tensors.items():
         index, target, letter = parse_key(key, source=source)
@@ -243,27 +234,7 @@ def _add_expert(bank: ExpertBank, record: ExpertRecord, tensors: dict[str, Tenso
             expert_gate=torch.empty(0, 0),
             rank_gate=None,
         )
-        bank.layers[index] = _joined(bank.layers[index], new) if index in bank.layers else new
-
-
-def _joined(first: LayerExperts, second: LayerExperts) -> LayerExperts:
-    """Two sets of experts of one layer on one rank axis; a target that only one has is zero in the other."""
-    a_matrices, b_matrices = {}, {}
-    for target in dict.fromkeys([*first.A, *second.A]):
-        sample_a = first.A.get(target, second.A.get(target))
-        sample_b = first.B.get(target, second.B.get(target))
-        assert sample_a is not None
-        assert sample_b is not None
-        blocks_a = [part.A.get(target, sample_a.new_zeros(part.rank, sample_a.shape[1])) for part in (first, second)]
-        blocks_b = [part.B.get(target, sample_b.new_zeros(sample_b.shape[0], part.rank)) for part in (first, second)]
-        a_matrices[target], b_matrices[target] = torch.cat(blocks_a), torch.cat(blocks_b, dim=1)
-    return LayerExperts(
-        experts=first.experts + second.experts,
-        A=a_matrices,
-        B=b_matrices,
-        expert_gate=first.expert_gate,
-        rank_gate=None,
-    )
+        bank.layers[index] = join(bank.layers[index], new) if index in bank.layers else new
 
 
 def _add_gates(bank: ExpertBank, router: dict[str, Tensor], *, width: int, source: str) -> None:

@@ -37,8 +37,7 @@ def expert_config(
     bank: ExpertBank, expert: Expert, *, anatomy: Anatomy, base_id: str, revision: str | None
 ) -> dict[str, Any]:
     """adapter_config.json of one expert."""
-    layers = {index: layer for index, layer in bank.layers.items() if expert in layer.experts}
-    return _config(layers, anatomy, base_id, revision) | {
+    return _config(bank.only(expert).layers, anatomy, base_id, revision) | {
         "r": expert.rank,
         "lora_alpha": expert.alpha,
         "use_rslora": expert.method == "rslora",

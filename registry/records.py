@@ -1,11 +1,14 @@
 """Frozen dataclasses as strict JSON objects: every field is a key, and nothing else is.
 
+A field made by `later` came to its schema after the first files were written: where its key is missing, it has its
+default.
+
 Field types may be str, int, float, dict, another record, a tuple of these, or one of them `| None`. A record class with
 a field `extra` keeps there the keys that only a newer minor schema knows, and writes them back.
 """
 
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import field, fields, is_dataclass
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -15,6 +18,12 @@ from .canonical import JsonObject
 Record = TypeVar("Record")
 
 EXTRA = "extra"
+_LATER = "later"
+
+
+def later(default: Any) -> Any:
+    """A field whose key older files do not have; it is always written."""
+    return field(default=default, metadata={_LATER: True})
 
 
 def record_to_json(record: Any) -> JsonObject:
@@ -35,13 +44,15 @@ def record_from_json(
         raise _bad_key(source, key, f"expected an object, found {_name_of(value)}")
     types: dict[str, Any] = {field.name: field.type for field in fields(kind) if field.name != EXTRA}  # type: ignore[arg-type]
     prefix = f"{key}." if key else ""
-    _refuse_first(types.keys() - value.keys(), "is missing", source=source, prefix=prefix)
+    may_miss = {field.name for field in fields(kind) if _LATER in field.metadata}  # type: ignore[arg-type]
+    _refuse_first(types.keys() - may_miss - value.keys(), "is missing", source=source, prefix=prefix)
     unknown = value.keys() - types.keys()
     if not keeps_unknown:
         _refuse_first(unknown, "is unknown", source=source, prefix=prefix)
     members = {
         name: _from_json(types[name], value[name], source=source, key=prefix + name, keeps_unknown=keeps_unknown)
         for name in types
+        if name in value
     }
     if unknown:
         members[EXTRA] = {name: value[name] for name in unknown}

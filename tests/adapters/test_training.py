@@ -76,6 +76,7 @@ def gates_with(use: torch.Tensor) -> Any:
         new_expert_gate=torch.zeros(experts, 8),
         new_rank_gate=None,
         slot_of_expert=torch.zeros(experts, dtype=torch.int64),
+        group_of_expert=torch.zeros(experts, dtype=torch.int64),
         expert_of_rank=torch.arange(rank),
     )
     gates.new_expert_use = use

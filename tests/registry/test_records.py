@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from lorary.domains.errors import IncompatibleError, IntegrityError
-from lorary.registry.records import field_names, minor_of, record_from_json, record_to_json
+from lorary.registry.records import field_names, later, minor_of, record_from_json, record_to_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +57,18 @@ def test_unknown_keys_are_kept_only_when_asked():
 
     assert tree.extra == {"new": 1}
     assert record_to_json(tree) == value
+
+
+def test_a_key_that_older_files_do_not_have_is_written_and_may_be_missing():
+    @dataclass(frozen=True, kw_only=True)
+    class Bud:
+        weight: float
+        leaves: int = later(3)
+
+    assert record_to_json(Bud(weight=1.0)) == {"weight": 1.0, "leaves": 3}
+    assert record_from_json(Bud, {"weight": 1.0}, source="x") == Bud(weight=1.0, leaves=3)
+    with pytest.raises(IntegrityError):
+        record_from_json(Bud, {"leaves": 2}, source="x")
 
 
 def test_extra_is_no_key():
