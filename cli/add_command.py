@@ -43,7 +43,7 @@ def add_domain(
     registry = open_registry(store, device=device, dtype=dtype)
     shape, files = bank.config(), sources(data)
     plan = plan_addition(registry, name, files, shape, steps=training.steps)
-    if plan and not as_json:
+    if not as_json:
         output.hint(str(plan))
     with watch("loading the base model", as_json=as_json) as watching:
         added = registry.add_domain(

@@ -7,20 +7,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from ..adapters.config import BankConfig
 from ..adapters.training import TrainingConfig, discard_checkpoints
-from ..domains.catalog import builtin_domains, find_domain
-from ..domains.corpus import Source, check_corpus, corpus_counts, corpus_digest, read_examples, split
-from ..domains.errors import ConflictError, InputError
-from ..domains.example import Example
-from ..domains.names import check_name
+from ..domains.catalog import find_domain
+from ..domains.corpus import Source
+from ..domains.errors import ConflictError
 from ..domains.progress import OnProgress
 from ..domains.spec import DomainSpec
 from .canonical import canonical_json
 from .composing import GENERAL, plan_composition
+from .domain_data import DomainData, check_new_name, general_examples, read_domain_data, spec_of
 from .drift import Drift, measure_drift
 from .evaluation import DomainScores, score_new_domain, score_preservation
 from .files import make_folder, write_atomic
@@ -31,7 +29,6 @@ from .manifest import BaseRecord, PackManifest
 from .pack import DomainPack, expert_records, pack_files, read_pack
 from .store import Store
 
-HELD_OUT = 0.15  # share of the rows that is never trained on
 PRESERVATION_RATE = 0.03  # KP's learning rate as a share of a domain's: it is to keep what the base knows (docs/log.md)
 TOOL = "lorary"
 
@@ -46,16 +43,6 @@ class AddedDomain:
     neighbours: list[tuple[str, float]]
     lender: str | None
     resumed_from: int  # step
-
-
-@dataclass(frozen=True, kw_only=True)
-class DomainData:
-    """The examples of a domain, split, with what the manifest says of them."""
-
-    train: list[Example]
-    held_out: list[Example]
-    record: dict[str, Any]
-    sources: list[str]  # where it was read, for this machine only
 
 
 def train_preservation(
@@ -108,16 +95,8 @@ def add_domain(
         ConflictError: The domain exists.
         IntegrityError: Something frozen changed; nothing is stored.
     """
-    check_name(name)
-    if name == GENERAL:
-        raise InputError("'general' is the KP slot; init trains it.", fix="choose another name for the domain")
-    if store.versions(name):
-        raise ConflictError(
-            f"There is a domain named {name!r} already.",
-            cause=f"its versions: {', '.join(map(str, store.versions(name)))}",
-            fix=f"look at it with: registry show {name}; or choose another name",
-        )
-    spec = find_domain(name) if not data else _spec_of(name)
+    check_new_name(store, name)
+    spec = spec_of(name, data)
     found = read_domain_data(spec, data)
     plan = plan_composition(store, GENERAL, base=record)
     preservation = read_pack(store, plan.slots[0].manifest)
@@ -149,46 +128,6 @@ def add_domain(
     )
 
 
-def read_domain_data(spec: DomainSpec, data: Sequence[Source]) -> DomainData:
-    """The examples of a domain, from the user's files or the bundled corpus, split by content.
-
-    Raises:
-        CorpusError: A row cannot be used; tells how many more there are.
-        InputError: There is too little to split.
-    """
-    sources: list[Source] = list(data) or ([spec.corpus] if spec.corpus else [])
-    problems = check_corpus(sources)
-    if problems:
-        if len(problems) > 1:
-            problems[0].cause = f"{len(problems)} rows cannot be used; next: {problems[1].message}"
-        raise problems[0]
-    examples = list(read_examples(sources))
-    train, held_out = split(examples, HELD_OUT)
-    if not train or not held_out:
-        raise InputError(
-            f"The data of {spec.name!r} has {len(examples)} row; at least two different ones are needed.",
-            cause="one part is trained on, the other held out to measure",
-            fix="give more rows, or split a long text into several",
-        )
-    counts = corpus_counts(examples)
-    record = {
-        "files": [_file_name(source) for source in sources],
-        "digest": corpus_digest(examples),
-        "rows": counts.rows,
-        "bytes": counts.bytes,
-        "held_out": len(held_out),
-        "held_out_share": HELD_OUT,
-    }
-    return DomainData(train=train, held_out=held_out, record=record, sources=[_absolute(s) for s in sources])
-
-
-def general_examples() -> list[Example]:
-    """The held-out part of the bundled general corpus: what 'general text' is measured on."""
-    corpus = builtin_domains()[GENERAL].corpus
-    assert corpus is not None
-    return split(list(read_examples([corpus])), HELD_OUT)[1]
-
-
 def _other_domains(store: Store, record: BaseRecord) -> list[PackManifest]:
     """The latest version of every domain but KP.
 
@@ -199,13 +138,6 @@ def _other_domains(store: Store, record: BaseRecord) -> list[PackManifest]:
     for manifest in manifests:
         check_same_base(wanted=manifest.base, found=record, what=f"{manifest.name}@{manifest.version}")
     return manifests
-
-
-def _spec_of(name: str) -> DomainSpec:
-    """What is known of a domain whose data the user brings."""
-    return builtin_domains().get(name) or DomainSpec(
-        name=name, description=f"{name}, from the user's own data", license="unknown"
-    )
 
 
 def _lesson(
@@ -276,16 +208,3 @@ def _commit(
     write_atomic(lesson.run / "run.json", canonical_json(done))
     discard_checkpoints(lesson.run)
     return manifest
-
-
-def _file_name(source: Source) -> str:
-    """How the manifest names a source: without folders, which are nobody else's business."""
-    return str(source) if _is_hub_data(source) else Path(str(source)).name
-
-
-def _absolute(source: Source) -> str:
-    return str(source) if _is_hub_data(source) else str(Path(str(source)).resolve())
-
-
-def _is_hub_data(source: Source) -> bool:
-    return str(source).startswith("hf:")

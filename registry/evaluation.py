@@ -6,10 +6,8 @@ Own experts alone means slot gate 1 for the domain and 0 for everything else: th
 text's domain. A share of 1 means that routing loses nothing.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,15 +17,15 @@ from ..adapters.attach import attach, fixed_slots, routing_of
 from ..adapters.stack import Stack
 from ..domains.blocks import encode
 from ..domains.catalog import builtin_domains
-from ..domains.corpus import Source, corpus_digest, read_examples, split
-from ..domains.errors import InputError, LoraryError
+from ..domains.corpus import Source, read_examples
+from ..domains.errors import InputError
 from ..domains.evaluation import ChoiceScore, LanguageScore, confidence_interval, score_choices, score_language
 from ..domains.example import Example
 from ..domains.progress import OnProgress, Progress
 from .compose import build_router
 from .composing import GENERAL, Plan, prior_shares
+from .domain_data import stored_held_out
 from .loaded_base import LoadedBase
-from .manifest import PackManifest
 from .pack import DomainPack
 from .store import Store
 
@@ -155,43 +153,10 @@ def routed_right(composed: PreTrainedModel, base: LoadedBase, name: str, example
     return right / total
 
 
-def stored_held_out(store: Store, manifest: PackManifest) -> list[Example]:
-    """The held-out text of a stored version, read again where it was read and checked by digest.
-
-    Raises:
-        InputError: It is not on this machine any more, or has changed; asks for --data.
-    """
-    data = manifest.train["data"]
-    for sources in _known_sources(store, manifest):
-        try:
-            examples = list(read_examples(sources))
-        except LoraryError:
-            continue
-        if corpus_digest(examples) == data["digest"]:
-            return split(examples, data["held_out_share"])[1]
-    raise InputError(
-        f"The data of {manifest.name}@{manifest.version} is not on this machine, or has changed.",
-        cause=f"its digest is {data['digest']}, its files were {', '.join(data['files'])}",
-        fix=f"give held-out text: registry evaluate {manifest.name} --data FILE",
-    )
-
-
 def domain_questions(name: str) -> list[Example]:
     """The questions of a built-in domain; none for others."""
     spec = builtin_domains().get(name)
     return list(read_examples([spec.questions])) if spec and spec.questions else []
-
-
-def _known_sources(store: Store, manifest: PackManifest) -> list[list[Source]]:
-    candidates: list[list[Source]] = []
-    run = store.runs / str(manifest.train["run"]) / "run.json"
-    if run.is_file():
-        sources = json.loads(run.read_text(encoding="utf-8"))["sources"]
-        candidates.append([s if s.startswith("hf:") else Path(s) for s in sources])
-    spec = builtin_domains().get(manifest.name)
-    if spec and spec.corpus:
-        candidates.append([spec.corpus])
-    return candidates
 
 
 def _language(

@@ -251,8 +251,7 @@ class Registry:
 
     def retention(self, added: Sequence[str], *, on_progress: OnProgress = silent) -> "RetentionMatrix":
         """The retention matrix of these domains, in the order in which they were added."""
-        from .add_domain import general_examples
-        from .evaluation import stored_held_out
+        from .domain_data import general_examples, stored_held_out
         from .retention import measure_retention
 
         texts = {name: stored_held_out(self.store, self.store.manifest(name)) for name in added}

@@ -23,8 +23,7 @@ from lorary.domains.errors import (
     NotFoundError,
 )
 from lorary.registry import Registry
-from lorary.registry.add_domain import general_examples, read_domain_data
-from lorary.registry.evaluation import stored_held_out
+from lorary.registry.domain_data import general_examples, read_domain_data, stored_held_out
 from lorary.registry.pack import read_pack
 
 

@@ -12,8 +12,8 @@ from lorary.domains.corpus import read_examples, split
 from lorary.domains.errors import CorpusError, InputError
 from lorary.domains.evaluation import score_language
 from lorary.registry import Registry
-from lorary.registry.add_domain import HELD_OUT
-from lorary.registry.evaluation import DomainScores, domain_questions, routed_right, stored_held_out
+from lorary.registry.domain_data import HELD_OUT, stored_held_out
+from lorary.registry.evaluation import DomainScores, domain_questions, routed_right
 
 
 def scores(**changes: Any) -> DomainScores:

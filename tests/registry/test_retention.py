@@ -8,8 +8,7 @@ from lorary.domains.errors import NotFoundError
 from lorary.domains.evaluation import score_language
 from lorary.domains.progress import Progress
 from lorary.registry import Registry
-from lorary.registry.add_domain import general_examples
-from lorary.registry.evaluation import stored_held_out
+from lorary.registry.domain_data import general_examples, stored_held_out
 from lorary.registry.retention import RetentionMatrix
 
 MATRIX = RetentionMatrix(

@@ -1,0 +1,158 @@
+"""A domain's text: read, checked and split when a version is learned; the held-out part found again later.
+
+Nothing heavy is imported here, so that a command can refuse a name or a row before torch is loaded.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..domains.catalog import builtin_domains, find_domain
+from ..domains.corpus import Source, check_corpus, corpus_counts, corpus_digest, read_examples, split
+from ..domains.errors import ConflictError, InputError, LoraryError
+from ..domains.example import Example
+from ..domains.names import check_name
+from ..domains.spec import DomainSpec
+from .composing import GENERAL
+from .manifest import PackManifest
+from .store import Store
+
+HELD_OUT = 0.15  # share of the rows that is never trained on
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainData:
+    """The examples of a domain, split, with what the manifest says of them."""
+
+    train: list[Example]
+    held_out: list[Example]
+    record: dict[str, Any]
+    sources: list[str]  # where it was read, for this machine only
+
+
+def check_new_name(store: Store, name: str) -> None:
+    """Refuses a name under which no domain can be added.
+
+    Raises:
+        InputError: It breaks the grammar, or is KP's.
+        ConflictError: The domain exists.
+    """
+    check_name(name)
+    if name == GENERAL:
+        raise InputError("'general' is the KP slot; init trains it.", fix="choose another name for the domain")
+    if store.versions(name):
+        raise ConflictError(
+            f"There is a domain named {name!r} already.",
+            cause=f"its versions: {', '.join(map(str, store.versions(name)))}",
+            fix=f"look at it with: registry show {name}; or choose another name",
+        )
+
+
+def spec_of(name: str, data: Sequence[Source]) -> DomainSpec:
+    """What is known of a domain: the built-in spec, or what can be said of one whose data the user brings.
+
+    Raises:
+        NotFoundError: No data was given and no built-in domain has this name.
+    """
+    if not data:
+        return find_domain(name)
+    return builtin_domains().get(name) or DomainSpec(
+        name=name, description=f"{name}, from the user's own data", license="unknown"
+    )
+
+
+def read_domain_data(spec: DomainSpec, data: Sequence[Source]) -> DomainData:
+    """The examples of a domain, from the user's files or the bundled corpus, split by content.
+
+    Raises:
+        CorpusError: A row cannot be used; tells how many more there are.
+        InputError: There is too little to split.
+    """
+    sources: list[Source] = list(data) or ([spec.corpus] if spec.corpus else [])
+    examples = read_checked(sources)
+    train, held_out = split(examples, HELD_OUT)
+    if not train or not held_out:
+        raise InputError(
+            f"The data of {spec.name!r} has {len(examples)} row; at least two different ones are needed.",
+            cause="one part is trained on, the other held out to measure",
+            fix="give more rows, or split a long text into several",
+        )
+    counts = corpus_counts(examples)
+    record = {
+        "files": [_file_name(source) for source in sources],
+        "digest": corpus_digest(examples),
+        "rows": counts.rows,
+        "bytes": counts.bytes,
+        "held_out": len(held_out),
+        "held_out_share": HELD_OUT,
+    }
+    return DomainData(train=train, held_out=held_out, record=record, sources=[_absolute(s) for s in sources])
+
+
+def read_checked(sources: Sequence[Source]) -> list[Example]:
+    """Every example of these sources.
+
+    Raises:
+        CorpusError: A row cannot be used; tells how many more there are.
+    """
+    problems = check_corpus(sources)
+    if len(problems) > 1:
+        problems[0].cause = f"{len(problems)} rows cannot be used; next: {problems[1].message}"
+    if problems:
+        raise problems[0]
+    return list(read_examples(sources))
+
+
+def general_examples() -> list[Example]:
+    """The held-out part of the bundled general corpus: what 'general text' is measured on."""
+    corpus = builtin_domains()[GENERAL].corpus
+    assert corpus is not None
+    return split(list(read_examples([corpus])), HELD_OUT)[1]
+
+
+def stored_held_out(store: Store, manifest: PackManifest) -> list[Example]:
+    """The held-out text of a stored version, read again where it was read and checked by digest.
+
+    Raises:
+        InputError: It is not on this machine any more, or has changed; asks for --data.
+    """
+    data = manifest.train["data"]
+    for sources in _known_sources(store, manifest):
+        try:
+            examples = list(read_examples(sources))
+        except LoraryError:
+            continue
+        if corpus_digest(examples) == data["digest"]:
+            return split(examples, data["held_out_share"])[1]
+    raise InputError(
+        f"The data of {manifest.name}@{manifest.version} is not on this machine, or has changed.",
+        cause=f"its digest is {data['digest']}, its files were {', '.join(data['files'])}",
+        fix=f"give held-out text: registry evaluate {manifest.name} --data FILE",
+    )
+
+
+def _known_sources(store: Store, manifest: PackManifest) -> list[list[Source]]:
+    candidates: list[list[Source]] = []
+    run = store.runs / str(manifest.train["run"]) / "run.json"
+    if run.is_file():
+        sources = json.loads(run.read_text(encoding="utf-8"))["sources"]
+        candidates.append([s if s.startswith("hf:") else Path(s) for s in sources])
+    spec = builtin_domains().get(manifest.name)
+    if spec and spec.corpus:
+        candidates.append([spec.corpus])
+    return candidates
+
+
+def _file_name(source: Source) -> str:
+    """How the manifest names a source: without folders, which are nobody else's business."""
+    return str(source) if _is_hub_data(source) else Path(str(source)).name
+
+
+def _absolute(source: Source) -> str:
+    return str(source) if _is_hub_data(source) else str(Path(str(source)).resolve())
+
+
+def _is_hub_data(source: Source) -> bool:
+    return str(source).startswith("hf:")
