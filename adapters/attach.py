@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 
 from ..domains.base_model import Anatomy, bind_arguments, find_anatomy, first_tensor
 from ..domains.errors import InputError
+from .active import SLOT_THRESHOLD, Part, close_small_gates, plan_parts
 from .bank import ExpertBank, LayerExperts
-from .fused import FusedLinear, GateCell
+from .fused import FusedLinear, GateCell, OpenGates
 from .gates import LayerGates
 from .router import DomainRouter
 from .router_cache import find_cache, running_sums
@@ -33,15 +34,19 @@ from .stack import Stack, build_gates, build_group, layer_slices, same_input_gro
 class Routing:
     """What one composed model knows between the hooks of a forward pass; `model.routing`."""
 
-    def __init__(self, stack: Stack, anatomy: Anatomy, router: DomainRouter | None, fixed: Tensor | None):
+    def __init__(
+        self, stack: Stack, anatomy: Anatomy, router: DomainRouter | None, fixed: Tensor | None, threshold: float
+    ):
         self.stack = stack
         self.anatomy = anatomy
         self.router = router
         self.fixed = fixed  # constant slot gates (slots,), used instead of the router's
+        self.threshold = threshold
         self.slot_gate: Tensor | None = None  # of the latest forward: (batch, seq, slots)
         self.trace: list[Tensor] | None = None  # collects the slot gates of forwards while it is a list
         self._input_ids: Tensor | None = None
         self._mask: Tensor | None = None
+        self._parts: list[Part] = []
         self._past = 0  # positions in the key-value cache before this forward
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -52,17 +57,23 @@ class Routing:
         self._past = 0 if cache is None else int(cache.get_seq_length())
         self.slot_gate = None
 
-    def enter_layer(self, layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Forward pre-hook of an expert-bearing layer: computes its gates."""
+    def enter(self, args: tuple, kwargs: dict) -> tuple[Tensor, Float[Tensor, "batch seq slots"], list[Part]]:
+        """The hidden state that enters a decoder layer, the slot gates, and what of it has to be computed."""
         hidden = first_tensor(args, kwargs)
         if self.slot_gate is None:
             with torch.no_grad():
-                self.slot_gate = self._slot_gate(hidden, find_cache([*args, *kwargs.values()]))
+                slot_gate = self._slot_gate(hidden, find_cache([*args, *kwargs.values()]))
+                self.slot_gate = close_small_gates(slot_gate, self.threshold)
+                self._parts = self._plan(self.slot_gate)
             if self.trace is not None:
                 self.trace.append(self.slot_gate.detach().cpu())
-        gates: LayerGates = layer.expert_gates  # type: ignore[assignment]
-        cell: GateCell = layer.gate_cell  # type: ignore[assignment]
-        cell.gates = gates(hidden, self.slot_gate)
+        return hidden, self.slot_gate, self._parts
+
+    def _plan(self, slot_gate: Float[Tensor, "batch seq slots"]) -> list[Part]:
+        # reading values would wait for a GPU and break a graph; there closed slots are skipped by the kernels
+        if not self.threshold or self.stack.trainable or slot_gate.is_cuda or torch.compiler.is_compiling():
+            return [Part(0, slot_gate.shape[0] * slot_gate.shape[1], None)]
+        return plan_parts(slot_gate)
 
     def _slot_gate(self, hidden: Tensor, cache: Any) -> Float[Tensor, "batch seq slots"]:
         if self.fixed is not None:
@@ -97,12 +108,42 @@ class Routing:
         return self._mask[:, -shape[1] :].to(device=hidden.device, dtype=torch.bool)
 
 
+class LayerHook:
+    """Forward pre-hook of an expert-bearing layer: computes its gates."""
+
+    def __init__(self, routing: Routing, gates: LayerGates, cell: GateCell):
+        self.routing = routing
+        self.gates = gates
+        self.cell = cell
+
+    def __call__(self, _layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Sets the gates of the layer, by part where parts are left out."""
+        hidden, slot_gate, parts = self.routing.enter(args, kwargs)
+        if torch.is_grad_enabled():
+            self.cell.gates = self.gates(hidden, slot_gate)
+            return
+        hidden, slot_gate = hidden.reshape(-1, hidden.shape[-1]), slot_gate.reshape(-1, slot_gate.shape[-1])
+        count = len(hidden)
+        if len(parts) == 1:
+            self.cell.gates = (
+                OpenGates(0, count, True, parts[0].slots, self.gates(hidden, slot_gate, parts[0].slots)),
+            )
+            return
+        found = []
+        for part in parts:
+            rows = slice(part.start, part.stop)
+            gates = self.gates(hidden[rows], slot_gate[rows], part.slots)
+            found.append(OpenGates(part.start, part.stop, False, part.slots, gates))
+        self.cell.gates = tuple(found)
+
+
 def attach(
     base: PreTrainedModel,
     stack: Stack,
     *,
     router: DomainRouter | None,
     fixed: Float[Tensor, " slots"] | None = None,
+    threshold: float = SLOT_THRESHOLD,
 ) -> PreTrainedModel:
     """A composed model over `base`.
 
@@ -111,6 +152,7 @@ def attach(
         stack: The banks, by slot.
         router: Gives the slot gates; may be None if they are fixed.
         fixed: Constant slot gates instead of the router's.
+        threshold: A slot gate below it is zero, and its slot is skipped where that holds; 0 skips nothing.
 
     Raises:
         InputError: Neither a router nor fixed slot gates.
@@ -120,14 +162,15 @@ def attach(
     model = share(base)
     anatomy = find_anatomy(model)
     device = next(base.parameters()).device
-    routing = Routing(stack, anatomy, None if router is None else router.to(device), fixed)
+    routing = Routing(stack, anatomy, None if router is None else router.to(device), fixed, threshold)
     model.routing = routing  # type: ignore[assignment]
     handles = [model.get_submodule(anatomy.decoder).register_forward_pre_hook(routing.begin, with_kwargs=True)]
     for index in stack.layers:
         layer = model.get_submodule(f"{anatomy.layers}.{index}")
         _extend_layer(layer, stack, index, dtype=base.dtype)
         layer.to(device)
-        handles.append(layer.register_forward_pre_hook(routing.enter_layer, with_kwargs=True))
+        hook = LayerHook(routing, layer.expert_gates, layer.gate_cell)  # type: ignore[arg-type]
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
     model.routing_handles = handles  # type: ignore[assignment]
     return model
 

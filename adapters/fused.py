@@ -10,24 +10,39 @@ first computes the outputs of all, and the others pick theirs up if they are cal
 arithmetic is in `kernels/`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from .group_update import GroupUpdate
 from .kernels.dispatch import choose_kernels
 from .kernels.group import GroupWeights
+
+MOST_SELECTIONS = 16  # sets of slots whose weights a group keeps side by side
+
+
+@dataclass(frozen=True)
+class OpenGates:
+    """The gates of some positions, of the slots that are open there."""
+
+    start: int  # positions, counted over all rows of the batch
+    stop: int
+    is_whole: bool  # whether these are all
+    slots: tuple[int, ...] | None  # None: all
+    gates: Float[Tensor, "positions rank"]
 
 
 class GateCell:
     """Holds the gates of one decoder layer during a forward pass; shared by the layer's groups."""
 
     def __init__(self) -> None:
-        self.gates: Tensor | None = None  # (batch, seq, rank), float32
+        self.gates: Tensor | tuple[OpenGates, ...] | None = None  # (batch, seq, rank), float32, or by part
 
     def __getstate__(self) -> dict[str, None]:
         """A copy starts empty: gates belong to a forward pass, and those of training cannot be copied."""
@@ -39,6 +54,7 @@ class FusedLinear(nn.Module):
 
     new_scale: Tensor | None
     group: "ExpertGroup"
+    place: int  # in its group
 
     def __init__(
         self,
@@ -60,9 +76,8 @@ class FusedLinear(nn.Module):
         self.register_buffer("new_scale", new_scale, persistent=False)
         self.new_A = None if new_A is None else nn.Parameter(new_A)
         self.new_B = None if new_B is None else nn.Parameter(new_B)
-        self.place = 0  # in its group
 
-    def forward(self, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "batch seq d_out"]:
+    def forward(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
         """The base module's output plus every expert's gated update."""
         return self.group.output(self.place, x)
 
@@ -72,6 +87,7 @@ class ExpertGroup(nn.Module):
 
     A: Tensor
     columns: Tensor | None
+    members: tuple[FusedLinear, ...]
 
     def __init__(
         self,
@@ -81,6 +97,7 @@ class ExpertGroup(nn.Module):
         A: Sequence[Float[Tensor, "_ d_in"]],
         Bt: Sequence[Float[Tensor, "_ _"]],
         columns: Int[Tensor, " columns"] | None = None,
+        slot_of_rank: Sequence[int] = (),
     ):
         """Builds the group and makes it that of its members.
 
@@ -90,80 +107,85 @@ class ExpertGroup(nn.Module):
             A: By member: the frozen experts' A, one under the other.
             Bt: By member: the frozen experts' B, transposed, scales folded in.
             columns: The gate of every column, trainable ones included; None if each member has all gates, in order.
+            slot_of_rank: The slot of every gate; needed where slots are left out.
         """
         super().__init__()
         self.cell = cell
+        self.slot_of_rank = tuple(slot_of_rank)
         self.frozen_ranks = [len(part) for part in A]
         self.register_buffer("A", torch.cat(list(A)), persistent=False)
         self.register_buffer("columns", columns, persistent=False)
         for place, part in enumerate(Bt):
             self.register_buffer(f"Bt{place}", part, persistent=False)
-        # no submodules of the group: they have their places in the decoder layer
+        # the members are no submodules: they have their places in the decoder layer
         object.__setattr__(self, "members", tuple(members))
         for place, member in enumerate(members):
-            member.place = place
             object.__setattr__(member, "group", self)
+            member.place = place
         self.trainable = [0 if member.new_A is None else len(member.new_A) for member in members]
-        self._waiting: _Waiting | None = None
-        self._unclaimed = 0  # times in a row that nobody wanted what was computed for the others
+        self.waiting = _Waiting()
+        self._fast: _FastPath | None = None
 
-    members: tuple[FusedLinear, ...]
+    def _apply(self, fn: Callable, recurse: bool = True) -> "ExpertGroup":
+        """Moves or casts the buffers; what was derived from them is derived anew."""
+        self._fast = None
+        return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy starts without the outputs of a forward pass."""
-        return self.__dict__ | {"_waiting": None}
+        """A copy starts without the outputs of a forward pass and derives its own tensors."""
+        return self.__dict__ | {"waiting": _Waiting(), "_fast": None}
 
-    def output(self, place: int, x: Float[Tensor, "batch seq d_in"]) -> Float[Tensor, "batch seq d_out"]:
+    def output(self, place: int, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
         """One member's output for x: computed now, together with the other members', or already waiting."""
-        gates = self.cell.gates
+        gates, waiting = self.cell.gates, self.waiting
+        if waiting.x is x and waiting.gates is gates and place in waiting.outputs:
+            return waiting.claim(place)
         if gates is None:
             raise RuntimeError("FusedLinear ran outside the decoder layer that computes its gates.")
-        waiting = self._waiting
-        if waiting is not None and waiting.x is x and waiting.gates is gates:
-            found = waiting.outputs.pop(place, None)
-            if found is not None:
-                self._unclaimed = 0
-                if not waiting.outputs:
-                    self._waiting = None
-                return found
-        if len(self.members) == 1:
-            return self.outputs(x, gates, (0,))[0]
-        return self._first_output(place, x, gates)
-
-    def _first_output(self, place: int, x: Tensor, gates: Tensor) -> Tensor:
-        """Computes for all members and lets the others' outputs wait; for one alone if they never want them."""
-        if self._waiting is not None:
-            self._unclaimed += 1
-        self._waiting = None
-        if self._unclaimed >= 2:  # these modules do not read the same tensor after all
+        count = len(self.members)
+        if count == 1 or waiting.is_useless():
             return self.outputs(x, gates, (place,))[0]
-        outputs = dict(enumerate(self.outputs(x, gates, tuple(range(len(self.members))))))
-        found = outputs.pop(place)
-        self._waiting = _Waiting(x, gates, outputs)
-        return found
+        found = self.outputs(x, gates, tuple(range(count)))
+        waiting.keep(x, gates, {other: found[other] for other in range(count) if other != place})
+        return found[place]
 
-    def outputs(self, x: Tensor, gates: Tensor, places: tuple[int, ...]) -> Sequence[Tensor]:
+    def outputs(self, x: Tensor, gates: Tensor | tuple[OpenGates, ...], places: tuple[int, ...]) -> Sequence[Tensor]:
         """What these members give for x."""
-        members = [self.members[place] for place in places]
-        trained = [p for member in members for p in (member.new_A, member.new_B) if p is not None]
-        if torch.is_grad_enabled() and (
-            x.requires_grad or gates.requires_grad or any(p.requires_grad for p in trained)
-        ):
-            is_plain = all(type(member.base) is nn.Linear for member in members)
-            if is_plain and not torch.is_autocast_enabled(x.device.type) and x.dtype == members[0].base.weight.dtype:
-                outputs = [None] * len(members)  # computed inside, so that the gradient of x is summed in place
-            else:
-                outputs = [member.base(x) for member in members]
-            return GroupUpdate.apply(self, places, x, gates, *outputs, *trained)
-        outputs = [_owned_output(member.base, x) for member in members]
-        dtype = outputs[0].dtype
-        choose_kernels(x.device).update_(
-            x.reshape(-1, x.shape[-1]).to(dtype),
-            [output.view(-1, output.shape[-1]) for output in outputs],
-            gates.reshape(-1, gates.shape[-1]),
-            self.weights(places, dtype),
-        )
+        if torch.is_grad_enabled() and isinstance(gates, Tensor) and self._needs_gradient(x, gates, places):
+            return self._differentiable_outputs(x, gates, places)
+        fast = self._fast_path()
+        if fast.serves(x, places):
+            flat = x.reshape(-1, x.shape[-1])
+            # in two dimensions: the same product as the module's own, with fewer views around it
+            outputs = [F.linear(flat, weight, bias) for weight, bias in fast.linears]
+            self._update(flat, outputs, gates, fast.weights)
+            return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
+        outputs = [_owned_output(self.members[place].base, x) for place in places]
+        flat = x.reshape(-1, x.shape[-1]).to(outputs[0].dtype)
+        weights = self.weights(places, flat.dtype)
+        self._update(flat, [output.view(-1, output.shape[-1]) for output in outputs], gates, weights)
         return outputs
+
+    def _update(
+        self,
+        flat: Float[Tensor, "tokens d_in"],
+        outputs: Sequence[Float[Tensor, "tokens _"]],
+        gates: Tensor | tuple[OpenGates, ...],
+        weights: GroupWeights,
+    ) -> None:
+        kernels = choose_kernels(flat.device)
+        if isinstance(gates, Tensor):
+            kernels.update_(flat, outputs, gates.view(-1, gates.shape[-1]), weights)
+            return
+        for part in gates:
+            some = weights if part.slots is None else self._selected(part.slots, weights)
+            if not len(some.A):
+                continue
+            if part.is_whole:
+                kernels.update_(flat, outputs, part.gates, some)
+            else:
+                rows = slice(part.start, part.stop)
+                kernels.update_(flat[rows], [output[rows] for output in outputs], part.gates, some)
 
     def weights(self, places: tuple[int, ...], dtype: torch.dtype) -> GroupWeights:
         """A and B of some members, trainable ranks included, in the type of the outputs."""
@@ -172,10 +194,10 @@ class ExpertGroup(nn.Module):
         if not is_whole and columns is not None:
             sizes = [frozen + new for frozen, new in zip(self.frozen_ranks, self.trainable, strict=True)]
             columns = torch.cat([columns.split(sizes)[place] for place in places])
+        frozen = self.A.split(self.frozen_ranks)
         if is_whole and not any(self.trainable):
             A = self.A
         else:
-            frozen = self.A.split(self.frozen_ranks)
             parts = [(frozen[place], self.members[place].new_A) for place in places]
             A = torch.cat([rows.to(dtype) for pair in parts for rows in pair if rows is not None])
         Bt = []
@@ -187,14 +209,105 @@ class ExpertGroup(nn.Module):
             Bt.append(rows.to(dtype))
         return GroupWeights(A=A.to(dtype), Bt=tuple(Bt), columns=columns)
 
+    def _needs_gradient(self, x: Tensor, gates: Tensor, places: tuple[int, ...]) -> bool:
+        trained = (self.members[place].new_A for place in places)
+        return x.requires_grad or gates.requires_grad or any(p is not None and p.requires_grad for p in trained)
+
+    def _differentiable_outputs(self, x: Tensor, gates: Tensor, places: tuple[int, ...]) -> Sequence[Tensor]:
+        members = [self.members[place] for place in places]
+        trained = [p for member in members for p in (member.new_A, member.new_B) if p is not None]
+        is_plain = all(type(member.base) is nn.Linear and not member.base._forward_hooks for member in members)
+        if is_plain and not torch.is_autocast_enabled(x.device.type) and x.dtype == members[0].base.weight.dtype:
+            outputs = [None] * len(members)  # computed inside
+        else:
+            outputs = [member.base(x) for member in members]
+        return GroupUpdate.apply(self, places, x, gates, *outputs, *trained)
+
+    def _fast_path(self) -> "_FastPath":
+        if self._fast is None:
+            self._fast = _FastPath(self)
+        return self._fast
+
+    def _selected(self, slots: tuple[int, ...], weights: GroupWeights) -> GroupWeights:
+        """The weights of some slots only, kept for the next time; a trainable group never gets here."""
+        kept = self._fast_path().selections
+        key = (slots, weights.A.dtype, len(weights.Bt))
+        if key not in kept:
+            if len(kept) >= MOST_SELECTIONS:
+                kept.pop(next(iter(kept)))
+            kept[key] = select_slots(weights, slots, self.slot_of_rank)
+        return kept[key]
+
 
 class _Waiting:
     """Outputs that were computed for modules which have not been called yet."""
 
-    def __init__(self, x: Tensor, gates: Tensor, outputs: dict[int, Tensor]):
-        self.x = x
-        self.gates = gates
-        self.outputs = outputs
+    def __init__(self) -> None:
+        self.x: Tensor | None = None
+        self.gates: Any = None
+        self.outputs: dict[int, Tensor] = {}
+        self._unclaimed = 0  # times in a row that nobody came for some
+
+    def keep(self, x: Tensor, gates: Any, outputs: dict[int, Tensor]) -> None:
+        """Lets outputs wait for calls with this very tensor under these very gates."""
+        self.x, self.gates, self.outputs = x, gates, outputs
+
+    def claim(self, place: int) -> Tensor:
+        """Hands one out; after the last, nothing is held any more."""
+        found = self.outputs.pop(place)
+        self._unclaimed = 0
+        if not self.outputs:
+            self.x = self.gates = None
+        return found
+
+    def is_useless(self) -> bool:
+        """Whether these modules do not read the same tensor after all; forgets what nobody came for."""
+        if self.x is not None:
+            self._unclaimed += 1
+            self.x, self.gates, self.outputs = None, None, {}
+        return self._unclaimed >= 2
+
+
+class _FastPath:
+    """What does not change from call to call of a group that runs without gradients."""
+
+    def __init__(self, group: ExpertGroup):
+        bases: list[Any] = [member.base for member in group.members]
+        self.places = tuple(range(len(bases)))
+        self.selections: dict[Any, GroupWeights] = {}
+        is_frozen = not any(group.trainable)
+        self.dtype = bases[0].weight.dtype if all(type(base) is nn.Linear for base in bases) and is_frozen else None
+        if self.dtype is not None:
+            self.hooks = [hooks for base in bases for hooks in (base._forward_hooks, base._forward_pre_hooks)]
+            self.linears = [(base.weight, base.bias) for base in bases]
+            self.weights = group.weights(self.places, self.dtype)
+            self.device = self.weights.A.device.type
+
+    def serves(self, x: Tensor, places: tuple[int, ...]) -> bool:
+        """Whether this call is an ordinary one: plain frozen Linears of the type of x, without hooks."""
+        is_ordinary = self.dtype is not None and x.dtype == self.dtype and places == self.places
+        return is_ordinary and not any(self.hooks) and not torch.is_autocast_enabled(self.device)
+
+
+def select_slots(weights: GroupWeights, slots: tuple[int, ...], slot_of_rank: Sequence[int]) -> GroupWeights:
+    """The columns of some slots; their gates are those of these slots' ranks, in order."""
+    is_chosen = [slot in slots for slot in slot_of_rank]
+    if weights.columns is None:
+        gate_of_column = list(range(len(slot_of_rank))) * len(weights.Bt)
+    else:
+        gate_of_column = weights.columns.tolist()
+    place_of_gate = {gate: place for place, gate in enumerate(g for g, chosen in enumerate(is_chosen) if chosen)}
+    kept = [column for column, gate in enumerate(gate_of_column) if is_chosen[gate]]
+    device, start, Bt = weights.A.device, 0, []
+    for rows in weights.Bt:
+        own = [column - start for column in kept if start <= column < start + len(rows)]
+        Bt.append(rows[torch.tensor(own, dtype=torch.long, device=device)])
+        start += len(rows)
+    columns = None
+    if weights.columns is not None:
+        columns = torch.tensor([place_of_gate[gate_of_column[column]] for column in kept], dtype=torch.long).to(device)
+    A = weights.A[torch.tensor(kept, dtype=torch.long, device=device)]
+    return GroupWeights(A=A, Bt=tuple(Bt), columns=columns)
 
 
 def _owned_output(base: nn.Module, x: Tensor) -> Tensor:
@@ -203,78 +316,3 @@ def _owned_output(base: nn.Module, x: Tensor) -> Tensor:
     if type(base) in (nn.Linear, Conv1D) and not base._forward_hooks:
         return output
     return output.clone(memory_format=torch.contiguous_format)
-
-
-class GroupUpdate(torch.autograd.Function):
-    """y_m + B_m (g * (A_m x)) with gradients for x, the outputs, the gates and the trainable experts only.
-
-    Frozen experts get no weight gradient: no matrix product is spent on one. Only x and rank-sized activations are kept
-    for the backward pass; the weights of frozen and trainable experts are put together again there.
-    """
-
-    @staticmethod
-    def forward(ctx, group, places, x, gates, *rest):  # noqa: D102
-        given, trained = rest[: len(places)], rest[len(places) :]
-        members = [group.members[place] for place in places]
-        ctx.is_inside = given[0] is None
-        if ctx.is_inside:
-            outputs = [nn.functional.linear(x, member.base.weight, member.base.bias) for member in members]
-        else:
-            outputs = [output.clone(memory_format=torch.contiguous_format) for output in given]
-        dtype = outputs[0].dtype
-        flat, gate = x.reshape(-1, x.shape[-1]).to(dtype), gates.reshape(-1, gates.shape[-1])
-        low = choose_kernels(x.device).update_(
-            flat,
-            [output.view(-1, output.shape[-1]) for output in outputs],
-            gate,
-            group.weights(places, dtype),
-            keep=True,
-        )
-        ctx.save_for_backward(flat, low, gate, *trained)
-        ctx.group, ctx.places = group, places
-        ctx.x_shape, ctx.x_type, ctx.gates_shape = x.shape, x.dtype, gates.shape
-        return tuple(outputs)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
-        flat, low, gate, *trained = ctx.saved_tensors
-        group, members = ctx.group, [ctx.group.members[place] for place in ctx.places]
-        needs = ctx.needs_input_grad
-        flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grad_x = None
-        if needs[2]:
-            grad_x = _base_gradient(flat_grads, members) if ctx.is_inside else torch.zeros_like(flat)
-        has_trained = any(needs[4 + len(members) :])
-        found = choose_kernels(flat.device).gradients_(
-            flat_grads,
-            flat,
-            low,
-            gate,
-            group.weights(ctx.places, flat.dtype),
-            trainable=[group.trainable[place] if has_trained else 0 for place in ctx.places],
-            grad_x=grad_x,
-            wants_gates=needs[3],
-        )
-        grad_trained: list[Tensor | None] = []
-        for member, grad_A, grad_Bt in zip(members, found.A, found.Bt, strict=True):
-            if member.new_A is not None:
-                grad_trained += (
-                    [grad_A.float(), grad_Bt.t().float() * member.new_scale] if has_trained else [None, None]
-                )
-        return (
-            None,
-            None,
-            None if grad_x is None else grad_x.to(ctx.x_type).view(ctx.x_shape),
-            None if found.gates is None else found.gates.view(ctx.gates_shape),
-            *(grads if not ctx.is_inside else [None] * len(members)),
-            *grad_trained,
-        )
-
-
-def _base_gradient(grads: Sequence[Float[Tensor, "tokens _"]], members: Sequence[Any]) -> Float[Tensor, "tokens d_in"]:
-    """The gradient that x gets through the frozen base modules."""
-    total = torch.mm(grads[0], members[0].base.weight)
-    for grad, member in zip(grads[1:], members[1:], strict=True):
-        total.addmm_(grad, member.base.weight)
-    return total

@@ -12,6 +12,8 @@ All scores of a layer are one matrix product with the hidden state as it is; its
 scores, not of the wide hidden state, and all constant factors are in the rows.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,40 +69,70 @@ class LayerGates(nn.Module):
         self.register_buffer("same_group", same_group, persistent=False)
         self.new_expert_gate = None if new_expert_gate is None else nn.Parameter(new_expert_gate)
         self.new_rank_gate = None if new_rank_gate is None else nn.Parameter(new_rank_gate)
+        self._selections: dict[tuple[int, ...] | None, _Selection] = {}
         self.new_expert_use: Tensor | None = None  # the new experts' gates in the latest training forward
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy starts without the gates of training: they belong to a forward pass and cannot be copied."""
-        return self.__dict__ | {"new_expert_use": None}
+        return self.__dict__ | {"new_expert_use": None, "_selections": {}}
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "LayerGates":
+        """Moves or casts the buffers; what was derived from them is derived anew."""
+        self._selections = {}
+        return super()._apply(fn, recurse)
 
     def forward(
-        self, hidden: Float[Tensor, "batch seq width"], slot_gate: Float[Tensor, "#batch #seq slots"]
-    ) -> Float[Tensor, "batch seq rank"]:
-        """The product of slot, expert and rank gates for every token."""
-        if self.fixed_gate is not None:
-            by_rank = slot_gate[..., self.slot_of_expert[self.expert_of_rank]] * self.fixed_gate
+        self,
+        hidden: Float[Tensor, "*tokens width"],
+        slot_gate: Float[Tensor, "*#tokens slots"],
+        slots: tuple[int, ...] | None = None,
+    ) -> Float[Tensor, "*tokens rank"]:
+        """The product of slot, expert and rank gates for every token.
+
+        Args:
+            hidden: What enters the layer.
+            slot_gate: Of all slots.
+            slots: The only slots whose gates are wanted, on a shorter rank axis; None: all.
+        """
+        chosen = self._selection(slots)
+        if chosen.fixed_gate is not None:
+            by_rank = slot_gate.index_select(-1, chosen.slot_of_rank) * chosen.fixed_gate
             return by_rank.expand(*hidden.shape[:-1], -1)
-        scores = self.scores(hidden)
-        experts = self.expert_gates(scores)
+        scores = self.scores(hidden, chosen.rows)
+        experts = expert_gates(scores, chosen.same_group)
         if self.training and self.new_expert_gate is not None:
             self.new_expert_use = experts[..., -len(self.new_expert_gate) :]
-        experts = slot_gate.index_select(-1, self.slot_of_expert) * experts
-        return experts.index_select(-1, self.expert_of_rank) * self.rank_gates(scores)
+        experts = slot_gate.index_select(-1, chosen.slot_of_expert) * experts
+        ranks = rank_gates(scores, len(chosen.slot_of_expert))
+        return experts.index_select(-1, chosen.expert_of_rank) * ranks
 
-    def scores(self, hidden: Float[Tensor, "batch seq width"]) -> Float[Tensor, "batch seq scores"]:
+    def scores(
+        self, hidden: Float[Tensor, "*tokens width"], rows: Float[Tensor, "scores width"] | None = None
+    ) -> Float[Tensor, "*tokens scores"]:
         """What experts and ranks make of the direction of the hidden state: experts first, then ranks."""
         hidden = hidden.float()
         length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).clamp(min=EPSILON)
-        return F.linear(hidden, self._all_rows()) / length
+        return F.linear(hidden, self._all_rows() if rows is None else rows) / length
 
-    def expert_gates(self, scores: Float[Tensor, "batch seq scores"]) -> Float[Tensor, "batch seq experts"]:
-        """Softmax within each group; scores are bounded, so no maximum needs to be taken out."""
-        exponentials = torch.exp(scores[..., : len(self.slot_of_expert)])
-        return exponentials / F.linear(exponentials, self.same_group)
+    def _selection(self, slots: tuple[int, ...] | None) -> "_Selection":
+        """Everything of some slots; kept, unless a part of it trains."""
+        if self.new_expert_gate is not None:
+            assert slots is None
+            return self._whole()
+        if slots not in self._selections:
+            whole = self._whole()
+            self._selections[slots] = whole if slots is None else whole.only(slots)
+        return self._selections[slots]
 
-    def rank_gates(self, scores: Float[Tensor, "batch seq scores"]) -> Float[Tensor, "batch seq rank"]:
-        """2 sigmoid(V h) with h of unit root mean square."""
-        return 2 * torch.sigmoid(scores[..., len(self.slot_of_expert) :])
+    def _whole(self) -> "_Selection":
+        return _Selection(
+            rows=self._all_rows(),
+            same_group=self.same_group,
+            slot_of_expert=self.slot_of_expert,
+            expert_of_rank=self.expert_of_rank,
+            slot_of_rank=self.slot_of_expert[self.expert_of_rank],
+            fixed_gate=self.fixed_gate,
+        )
 
     def _all_rows(self) -> Float[Tensor, "scores width"]:
         if self.new_expert_gate is None:
@@ -112,6 +144,46 @@ class LayerGates(nn.Module):
         else:
             new_ranks = _rank_rows(self.new_rank_gate)
         return torch.cat([frozen[0], _expert_rows(self.new_expert_gate), frozen[1], new_ranks])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Selection:
+    """What the gates of some slots are computed from."""
+
+    rows: Float[Tensor, "scores width"]
+    same_group: Float[Tensor, "experts experts"]
+    slot_of_expert: Int[Tensor, " experts"]
+    expert_of_rank: Int[Tensor, " rank"]
+    slot_of_rank: Int[Tensor, " rank"]
+    fixed_gate: Float[Tensor, " rank"] | None
+
+    def only(self, slots: tuple[int, ...]) -> "_Selection":
+        """The same of some of the slots; softmaxes run inside a slot, so that none changes."""
+        wanted = torch.tensor(slots, dtype=torch.long, device=self.rows.device)
+        experts = torch.isin(self.slot_of_expert, wanted)
+        ranks = torch.isin(self.slot_of_rank, wanted)
+        new_place = experts.cumsum(0) - 1
+        return _Selection(
+            rows=self.rows[torch.cat([experts, ranks])] if self.fixed_gate is None else self.rows,
+            same_group=self.same_group[experts][:, experts],
+            slot_of_expert=self.slot_of_expert[experts],
+            expert_of_rank=new_place[self.expert_of_rank[ranks]],
+            slot_of_rank=self.slot_of_rank[ranks],
+            fixed_gate=None if self.fixed_gate is None else self.fixed_gate[ranks],
+        )
+
+
+def expert_gates(
+    scores: Float[Tensor, "*tokens scores"], same_group: Float[Tensor, "experts experts"]
+) -> Float[Tensor, "*tokens experts"]:
+    """Softmax within each group; scores are bounded, so no maximum needs to be taken out."""
+    exponentials = torch.exp(scores[..., : len(same_group)])
+    return exponentials / F.linear(exponentials, same_group)
+
+
+def rank_gates(scores: Float[Tensor, "*tokens scores"], experts: int) -> Float[Tensor, "*tokens rank"]:
+    """2 sigmoid(V h) with h of unit root mean square."""
+    return 2 * torch.sigmoid(scores[..., experts:])
 
 
 def _expert_rows(gate: Float[Tensor, "experts width"]) -> Float[Tensor, "experts width"]:

@@ -107,7 +107,14 @@ def build_group(
             new_scale=None if new is None else new.scales(),
         )
     has_all = all(len(having[target]) == len(slices) for target in targets)
-    group = ExpertGroup(list(fused.values()), cell, A=A, Bt=Bt, columns=None if has_all else torch.cat(columns))
+    group = ExpertGroup(
+        list(fused.values()),
+        cell,
+        A=A,
+        Bt=Bt,
+        columns=None if has_all else torch.cat(columns),
+        slot_of_rank=[part.slot for part in slices for _ in range(part.experts.rank)],
+    )
     return group, fused
 
 

@@ -9,6 +9,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from jaxtyping import Float, Int
@@ -23,7 +24,12 @@ class GroupWeights:
     Bt: tuple[Float[Tensor, "_ _"], ...]  # by module: (its ranks, its d_out), scales folded in
     columns: Int[Tensor, " columns"] | None = None  # which gate a column has; None: every module has all, in order
 
-    @property
+    @cached_property
+    def transposed(self) -> Float[Tensor, "d_in columns"]:
+        """A as the product with x takes it, a view."""
+        return self.A.t()
+
+    @cached_property
     def ranks(self) -> list[int]:
         """How many columns each module has."""
         return [len(Bt) for Bt in self.Bt]

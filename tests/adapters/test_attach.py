@@ -60,8 +60,8 @@ def test_a_static_composition_uses_the_mean_gates(base: Any, random_stack: Any, 
     for index in stack.layers:
         weights = zip((0.2, 0.3, 0.5), stack.banks, strict=True)
         expected = torch.cat([weight * bank.layers[index].static_gate() for weight, bank in weights])
-        found = composed.model.layers[index].gate_cell.gates
-        torch.testing.assert_close(found, expected.expand_as(found))
+        (found,) = composed.model.layers[index].gate_cell.gates
+        torch.testing.assert_close(found.gates, expected.expand_as(found.gates))
 
 
 def test_neither_router_nor_fixed_gates_is_refused(base: Any, random_stack: Any) -> None:

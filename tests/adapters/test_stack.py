@@ -7,6 +7,7 @@ import torch
 
 from lorary.adapters.attach import attach, routing_of, trained_bank
 from lorary.adapters.bank import ExpertBank, extended, new_bank
+from lorary.adapters.gates import expert_gates
 from lorary.adapters.stack import Stack, build_gates, layer_slices
 from lorary.domains.base_model import find_anatomy
 
@@ -56,9 +57,11 @@ def test_gates_of_the_older_generation_do_not_see_the_new_one(generations: Any, 
         both = build_gates(layer_slices(Stack(names=("a", "b"), banks=(kp, older, addition)), index), static=False)
         count = len(alone.slot_of_expert)
 
-        found = both.expert_gates(both.scores(hidden))
+        found = expert_gates(both.scores(hidden), both.same_group)
 
-        torch.testing.assert_close(found[..., :count], alone.expert_gates(alone.scores(hidden)), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            found[..., :count], expert_gates(alone.scores(hidden), alone.same_group), rtol=1e-6, atol=1e-7
+        )
         torch.testing.assert_close(found[..., count:].sum(-1), torch.ones(2, 9))
         assert torch.equal(both.slot_of_expert[count:], torch.ones_like(both.slot_of_expert[count:]))
 

@@ -1,0 +1,73 @@
+"""Which slots a forward pass needs: where its gate is below a threshold a slot is closed, and costs nothing.
+
+`close_small_gates` defines what is skipped, for each position by itself: a slot gate below the threshold is zero. That
+is causal, and neither batching, padding nor the way a text is cut changes it. `plan_parts` finds what may be left out
+because of it, which changes nothing but the time:
+
+- a few positions (decoding): the slots that are open at any of them, for all rows together;
+- a longer text: for each row by itself, a head that has all its open slots (at its start a text is still undecided) and
+  a tail that has those still open after the head. The cut is where the least is computed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+SLOT_THRESHOLD = 1e-4  # an update this small is below what bfloat16 resolves
+LEAST_TOKENS = 32  # of a row for it to be planned by itself
+WORTH_IT = 0.8  # share of the dense work above which it is done densely
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some positions, counted over all rows of the batch, and the slots that are open at one of them at least."""
+
+    start: int
+    stop: int
+    slots: tuple[int, ...] | None  # None: all
+
+
+def close_small_gates(
+    slot_gate: Float[Tensor, "batch seq slots"], threshold: float
+) -> Float[Tensor, "batch seq slots"]:
+    """The slot gates with those below the threshold set to zero."""
+    return torch.where(slot_gate < threshold, 0.0, slot_gate) if threshold else slot_gate
+
+
+def plan_parts(slot_gate: Float[Tensor, "batch seq slots"]) -> list[Part]:
+    """What a forward pass under these gates has to compute. Reads values, which makes the program wait for a GPU."""
+    is_open = slot_gate != 0
+    batch, seq, slots = is_open.shape
+    if seq < LEAST_TOKENS:
+        return [Part(0, batch * seq, _named(is_open.flatten(0, 1).any(0).nonzero().flatten().tolist(), slots))]
+    positions = torch.arange(1, seq + 1, device=slot_gate.device)
+    ends = (is_open * positions[None, :, None]).amax(1).tolist()  # by row: each slot is closed from here on
+    parts: list[Part] = []
+    for row, last in enumerate(ends):
+        for part in _row_parts(last, row * seq, seq):
+            if parts and parts[-1].slots == part.slots:
+                part = Part(parts.pop().start, part.stop, part.slots)
+            parts.append(part)
+    return parts
+
+
+def _row_parts(last: list[int], offset: int, seq: int) -> list[Part]:
+    """Head and tail of one row, or all of it as one part."""
+    opened = [slot for slot, end in enumerate(last) if end]
+
+    def work(cut: int) -> int:
+        return cut * len(opened) + (seq - cut) * sum(end > cut for end in last)
+
+    cut = min([0, *last], key=work)
+    if work(cut) > WORTH_IT * seq * len(opened):
+        return [Part(offset, offset + seq, _named(opened, len(last)))]
+    still = [slot for slot, end in enumerate(last) if end > cut]
+    head = [Part(offset, offset + cut, _named(opened, len(last)))] if cut else []
+    tail = [Part(offset + cut, offset + seq, _named(still, len(last)))] if cut < seq else []
+    return head + tail
+
+
+def _named(chosen: list[int], slots: int) -> tuple[int, ...] | None:
+    return None if len(chosen) == slots else tuple(chosen)

@@ -1,0 +1,85 @@
+"""GroupUpdate: the fused layer as one step of autograd, for all modules that read the same input."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .kernels.dispatch import choose_kernels
+
+
+class GroupUpdate(torch.autograd.Function):
+    """y_m + B_m (g * (A_m x)) with gradients for x, the outputs, the gates and the trainable experts only.
+
+    Frozen experts get no weight gradient: no matrix product is spent on one. Only x and rank-sized activations are kept
+    for the backward pass; the weights of frozen and trainable experts are put together again there. Where the base
+    modules are plain Linears they run inside, and the gradient of x is summed in place.
+    """
+
+    @staticmethod
+    def forward(ctx, group, places, x, gates, *rest):  # noqa: D102
+        given, trained = rest[: len(places)], rest[len(places) :]
+        members = [group.members[place] for place in places]
+        ctx.is_inside = given[0] is None
+        if ctx.is_inside:
+            outputs = [nn.functional.linear(x, member.base.weight, member.base.bias) for member in members]
+        else:
+            outputs = [output.clone(memory_format=torch.contiguous_format) for output in given]
+        dtype = outputs[0].dtype
+        flat, gate = x.reshape(-1, x.shape[-1]).to(dtype), gates.reshape(-1, gates.shape[-1])
+        low = choose_kernels(x.device).update_(
+            flat,
+            [output.view(-1, output.shape[-1]) for output in outputs],
+            gate,
+            group.weights(places, dtype),
+            keep=True,
+        )
+        ctx.save_for_backward(flat, low, gate, *trained)
+        ctx.group, ctx.places = group, places
+        ctx.x_shape, ctx.x_type, ctx.gates_shape = x.shape, x.dtype, gates.shape
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
+        flat, low, gate, *_trained = ctx.saved_tensors
+        group, members = ctx.group, [ctx.group.members[place] for place in ctx.places]
+        needs = ctx.needs_input_grad
+        flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
+        grad_x = None
+        if needs[2]:
+            grad_x = _base_gradient(flat_grads, members) if ctx.is_inside else torch.zeros_like(flat)
+        has_trained = any(needs[4 + len(members) :])
+        found = choose_kernels(flat.device).gradients_(
+            flat_grads,
+            flat,
+            low,
+            gate,
+            group.weights(ctx.places, flat.dtype),
+            trainable=[group.trainable[place] if has_trained else 0 for place in ctx.places],
+            grad_x=grad_x,
+            wants_gates=needs[3],
+        )
+        grad_trained: list[Tensor | None] = []
+        for member, grad_A, grad_Bt in zip(members, found.A, found.Bt, strict=True):
+            if member.new_A is not None:
+                grad_trained += [grad_A.float(), grad_Bt.t().float() * member.new_scale] if has_trained else [None] * 2
+        return (
+            None,
+            None,
+            None if grad_x is None else grad_x.to(ctx.x_type).view(ctx.x_shape),
+            None if found.gates is None else found.gates.view(ctx.gates_shape),
+            *(grads if not ctx.is_inside else [None] * len(members)),
+            *grad_trained,
+        )
+
+
+def _base_gradient(grads: Sequence[Float[Tensor, "tokens _"]], members: Sequence[Any]) -> Float[Tensor, "tokens d_in"]:
+    """The gradient that x gets through the frozen base modules."""
+    total = torch.mm(grads[0], members[0].base.weight)
+    for grad, member in zip(grads[1:], members[1:], strict=True):
+        total.addmm_(grad, member.base.weight)
+    return total

@@ -1,0 +1,181 @@
+"""A whole model with E experts of rank 8 on all seven linears, against its bare base and its peers.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/model.py [--quick] [--only prefill,decode,...] [--out model.json]
+
+Gates and router are part of every figure of ours. Columns are ratios to the bare base in the same run.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import models
+import torch
+from timing import measure, ratios, report
+from transformers import DynamicCache
+
+torch.set_num_threads(1)
+PROMPT = 512  # tokens
+
+
+def prefill(model: Any, ids: torch.Tensor, **options: Any) -> Callable[[], Any]:
+    @torch.inference_mode()
+    def run() -> Any:
+        return model(input_ids=ids, use_cache=False, logits_to_keep=1, **options)
+
+    return run
+
+
+def decode(model: Any, prompt: torch.Tensor, *, steps: int = 4) -> Callable[[], Any]:
+    """Some steps after a prompt, which the cache keeps from call to call."""
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(input_ids=prompt, past_key_values=cache)
+    length = prompt.shape[1]
+
+    @torch.inference_mode()
+    def run() -> Any:
+        for step in range(steps):
+            token = prompt[:, length - 1 - step : length - step]
+            model(input_ids=token, past_key_values=cache, logits_to_keep=1)
+        cache.crop(-steps)
+
+    return run
+
+
+def peers(base: Any, experts: int, folder: Path, *, with_all: bool) -> dict[str, Any]:
+    found = {"PEFT": models.peft_multi(base, experts)}
+    if with_all:
+        paths = models.saved_adapters(base, experts, folder)
+        found |= {"X-LoRA": models.peft_xlora(base, paths), "Arrow": models.peft_arrow(base, paths)}
+    return found
+
+
+def bench_prefill_decode(base: Any, args: argparse.Namespace) -> None:
+    rows = []
+    for experts in (8, 16):
+        ours = models.compose(base, slots=experts // 2, experts=2)
+        ids = models.text_of(0, 1, PROMPT)
+        floor = models.flop_floor(experts)
+        with tempfile.TemporaryDirectory() as folder:
+            others = {} if args.quick else peers(base, experts, Path(folder), with_all=experts == 8)
+            variants = {"base": base, "ours": ours, **others}
+            if "prefill" in args.only:
+                times = measure({name: prefill(model, ids) for name, model in variants.items()}, rounds=args.rounds)
+                rows.append(
+                    {"what": "prefill", "E": experts, "floor": floor, "base ms": times["base"] * 1e3, **ratios(times)}
+                )
+            if "decode" in args.only:
+                variants.pop("X-LoRA", None)  # has no key-value cache
+                times = measure(
+                    {name: decode(model, ids[:, :64]) for name, model in variants.items()}, rounds=3 * args.rounds
+                )
+                rows.append(
+                    {"what": "decode", "E": experts, "floor": floor, "base ms": times["base"] * 250, **ratios(times)}
+                )
+    report("Prefill of 512 tokens, and decoding, one sequence", rows, args.out)
+
+
+def bench_sparse(base: Any, args: argparse.Namespace) -> None:
+    slots = 32
+    ours = models.compose(base, slots=slots, experts=1)
+    rows = []
+    one = models.text_of(5, slots, PROMPT)
+    mixed = torch.cat([models.text_of(4 * row + 1, slots, PROMPT // 4, seed=row) for row in range(8)])
+    for what, ids in (("one sequence, one domain", one), ("8 rows, 8 domains", mixed)):
+        for name, run in (("prefill", prefill), ("decode", decode)):
+            variants = {"base": run(base, ids), "ours": run(ours, ids)}
+            times = measure(variants, rounds=args.rounds * (1 if name == "prefill" else 3))
+            dense = models.flop_floor(slots)
+            rows.append({"what": what, "phase": name, "floor of all 32": dense, **ratios(times)})
+    report("32 composed domains, few of them active", rows, args.out)
+
+
+def bench_training(base: Any, args: argparse.Namespace) -> None:
+    rows = []
+    for experts, new in ((8, 2), (16, 4)):
+        ours = models.compose(base, slots=experts // new, experts=new, trainable=True).train()
+        peft = models.peft_multi(base, experts, new=new).train()
+        ids = torch.randint(0, models.VOCABULARY, (2, 256), generator=torch.Generator().manual_seed(0))
+        variants = {
+            "base": base_gradient_step(base, ids),
+            "ours": training_step(ours, ids),
+            "PEFT": training_step(peft, ids),
+        }
+        if not args.quick:
+            variants["PEFT, one adapter"] = training_step(models.peft_multi(base, 1, new=1).train(), ids)
+        saved = {name: saved_bytes(run) / 2**20 for name, run in variants.items()}
+        times = ratios(measure(variants, rounds=args.rounds))
+        rows.append(
+            {
+                "E": experts,
+                "new": new,
+                **times,
+                "PEFT / ours": times["PEFT"] / times["ours"],
+                **{f"saved MB, {name}": value for name, value in saved.items()},
+                "saved, ours / PEFT": saved["ours"] / saved["PEFT"],
+            }
+        )
+    report("Training step of 2 x 256 tokens, ratio to base forward and gradient of its input", rows, args.out)
+
+
+def base_gradient_step(base: Any, ids: torch.Tensor) -> Callable[[], Any]:
+    embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
+
+    def run() -> None:
+        embedded.grad = None
+        base(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
+
+    return run
+
+
+def training_step(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+
+    def run() -> None:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return run
+
+
+def saved_bytes(run: Callable[[], Any]) -> int:
+    """Bytes of different memory that autograd keeps for the backward pass, parameters left out."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter) and not isinstance(tensor._base, torch.nn.Parameter):
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(kept.values())
+
+
+PARTS = {
+    "prefill": bench_prefill_decode,
+    "decode": bench_prefill_decode,
+    "sparse": bench_sparse,
+    "training": bench_training,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true", help="without the peers that are slow to build")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS))
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    base = models.make_base()
+    for part in dict.fromkeys(PARTS[name] for name in args.only):
+        part(base, args)
+
+
+if __name__ == "__main__":
+    main()
