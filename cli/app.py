@@ -12,6 +12,7 @@ from .init_command import init
 from .look_commands import list_domains, show, version
 from .measure_commands import evaluate, route
 from .quickstart_command import quickstart
+from .version_commands import alias, log, remove, restore
 
 app = typer.Typer(
     name="registry",
@@ -28,6 +29,10 @@ COMMANDS = {
     "add-domain": add_domain,
     "list": list_domains,
     "show": show,
+    "log": log,
+    "alias": alias,
+    "remove": remove,
+    "restore": restore,
     "compose": compose,
     "generate": generate,
     "route": route,

@@ -12,16 +12,12 @@ from . import manifest_facts as of
 from . import output
 from .numbers import brief, exact, percent, short, size
 from .opening import open_registry
-from .options import Json, StorePath
+from .options import Json, Reference, StorePath
 from .page import Cell, Page, Part, cell, facts, table, title
 
 if TYPE_CHECKING:
     from ..registry import Registry
     from ..registry.manifest import PackManifest
-
-Reference = Annotated[
-    str, typer.Argument(metavar="REF", help="NAME, NAME@2 or NAME@ALIAS; general is the KP bank.", show_default=False)
-]
 
 
 def list_domains(store: StorePath = None, as_json: Json = False) -> None:
@@ -156,8 +152,9 @@ def files_page(manifest: "PackManifest") -> Page:
 
 
 def _lineage(manifest: "PackManifest") -> str:
-    parent, preservation = manifest.lineage.get("parent"), manifest.lineage.get("preservation")
-    first = "first version" if parent is None else f"from version {parent}"
+    parent, preservation = manifest.parent, manifest.lineage.get("preservation")
+    mode = manifest.lineage.get("mode")
+    first = "begun anew" if parent is None else f"{mode}, from {manifest.name}@{parent}"
     if not preservation:
         return first
     return f"{first}, over general@{preservation['version']} {brief(preservation['digest'])}"

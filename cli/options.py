@@ -26,6 +26,9 @@ StorePath = Annotated[
         show_default=False,
     ),
 ]
+Reference = Annotated[
+    str, typer.Argument(metavar="REF", help="NAME, NAME@2 or NAME@ALIAS; general is the KP bank.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", metavar="", help="Print one JSON document.")]
 Spec = Annotated[
     str,

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ..domains.errors import InputError
 from .page import Block, Cell, Facts, Line, Page, Runs, Words, slot_style
 from .safe_text import clean, one_line
 
@@ -86,6 +87,18 @@ def failure(record: dict[str, Any], *, as_json: bool) -> None:
 def is_for_people(stream: TextIO) -> bool:
     """Whether a person reads the stream as it is written."""
     return stream.isatty() or bool(os.environ.get("FORCE_COLOR"))
+
+
+def confirmed(question: str, *, instead: str) -> bool:
+    """Whether a person at the terminal says yes.
+
+    Raises:
+        InputError: There is no terminal; names the command that does not ask.
+    """
+    if not sys.stdin.isatty():
+        raise InputError("This asks before it is done, and nobody can answer here.", fix=instead)
+    print(clean(question), "[y/N] ", file=sys.stderr, end="", flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 class Bar:

@@ -1,7 +1,10 @@
 """The folder of one domain in a store: the numbered manifests of its versions, and its aliases.
 
 <n>.json            the manifest of version n; linked there once, never changed
+removed/<n>         a tombstone: version n is removed since the time in it; deleted when the version is restored
 aliases/<alias>     one line: the version it means; replaced by rename
+
+A removed version keeps its manifest, so its number is never given to another.
 """
 
 import os
@@ -13,7 +16,7 @@ from typing import Final
 
 from ..domains.errors import IntegrityError
 from ..domains.names import NAME_PATTERN, VERSION_PATTERN, check_alias, check_name
-from .files import folder_lock, make_folder, write_atomic, write_once
+from .files import delete, folder_lock, make_folder, write_atomic, write_once
 
 _MANIFEST_NAME: Final = re.compile(rf"({VERSION_PATTERN})\.json")
 
@@ -24,10 +27,20 @@ class DomainFolder:
     def __init__(self, store: Path, name: str):
         self.path = store / "domains" / check_name(name)
 
-    def versions(self) -> list[int]:
-        """Versions, ascending."""
+    def numbers(self) -> list[int]:
+        """Numbers that a version has or had, ascending."""
         matches = (_MANIFEST_NAME.fullmatch(entry) for entry in _entries(self.path))
         return sorted(int(match[1]) for match in matches if match)
+
+    def versions(self) -> list[int]:
+        """Versions that are not removed, ascending."""
+        removed = set(_entries(self.path / "removed"))
+        return [number for number in self.numbers() if str(number) not in removed]
+
+    def removed(self) -> dict[int, str]:
+        """Removed versions, ascending, and the time since which each is."""
+        folder = self.path / "removed"
+        return {n: (folder / str(n)).read_text("utf-8").strip() for n in self.numbers() if n not in self.versions()}
 
     def manifest_path(self, version: int) -> Path:
         """Where the manifest of a version is, or would be."""
@@ -41,13 +54,23 @@ class DomainFolder:
         """
         make_folder(self.path)
         while True:
-            version = max(self.versions(), default=0) + 1
-            if first_only and version > 1:
+            version = max(self.numbers(), default=0) + 1
+            if first_only and self.versions():
                 raise FileExistsError(self.manifest_path(version - 1))
             # where somebody was faster, count again
             with suppress(FileExistsError):
                 write_once(self.manifest_path(version), manifest_of(version))
                 return version
+
+    def remove(self, version: int, *, time: str) -> None:
+        """Put a version's tombstone in place: the commit point of removing it. A tombstone that is there stays."""
+        make_folder(self.path / "removed")
+        with suppress(FileExistsError):
+            write_once(self.path / "removed" / str(version), f"{time}\n".encode())
+
+    def restore(self, version: int) -> None:
+        """Delete a version's tombstone: the commit point of restoring it."""
+        delete(self.path / "removed" / str(version))
 
     def aliases(self) -> dict[str, int]:
         """Aliases, sorted, and the version that each means.
@@ -59,21 +82,25 @@ class DomainFolder:
         names = sorted(name for name in _entries(folder) if re.fullmatch(NAME_PATTERN, name))
         return {name: _read_alias(folder / name) for name in names}
 
-    def set_alias(self, alias: str, version: int) -> None:
-        """Let an alias mean a version, whatever it meant before."""
+    def set_alias(self, alias: str, version: int, *, when: Callable[[int], bool] = lambda _meant: True) -> None:
+        """Let an alias mean a version, if `when` holds for what it means so far; 0 where it means nothing."""
         path = self._make_alias_folder() / check_alias(alias)
         with folder_lock(path.parent):
-            _write_alias(path, version)
+            if when(_alias_or_zero(path)):
+                _write_alias(path, version)
 
     def advance_alias(self, alias: str, version: int) -> None:
         """Let an alias mean a version unless it means a higher one: of two simultaneous commits the later counts.
 
         Where the file system has no locks, the alias may in that case stay on the earlier one; nothing else can happen.
         """
+        self.set_alias(alias, version, when=lambda meant: meant < version)
+
+    def drop_alias(self, alias: str) -> None:
+        """Let an alias mean nothing any more."""
         path = self._make_alias_folder() / check_alias(alias)
         with folder_lock(path.parent):
-            if _alias_or_zero(path) < version:
-                _write_alias(path, version)
+            delete(path)
 
     def _make_alias_folder(self) -> Path:
         folder = self.path / "aliases"
@@ -98,7 +125,7 @@ def _read_alias(path: Path) -> int:
         raise IntegrityError(
             f"The alias {path} is damaged.",
             cause=f"Expected one line with a version, found {data[:40]!r}.",
-            fix=f"Set it again: registry alias {path.parent.parent.name} {path.name} VERSION",
+            fix=f"Set it again: registry alias {path.parent.parent.name}@VERSION {path.name}",
         )
     return int(data)
 

@@ -44,6 +44,13 @@ def write_once(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         fsync_folder(path.parent)
 
 
+def delete(path: Path) -> None:
+    """Delete a file, so that it stays deleted after a power cut; nothing is said of a file that is not there."""
+    with _explained(path), suppress(FileNotFoundError):
+        os.unlink(path)
+        fsync_folder(path.parent)
+
+
 def make_folder(path: Path) -> None:
     """Make a folder and its missing parents, and flush its name, whoever made it."""
     with _explained(path):

@@ -160,6 +160,19 @@ class PackManifest:
         content["train"] = {key: value for key, value in self.train.items() if key != "seconds"}
         return sha256_of(canonical_json(content))
 
+    @property
+    def parent(self) -> int | None:
+        """The version that this one was retrained from; None for one that began anew."""
+        parent = self.lineage.get("parent")
+        version = parent.get("version") if isinstance(parent, dict) else None
+        return version if type(version) is int else None
+
+    @property
+    def is_held_back(self) -> bool:
+        """Whether it did worse on its parent's held-out text than it may, so that `latest` does not move to it."""
+        gate = self.evaluation.get("gate")
+        return isinstance(gate, dict) and gate.get("holds") is False
+
     def file(self, path: str) -> PackFile:
         """Return the file at a path of the pack.
 

@@ -24,6 +24,15 @@ def no_such_domain(name: str, *, known: list[str]) -> NotFoundError:
     )
 
 
+def removed_version(name: str, version: int) -> NotFoundError:
+    """The error for a version that was removed."""
+    return NotFoundError(
+        f"{name}@{version} was removed.",
+        cause="Its files are kept, its number is never used again.",
+        fix=f"Bring it back: registry restore {name}@{version}",
+    )
+
+
 def no_such_version(name: str, wanted: str | int, *, versions: list[int], aliases: Mapping[str, int]) -> NotFoundError:
     """The error for a version or alias that a known domain does not have."""
     described = [f"{alias} = {version}" for alias, version in aliases.items()]

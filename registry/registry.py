@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..adapters.composition import Composition
-from ..domains.errors import ConflictError, InputError, IntegrityError
+from ..domains.errors import ConflictError, InputError, IntegrityError, NotFoundError
+from ..domains.names import parse_selector
 from ..domains.progress import OnProgress, silent
 from .composing import GENERAL, Plan, plan_composition
 from .fingerprint import POCKET, check_same_base, find_base, fingerprint
@@ -138,10 +139,39 @@ class Registry:
         Raises:
             NotFoundError: There is no such domain or version.
         """
-        terms = Composition.parse(reference).terms
-        if len(terms) != 1 or terms[0].weight is not None:
-            raise InputError(f"{reference!r} does not name one version.", fix="write NAME, NAME@2 or NAME@ALIAS")
-        return self.store.manifest(terms[0].name, terms[0].selector)
+        return self.store.manifest(*_one_version(reference))
+
+    def remove(self, reference: str) -> PackManifest:
+        """Removes a version; its files are kept, its number is never used again, `restore` brings it back.
+
+        Raises:
+            NotFoundError: There is no such version.
+            ConflictError: An alias other than `latest` means it, or it is KP's, over which the domains were trained.
+        """
+        manifest = self.manifest(reference)
+        if manifest.name == GENERAL:
+            raise ConflictError(
+                "The KP bank cannot be removed.", cause="every domain of the registry was trained over it"
+            )
+        self.store.remove(manifest.name, manifest.version)
+        return manifest
+
+    def restore(self, reference: str) -> PackManifest:
+        """Brings a removed version back; a name alone means the version that was removed last.
+
+        Raises:
+            NotFoundError: There was never such a version, or none of the domain is removed.
+            ConflictError: It is not removed.
+        """
+        name, selector = _one_version(reference)
+        removed = self.store.removed(name)
+        if selector is None and not removed:
+            raise NotFoundError(f"No version of {name!r} is removed.", fix=f"see what there is: registry log {name}")
+        version = parse_selector(selector or str(max(removed, key=lambda number: (removed[number], number))))
+        if isinstance(version, str):
+            raise InputError(f"{reference!r} names an alias.", fix=f"name the version: registry restore {name}@NUMBER")
+        self.store.restore(name, version)
+        return self.store.manifest(name, version)
 
     def plan(self, composition: str, *, static: bool = False) -> Plan:
         """What a composition will be; reads manifests only. Takes a saved composition's folder as well."""
@@ -286,6 +316,18 @@ class Registry:
             training=training or TrainingConfig(),
             on_progress=on_progress,
         )
+
+
+def _one_version(reference: str) -> tuple[str, str | None]:
+    """Name and selector.
+
+    Raises:
+        InputError: It is a composition of several, or weighted.
+    """
+    terms = Composition.parse(reference).terms
+    if len(terms) != 1 or terms[0].weight is not None:
+        raise InputError(f"{reference!r} does not name one version.", fix="write NAME, NAME@2 or NAME@ALIAS")
+    return terms[0].name, terms[0].selector
 
 
 def _plain(record: BaseRecord) -> dict[str, Any]:

@@ -3,6 +3,7 @@
     <store>/store.json                      written last by `create`: where it is, the store is complete
     <store>/blobs/sha256/ab/ab12...         the files of all packs, named by digest
     <store>/domains/<name>/<n>.json         the manifest of version n, never changed
+    <store>/domains/<name>/removed/<n>      a tombstone, while version n is removed
     <store>/domains/<name>/aliases/<alias>  one line: the version it means
     <store>/runs/  <store>/cache/           training runs; derived, disposable files
     <store>/ballast                         deleted by gc to get a full disk going again
@@ -19,14 +20,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ..domains.errors import ConflictError, IntegrityError
+from ..domains.errors import ConflictError, InputError, IntegrityError
 from ..domains.names import check_alias, is_name, parse_selector
 from .blobs import BlobStore
 from .canonical import JsonObject, canonical_json, parse_json
 from .domain_folder import DomainFolder
 from .files import make_folder, write_atomic, write_once
 from .manifest import PackFile, PackManifest, check_path
-from .missing import no_such_domain, no_such_store, no_such_version
+from .missing import no_such_domain, no_such_store, no_such_version, removed_version
 from .records import minor_of, record_from_json, record_to_json
 
 SCHEMA: Final = "lorary.store/1"
@@ -68,8 +69,7 @@ class Store:
             make_folder(root / folder)
         # random, because some file systems store zeros in no space
         write_atomic(root / "ballast", os.urandom(BALLAST_SIZE))
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        record = StoreRecord(id=os.urandom(16).hex(), created=created, settings=copy.deepcopy(settings))
+        record = StoreRecord(id=os.urandom(16).hex(), created=_now(), settings=copy.deepcopy(settings))
         try:
             write_once(root / STORE_FILE, canonical_json(record_to_json(record)))
         except FileExistsError as error:
@@ -123,13 +123,29 @@ class Store:
         """Folder of derived files, which may be deleted at any time."""
         return self.path / "cache"
 
-    def domains(self) -> list[str]:
-        """Names that have a version, sorted."""
-        return sorted(name for name in os.listdir(self.path / "domains") if is_name(name) and self.versions(name))
+    def domains(self, *, removed: bool = False) -> list[str]:
+        """Names that have a version, sorted; with `removed` also those that had one."""
+        names = sorted(name for name in os.listdir(self.path / "domains") if is_name(name))
+        return [name for name in names if self.versions(name) or (removed and self.removed(name))]
 
     def versions(self, name: str) -> list[int]:
-        """Versions of a domain, ascending; none for an unknown domain."""
+        """Versions of a domain that are not removed, ascending; none for an unknown domain."""
         return DomainFolder(self.path, name).versions()
+
+    def removed(self, name: str) -> dict[int, str]:
+        """Removed versions of a domain, ascending, and the time since which each is; their files are kept."""
+        return DomainFolder(self.path, name).removed()
+
+    def history(self, name: str) -> list[PackManifest]:
+        """The manifests of all versions, removed ones too, ascending.
+
+        Raises:
+            NotFoundError: There is and was no such domain.
+        """
+        numbers = DomainFolder(self.path, name).numbers()
+        if not numbers:
+            raise no_such_domain(name, known=self.domains())
+        return [self._read(name, number) for number in numbers]
 
     def aliases(self, name: str) -> dict[str, int]:
         """Aliases of a domain and the version that each means."""
@@ -144,6 +160,56 @@ class Store:
         """
         DomainFolder(self.path, name).set_alias(alias, self._resolve(name, version))
 
+    def drop_alias(self, name: str, alias: str) -> None:
+        """Let an alias mean nothing any more.
+
+        Raises:
+            InputError: It is `latest`, which every domain has.
+            NotFoundError: There is no such domain or alias.
+        """
+        if alias == LATEST:
+            raise InputError("'latest' cannot be taken away.", fix=f"Move it: registry alias {name}@VERSION latest")
+        if alias not in self.aliases(name):
+            self._resolve(name, alias)
+        DomainFolder(self.path, name).drop_alias(alias)
+
+    def remove(self, name: str, selector: str | int | None = None) -> int:
+        """Remove a version and return its number; its files are kept, its number is never used again.
+
+        `latest`, where it means this version, moves to the newest one that is left and not held back.
+
+        Raises:
+            NotFoundError: There is no such version, or it is removed already.
+            ConflictError: Another alias means it.
+        """
+        version = self._resolve(name, LATEST if selector is None else selector)
+        held_by = [alias for alias, meant in self.aliases(name).items() if meant == version and alias != LATEST]
+        if held_by:
+            raise ConflictError(
+                f"{name}@{version} cannot be removed.",
+                cause=f"an alias means it: {', '.join(held_by)}",
+                fix=f"Take the alias away: registry alias {name} {held_by[0]} --remove; or move it to another version",
+            )
+        folder = DomainFolder(self.path, name)
+        folder.remove(version, time=_now())
+        if folder.versions():
+            folder.set_alias(LATEST, self._newest(name), when=lambda meant: meant == version)
+        return version
+
+    def restore(self, name: str, version: int) -> None:
+        """Bring a removed version back; aliases stay where they are.
+
+        Raises:
+            NotFoundError: There was never such a version.
+            ConflictError: It is not removed.
+        """
+        folder = DomainFolder(self.path, name)
+        if version in folder.versions():
+            raise ConflictError(f"{name}@{version} is not removed.", fix=f"See what there is: registry log {name}")
+        if version not in folder.numbers():
+            raise no_such_version(name, version, versions=folder.numbers(), aliases={})
+        folder.restore(version)
+
     def manifest(self, name: str, selector: str | int | None = None) -> PackManifest:
         """Return the manifest of a version: by number, by alias, or of the alias `latest`.
 
@@ -151,7 +217,9 @@ class Store:
             NotFoundError: There is no such domain, version or alias; lists what there is.
             IntegrityError: The file is not what it should be.
         """
-        version = self._resolve(name, LATEST if selector is None else selector)
+        return self._read(name, self._resolve(name, LATEST if selector is None else selector))
+
+    def _read(self, name: str, version: int) -> PackManifest:
         path = DomainFolder(self.path, name).manifest_path(version)
         manifest = PackManifest.from_json(path.read_bytes(), source=str(path))
         if (manifest.name, manifest.version) != (name, version):
@@ -231,17 +299,27 @@ class Store:
     def _resolve(self, name: str, selector: str | int) -> int:
         """The version that a selector means."""
         wanted = parse_selector(selector) if isinstance(selector, str) else selector
-        versions = self.versions(name)
+        folder = DomainFolder(self.path, name)
+        versions, numbers = folder.versions(), folder.numbers()
         if wanted in versions:
             return int(wanted)
-        if not versions:
+        if not numbers:
             raise no_such_domain(name, known=self.domains())
         aliases = self.aliases(name)
-        # a process that ends between commit point and alias leaves a domain without `latest`
-        version = {LATEST: versions[-1], **aliases}.get(str(wanted))
-        if version not in versions:
-            raise no_such_version(name, selector, versions=versions, aliases=aliases)
-        return version
+        version = wanted if isinstance(wanted, int) else aliases.get(wanted)
+        if wanted == LATEST and version not in versions and versions:
+            # a process that ends between commit point and alias leaves `latest` behind
+            return self._newest(name)
+        if version in versions:
+            return version
+        if version in numbers or wanted == LATEST:
+            raise removed_version(name, numbers[-1] if version is None else version)
+        raise no_such_version(name, selector, versions=versions, aliases=aliases)
+
+    def _newest(self, name: str) -> int:
+        """The newest version that is not held back; the newest of all where every one is."""
+        versions = self.versions(name)
+        return next((n for n in reversed(versions) if not self._read(name, n).is_held_back), versions[-1])
 
     def _put(self, files: Mapping[str, tuple[bytes, str]]) -> tuple[PackFile, ...]:
         for path in files:
@@ -250,6 +328,10 @@ class Store:
             PackFile(path=path, size=len(data), sha256=self.blobs.put(data), kind=kind)
             for path, (data, kind) in sorted(files.items())
         )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _taken_folder(root: Path) -> ConflictError:

@@ -28,11 +28,13 @@ def test_nothing_heavy_is_loaded(store, tmp_path):
         ["show", "legal", "--files"], ["show", "legal", "--manifest"], ["compose", "medicine+legal"],
         ["compose", "medicine", "--static", "--json"], ["compose", "medicine", "--out", str(tmp_path / "out")],
         ["compose", str(tmp_path / "out")], ["version"],
+        ["log"], ["log", "legal", "--json"], ["alias", "legal"], ["alias", "legal", "latest"],
     ]  # fmt: skip
     fails = [
         ["lst"], ["show"], ["show", "leagl"], ["compose", "+"], ["add-domain", "Bad Name"], ["add-domain", "medecine"],
         ["add-domain", "medicine"], ["add-domain", "general"],
         ["add-domain", "contracts", "--data", str(tmp_path / "bad.jsonl")], ["add-domain", "x", "--experts", "0.1"],
+        ["remove", "legal@7", "-y"], ["remove", "legal"], ["restore", "legal"],
         ["init", "--rank", "0"], ["init", "--alpha", "-1"], ["quickstart", str(store)], ["generate", "medicine"],
     ]  # fmt: skip
     command = [sys.executable, "-c", PROGRAM, json.dumps(works + fails)]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lorary.registry.store import Store
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def draft():
     """What `Store.commit` takes: a manifest without files and version."""
     base = BaseRecord(

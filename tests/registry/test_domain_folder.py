@@ -95,4 +95,4 @@ def test_damaged_alias_says_how_to_repair_it(folder):
     with pytest.raises(IntegrityError) as caught:
         folder.aliases()
 
-    assert caught.value.fix == "Set it again: registry alias legal latest VERSION"
+    assert caught.value.fix == "Set it again: registry alias legal@VERSION latest"

@@ -127,3 +127,69 @@ def test_acknowledged_versions_survive_being_killed(store, start_committer):
 @pytest.mark.slow
 def test_acknowledged_versions_survive_being_killed_hundreds_of_times(store, start_committer):
     assert kill_at_random_moments(store, start_committer, kills=300, seed=2)
+
+
+REMOVER = """
+import sys
+from lorary.domains.errors import NotFoundError
+from lorary.registry.store import Store
+
+store = Store.open(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
+while True:
+    try:
+        version = store.remove("legal", 2)
+        print("removed", version, flush=True)
+        store.restore("legal", 2)
+        print("restored", version, flush=True)
+    except NotFoundError:
+        store.restore("legal", 2)
+"""
+
+
+def test_a_version_is_removed_or_not_whenever_the_process_is_killed(store, draft):
+    for _ in range(2):
+        store.commit(draft, {"a": (b"a", "expert")})
+    manifest, moments = store.manifest("legal", 2), random.Random(3)
+    for _ in range(12):
+        process = subprocess.Popen(
+            [sys.executable, "-c", REMOVER, str(store.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        with process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+            go(process)
+            answers = [process.stdout.readline() for _ in range(moments.randrange(1, 5))]
+            time.sleep(moments.uniform(0, 0.02))
+            process.send_signal(signal.SIGKILL)
+            assert answers[-1]
+
+        assert store.versions("legal") in ([1], [1, 2])
+        assert store.history("legal")[1] == manifest
+        assert store.manifest("legal").version in store.versions("legal")
+        store.verify(manifest)
+    assert store.commit(draft, {}).version == 3
+
+
+def test_numbers_of_removed_versions_are_not_used_by_processes_that_commit_meanwhile(store, draft, start_committer):
+    processes = [start_committer(6) for _ in range(4)]
+    store.commit(draft, {"a": (b"a", "expert")})
+    for process in processes:
+        go(process)
+
+    removed = {}
+    while any(process.poll() is None for process in processes):
+        version = store.versions("legal")[-1]
+        removed[version] = store.manifest("legal", version).digest
+        store.remove("legal", version)
+        if not store.versions("legal"):
+            store.restore("legal", 1)
+            del removed[1]
+
+    outputs = [process.stdout.read() for process in processes]
+    acknowledged = {v: digest for output in outputs for v, digest in acknowledged_in(output).items()}
+    assert sorted(acknowledged) == list(range(2, 26))
+    history = {manifest.version: manifest.digest for manifest in store.history("legal")}
+    assert history.items() >= acknowledged.items()
+    assert set(store.removed("legal")) == removed.keys()
