@@ -164,22 +164,41 @@ def attach(
     device = next(base.parameters()).device
     routing = Routing(stack, anatomy, None if router is None else router.to(device), fixed, threshold)
     model.routing = routing  # type: ignore[assignment]
-    handles = [model.get_submodule(anatomy.decoder).register_forward_pre_hook(routing.begin, with_kwargs=True)]
     for index in stack.layers:
         layer = model.get_submodule(f"{anatomy.layers}.{index}")
         _extend_layer(layer, stack, index, dtype=base.dtype)
         layer.to(device)
-        hook = LayerHook(routing, layer.expert_gates, layer.gate_cell)  # type: ignore[arg-type]
-        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
-    model.routing_handles = handles  # type: ignore[assignment]
+    model.routing_handles = []  # type: ignore[assignment]
+    set_hooks(model, active=True)
     return model
+
+
+def set_hooks(model: PreTrainedModel, *, active: bool) -> None:
+    """Puts the hooks that compute slot gates and gates into a composed model, or takes them out."""
+    routing = routing_of(model)
+    handles: Any = model.routing_handles
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+    if not active:
+        return
+    decoder = model.get_submodule(routing.anatomy.decoder)
+    handles.append(decoder.register_forward_pre_hook(routing.begin, with_kwargs=True))
+    for index in routing.stack.layers:
+        layer: Any = model.get_submodule(f"{routing.anatomy.layers}.{index}")
+        hook = LayerHook(routing, layer.expert_gates, layer.gate_cell)
+        handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Takes every expert and hook off a composed model, which is an ordinary copy of its base afterwards."""
     routing = routing_of(model)
-    for handle in model.routing_handles:  # type: ignore[union-attr]
-        handle.remove()
+    set_hooks(model, active=False)
+    merged: Any = getattr(model, "merged", None)
+    if merged is not None:
+        for path, module in merged.modules.items():
+            model.set_submodule(path, module)
+        del model.merged
     for index in routing.stack.layers:
         layer = model.get_submodule(f"{routing.anatomy.layers}.{index}")
         for path, module in list(layer.named_modules()):
@@ -212,9 +231,11 @@ def fixed_slots(model: PreTrainedModel, weights: Mapping[str, float]) -> Iterato
     """While it is open, the slot gates are these constants (slots not named get 0): the oracle's choice, say.
 
     Raises:
-        InputError: The composition has no slot of such a name.
+        InputError: The composition has no slot of such a name, or its experts are merged.
     """
     routing = routing_of(model)
+    if getattr(model, "merged", None) is not None:
+        raise InputError("The slots of a merged composition are fixed.", fix="call unmerge_experts first")
     for name in weights:
         if name not in routing.stack.names:
             raise InputError(f"There is no slot {name!r}.", fix=f"choose among: {', '.join(routing.stack.names)}")

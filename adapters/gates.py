@@ -106,6 +106,11 @@ class LayerGates(nn.Module):
         ranks = rank_gates(scores, len(chosen.slot_of_expert))
         return experts.index_select(-1, chosen.expert_of_rank) * ranks
 
+    def constant_gate(self, slot_gate: Float[Tensor, " slots"]) -> Float[Tensor, " rank"]:
+        """The gates of a static composition under constant slot gates."""
+        assert self.fixed_gate is not None
+        return slot_gate.to(self.fixed_gate.device)[self.slot_of_expert[self.expert_of_rank]] * self.fixed_gate
+
     def scores(
         self, hidden: Float[Tensor, "*tokens width"], rows: Float[Tensor, "scores width"] | None = None
     ) -> Float[Tensor, "*tokens scores"]:

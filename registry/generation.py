@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..adapters.attach import routing_of
+from ..adapters.attach import Routing, routing_of
 from ..domains.errors import InputError
 
 
@@ -73,7 +73,7 @@ def generate(
                 top_k=None,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             )[0]
-        gates = torch.cat(routing.trace, dim=1)[0]
+        gates = torch.cat(routing.trace, dim=1)[0] if routing.trace else _constant_gates(routing, len(output) - 1)
     finally:
         routing.trace = None
     new = output[length:]
@@ -90,6 +90,12 @@ def generate(
         route=dict(zip(names, mean, strict=True)),
         tokens=tuple((piece, tuple(gate)) for piece, gate in zip(pieces, gates.tolist(), strict=True)),
     )
+
+
+def _constant_gates(routing: Routing, tokens: int) -> torch.Tensor:
+    """The slot gates of a merged composition, which runs no router: the same for every token."""
+    assert routing.fixed is not None
+    return routing.fixed.expand(tokens, -1)
 
 
 def _chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lorary.adapters.attach import routing_of
+from lorary.adapters.merge import merge_experts
 from lorary.domains.errors import InputError
 from lorary.registry import Registry
 from lorary.registry.generation import generate
@@ -51,6 +52,17 @@ def test_the_gates_of_decoding_are_those_of_reading_the_whole(whole: Registry, m
     gate = routing_of(model).slot_gate
     assert gate is not None
     torch.testing.assert_close(torch.tensor([g for _, g in answer.tokens[:-1]]), gate[0, :-1])
+
+
+def test_a_merged_composition_answers_and_says_its_constant_gates(whole: Registry) -> None:
+    static: Any = whole.compose("cooking:0.75+sailing:0.25", static=True)
+    expected = whole.generate(static, "mast and flour", max_new_tokens=4)
+
+    answer = whole.generate(merge_experts(static), "mast and flour", max_new_tokens=4)
+
+    assert answer.text == expected.text
+    assert answer.route == expected.route == {"general": 0.0, "cooking": 0.75, "sailing": 0.25}
+    assert len(answer.tokens) == len(expected.tokens)
 
 
 def _ids(answer: Any, whole: Registry) -> list[int]:
