@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -19,8 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from .blocks import begin_ids, encode, end_ids
 from .errors import InputError
 from .example import Example
-
-_Z95 = NormalDist().inv_cdf(0.975)
+from .intervals import DRAWS, percentile_interval, ratio_draws, wilson_interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +105,12 @@ def score_language(
     )
 
 
-def confidence_interval(score: LanguageScore, *, draws: int = 1000, seed: int = 0) -> tuple[float, float]:
+def confidence_interval(score: LanguageScore, *, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
     """The 95 % interval of bits per byte, by the percentile bootstrap over texts."""
-    generator = torch.Generator().manual_seed(seed)
-    nats, sizes = (torch.tensor(values, dtype=torch.float64) for values in (score.text_nats, score.text_bytes))
-    ratios = torch.empty(draws, dtype=torch.float64)
-    for draw in range(draws):
-        picked = torch.randint(score.texts, (score.texts,), generator=generator)
-        ratios[draw] = nats[picked].sum() / sizes[picked].sum().clamp(min=1)
-    low, high = torch.quantile(ratios / math.log(2), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    ratios = ratio_draws([score.text_nats], score.text_bytes, draws=draws, seed=seed)
+    interval = percentile_interval(ratios / math.log(2))
+    assert interval is not None
+    return interval
 
 
 def score_choices(
@@ -151,14 +145,6 @@ def score_choices(
     total = len(questions)
     interval = wilson_interval(correct, total)
     return ChoiceScore(accuracy=correct / total, correct=correct, total=total, interval=interval)
-
-
-def wilson_interval(correct: int, total: int) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927)."""
-    share, spread = correct / total, _Z95**2 / total
-    middle = share + spread / 2
-    half = _Z95 * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
 
 
 def _within(examples: Iterable[Example], max_bytes: int | None) -> list[Example]:

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lorary.domains.errors import InputError
-from lorary.domains.evaluation import confidence_interval, score_choices, score_language, wilson_interval
+from lorary.domains.evaluation import confidence_interval, score_choices, score_language
 from lorary.domains.example import Example
+from lorary.domains.intervals import wilson_interval
 
 TEXTS = [
     Example(completion="The dog ran."),
@@ -183,10 +184,3 @@ def test_examples_without_choices_are_passed_over(model, tiny_tokenizer):
     assert score_choices(model, tiny_tokenizer, [*TEXTS, *QUESTIONS]).total == 3
     with pytest.raises(InputError, match="no questions"):
         score_choices(model, tiny_tokenizer, TEXTS)
-
-
-def test_wilson_interval_agrees_with_published_values():
-    # Newcombe 1998, table I: 81 of 263, 15 of 148, 0 of 20
-    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson_interval(15, 148) == pytest.approx((0.0624, 0.1605), abs=5e-5)
-    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
