@@ -1,0 +1,146 @@
+"""lorary itself on a stream: init once, add_domain for each domain, every composition from the store.
+
+Scored are, after each step, the routed composition of KP and all domains so far; of each domain also
+
+    alone       its own experts, slot gate 1: the oracle's choice, which the share of the oracle's gain is measured by
+    explicit    the composition of KP and this domain only, right after it was added and after the last step
+"""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from method import Bench, Scored, Step, digest
+from scores import ScoreBook
+from streams import Domain
+from torch import nn
+
+from lorary.adapters.attach import routing_of
+from lorary.adapters.router import router_rows
+from lorary.adapters.training import TrainingConfig
+from lorary.domains.statistics import DomainStatistics
+from lorary.registry import Registry
+from lorary.registry.compose import read_packs
+from lorary.registry.composing import GENERAL
+from lorary.registry.evaluation import routed_right
+from lorary.registry.pack import read_pack
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def ours(bench: Bench, book: ScoreBook) -> Iterator[Step]:
+    """Adds the domains one after the other; what is stored already is not trained again."""
+    registry = _registry(bench)
+    version = code_version()
+    for i, domain in enumerate(bench.domains):
+        added = _added(registry, bench, book, domain)
+        manifest = registry.manifest(domain.name)
+        pack = read_pack(registry.store, manifest)
+        so_far = [d.name for d in bench.domains[: i + 1]]
+        routed = Scored(_id(registry, so_far, version), lambda so_far=so_far: registry.compose("+".join(so_far)))
+        yield Step(
+            name=domain.name,
+            model_for=lambda _column, routed=routed: routed,
+            trained_parameters=pack.bank.parameters,
+            seconds=manifest.train["seconds"],
+            steps=manifest.train["steps"],
+            notes=added | _finals(registry, bench, book, domain, routed, is_last=domain is bench.domains[-1]),
+        )
+
+
+def order_invariance(statistics: list[DomainStatistics]) -> dict[str, float]:
+    """The largest relative difference between router rows of the domains in one order and in the reverse."""
+    there, back = router_rows(statistics), router_rows([statistics[0], *statistics[:0:-1]])
+    unturned = [0, *range(len(statistics) - 1, 0, -1)]
+    pairs = {
+        "token_evidence": (there.token_evidence.T, back.token_evidence.T[unturned]),
+        "rows": (there.rows, back.rows[unturned]),
+        "bias": (there.bias[:, None], back.bias[unturned, None]),
+    }
+    return {name: ((a - b).norm(dim=1) / a.norm(dim=1)).max().item() for name, (a, b) in pairs.items()}
+
+
+def code_version() -> str:
+    """The commit that last changed what computes the scores; marked if the working tree differs from it."""
+    paths = ["--", "adapters", "registry", "domains"]
+    commit = _git("log", "-1", "--format=%h", *paths)
+    return commit + ("+changes" if _git("status", "--porcelain", *paths) else "")
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, check=False, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def _registry(bench: Bench) -> Registry:
+    """A registry of its own for each recipe and order; the KP bank is trained once for all of them."""
+    seed = bench.recipe.seed
+    kp = bench.out / "ours" / f"kp-{seed}"
+    if not (kp / "domains" / GENERAL).is_dir():
+        Registry.init(kp, training=TrainingConfig(seed=seed), on_progress=bench.on_progress)
+    names = [domain.name for domain in bench.domains]
+    store = bench.out / "ours" / digest([asdict(bench.recipe), names])
+    if not store.is_dir():
+        unfinished = store.with_suffix(".unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(kp, unfinished)
+        unfinished.rename(store)
+    return Registry.open(store)
+
+
+def _added(registry: Registry, bench: Bench, book: ScoreBook, domain: Domain) -> dict[str, Any]:
+    """Adds a domain unless it is stored; what was found right afterwards is kept beside the store."""
+    notes = registry.store.path.with_suffix(".json")
+    known: dict[str, Any] = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
+    if domain.name not in known:
+        if not registry.store.versions(domain.name):
+            assert domain.source is not None
+            registry.add_domain(domain.name, data=[domain.source], training=bench.recipe, on_progress=bench.on_progress)
+        manifest = registry.manifest(domain.name)
+        found = {"lender": manifest.train["warm_start"], "drift": manifest.proof["drift"]}
+        found["explicit"] = book.cell(_explicit(registry, domain, "when added"), domain, with_questions=False)
+        known[domain.name] = found
+        notes.write_text(json.dumps(known), encoding="utf-8")
+    return dict(known[domain.name])
+
+
+def _finals(
+    registry: Registry, bench: Bench, book: ScoreBook, domain: Domain, routed: Scored, *, is_last: bool
+) -> dict[str, Any]:
+    """After the last step: every domain alone and explicit, and how often the router is right."""
+    if not is_last:
+        return {}
+    model: Any = routed.build()
+    found: dict[str, Any] = {"alone": {}, "explicit_at_the_end": {}, "routed_right": {}}
+    for each in bench.domains:
+        found["alone"][each.name] = book.cell(_alone(registry, each), each, with_questions=True)
+        explicit = _explicit(registry, each, f"after {domain.name}")
+        found["explicit_at_the_end"][each.name] = book.cell(explicit, each, with_questions=True)
+        found["routed_right"][each.name] = routed_right(model, bench.base, each.name, each.texts)
+    packs = read_packs(registry.store, registry.plan("+".join(each.name for each in bench.domains)))
+    return found | {"order_invariance": order_invariance([pack.statistics for pack in packs])}
+
+
+def _explicit(registry: Registry, domain: Domain, when: str) -> Scored:
+    """KP and one domain; scored again at another time, it has another id."""
+    return Scored(f"{_id(registry, [domain.name], code_version())} {when}", lambda: registry.compose(domain.name))
+
+
+def _alone(registry: Registry, domain: Domain) -> Scored:
+    def build() -> nn.Module:
+        model = registry.compose(domain.name)
+        routing_of(model).fixed = torch.tensor([0.0, 1.0])
+        return model
+
+    return Scored(f"{_id(registry, [domain.name], code_version())} alone", build)
+
+
+def _id(registry: Registry, names: list[str], version: str) -> str:
+    """A composition's id: its packs and the code that composes and routes."""
+    digests = [registry.manifest(name).digest for name in (GENERAL, *names)]
+    return f"ours-{digest(digests)} {version}"

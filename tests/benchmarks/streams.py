@@ -1,0 +1,108 @@
+"""Streams of domains, and the text that scores them: read once, cut to size, the same for every method.
+
+A   medicine, legal, finance, math        running text
+B   the ten domains of CLINC150           an utterance, and its intent as text, among the domain's 15
+C   medquad, cuad, banking, gsm8k         questions of four kinds, and their answers
+
+Every method trains on what `registry add-domain` would train on: the rows of the training file without those that it
+holds out by their content.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lorary.domains.corpus import read_examples, split
+from lorary.domains.example import Example
+from lorary.registry.domain_data import HELD_OUT, general_examples
+
+TEXT = {name: f"{name}/lm" for name in ("medicine", "legal", "finance", "math")}
+INTENTS = {
+    name: f"clinc150/{name}"
+    for name in (
+        "banking",
+        "credit_cards",
+        "kitchen_and_dining",
+        "home",
+        "auto_and_commute",
+        "travel",
+        "utility",
+        "work",
+        "small_talk",
+        "meta",
+    )
+}
+TASKS = {
+    "medquad": "medicine/medquad_qa",
+    "cuad": "legal/cuad_clause_type",
+    "banking": "finance/banking77",
+    "gsm8k": "math/gsm8k",
+}
+STREAMS = {"A": TEXT, "B": INTENTS, "C": TASKS}
+GENERAL_COLUMNS = ("general", "bundled")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Domain:
+    """One domain of a stream, or general text that is only measured."""
+
+    name: str
+    source: Path | None  # what is trained on; None for general text
+    texts: tuple[Example, ...]  # scored in bits per byte of what is to be learned
+    questions: tuple[Example, ...] = ()  # scored by accuracy
+
+    def training_examples(self) -> list[Example]:
+        """The rows that are trained on."""
+        assert self.source is not None
+        return split(list(read_examples([self.source])), HELD_OUT)[0]
+
+
+def read_stream(
+    name: str, data: Path, *, order: str, domains: int | None, max_bytes: int, questions: int
+) -> list[Domain]:
+    """The domains of a stream in the order in which they are learned.
+
+    Args:
+        data: The folder that holds the files.
+        order: `forward` or `reverse`.
+        domains: Only the first so many.
+        max_bytes: Of the text that scores a domain.
+        questions: So many score a domain by accuracy.
+    """
+    chosen = list(STREAMS[name].items())[:domains]
+    found = [_read_domain(domain, data, path, max_bytes=max_bytes, questions=questions) for domain, path in chosen]
+    return found[::-1] if order == "reverse" else found
+
+
+def general_columns(data: Path, *, max_bytes: int) -> list[Domain]:
+    """General text: from the same source as the base's own, and the held-out part of the bundled corpus."""
+    texts = _spread(list(read_examples([data / "general" / "lm.test.jsonl"])), max_bytes)
+    bundled = _spread(general_examples(), max_bytes)
+    return [
+        Domain(name=name, source=None, texts=tuple(examples))
+        for name, examples in zip(GENERAL_COLUMNS, (texts, bundled), strict=True)
+    ]
+
+
+def _read_domain(name: str, data: Path, path: str, *, max_bytes: int, questions: int) -> Domain:
+    test = list(read_examples([data / f"{path}.test.jsonl"]))
+    labels = data / f"{path}.labels.json"
+    asked = [example for example in test if example.choices]
+    if labels.is_file() and not asked:
+        choices = tuple(json.loads(labels.read_text(encoding="utf-8")))
+        asked = [replace(example, choices=choices) for example in test]
+    step = max(1, len(asked) // questions) if questions else 1
+    return Domain(
+        name=name,
+        source=data / f"{path}.train.jsonl",
+        texts=tuple(_spread(test, max_bytes)),
+        questions=tuple(asked[::step][:questions]),
+    )
+
+
+def _spread(examples: Sequence[Example], max_bytes: int) -> list[Example]:
+    """Examples from the whole file, evenly, that together stay within so many bytes of text."""
+    total = sum(len(example.text.encode()) for example in examples)
+    step = max(1, round(total / max_bytes))
+    return list(examples[::step])
