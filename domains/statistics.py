@@ -25,6 +25,7 @@ from .errors import IncompatibleError
 
 LEAST_COUNT = 5  # rarer tokens are dropped
 MOST_FEATURES = 256
+MOST_TOKENS = 1 << 22  # of a vocabulary; what is said of one is not believed beyond
 PROJECTION_SEED = 20260107
 
 
@@ -79,8 +80,15 @@ class DomainStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "DomainStatistics":
-        """The inverse of `tensors`."""
-        counts = torch.zeros(int(tensors["vocabulary"].item()), dtype=torch.int64)
+        """The inverse of `tensors`.
+
+        Raises:
+            KeyError, IndexError, RuntimeError, ValueError: The tensors do not fit together.
+        """
+        vocabulary = int(tensors["vocabulary"].item())
+        if not 1 <= vocabulary <= MOST_TOKENS:
+            raise ValueError(f"a vocabulary of {vocabulary} tokens; 1 to {MOST_TOKENS} are possible")
+        counts = torch.zeros(vocabulary, dtype=torch.int64)
         counts[tensors["token_ids"].long()] = tensors["token_counts"].long()
         return cls(counts, float(tensors["rows"].item()), tensors["feature_sum"], tensors["feature_outer"])
 

@@ -11,10 +11,12 @@ from ..adapters.attach import attach
 from ..adapters.router import DomainRouter, Tempers
 from ..adapters.stack import Stack
 from ..domains.errors import IntegrityError
+from .check_fit import check_fit
+from .check_pack import check_pack
 from .composing import Plan
 from .loaded_base import LoadedBase
 from .pack import DomainPack, read_pack
-from .saved_composition import PackFolder
+from .saved_composition import saved_pack
 from .store import Store
 
 
@@ -38,12 +40,27 @@ def read_packs(store: Store, plan: Plan) -> list[DomainPack]:
 
 
 def read_saved_packs(folder: Path, plan: Plan) -> list[DomainPack]:
-    """The packs of a saved composition's plan, from its own folder."""
-    return [read_pack(PackFolder(folder / "packs" / slot.name), slot.manifest) for slot in plan.slots]
+    """The packs of a saved composition's plan, from its own folder; nobody vouches for it, so they are proved.
+
+    Raises:
+        IntegrityError: One of them is not what it says, or has other files beside its own.
+    """
+    packs = []
+    for slot in plan.slots:
+        source = saved_pack(folder, slot.name)
+        source.check_nothing_else(slot.manifest)
+        packs.append(check_pack(source, slot.manifest))
+    return packs
 
 
 def compose_packs(plan: Plan, packs: list[DomainPack], base: LoadedBase) -> PreTrainedModel:
-    """The same from packs in memory, in the order of the plan's slots."""
+    """The same from packs in memory, in the order of the plan's slots.
+
+    Raises:
+        IntegrityError: A pack does not fit the base model.
+    """
+    for slot, pack in zip(plan.slots, packs, strict=True):
+        check_fit(pack, base, source=f"{slot.name}@{slot.manifest.version}")
     shares = torch.tensor([slot.prior for slot in plan.slots])
     names = tuple(slot.name for slot in plan.slots)
     stack = Stack(names=names, banks=tuple(pack.bank for pack in packs), static=plan.static)

@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 
 from ..adapters.composition import Composition
-from ..domains.errors import NotFoundError
+from ..domains.errors import IntegrityError, NotFoundError
 from .fingerprint import check_same_base
 from .manifest import BaseRecord, PackManifest
 from .store import Store
@@ -37,6 +37,12 @@ class Plan:
     composition: Composition
     slots: tuple[Slot, ...]  # the KP slot first
     static: bool
+
+    def __post_init__(self) -> None:
+        depths = {slot.name: len(slot.manifest.allocation["counts"]) for slot in self.slots}
+        if len(set(depths.values())) > 1:
+            listed = ", ".join(f"{name} {depth}" for name, depth in depths.items())
+            raise IntegrityError("These packs are for models of different depth.", cause=f"decoder layers: {listed}")
 
     @property
     def pinned(self) -> str:

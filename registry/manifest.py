@@ -15,13 +15,15 @@ from pathlib import PurePosixPath
 from typing import Any, Final
 
 from ..domains.errors import NotFoundError
-from ..domains.names import check_name
+from ..domains.names import WINDOWS_NAMES, check_name
 from .canonical import MAX_BYTES, JsonObject, canonical_json, parse_json
 from .digest import is_digest, sha256_of
 from .records import EXTRA, field_names, later, minor_of, record_from_json, record_to_json
 
 SCHEMA: Final = "lorary.pack/1"
 MANIFEST_FILE: Final = "lorary.json"  # the manifest's own name in a pack folder
+ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # at the root, and of an expert
+ROUTER_TENSORS, ROUTER_CONFIG = "router/router.safetensors", "router/router.json"
 ROLES: Final = ("domain", "preservation")
 METHODS: Final = ("lora", "rslora")
 MAX_PATH: Final = 255  # characters
@@ -193,10 +195,15 @@ def check_path(path: str) -> str:
     """Return the path of a pack file as it came.
 
     Raises:
-        ValueError: It is absolute, leads out of the pack, is too long or uses other signs than A-Z a-z 0-9 . _ - and /.
+        ValueError: It is absolute, leads out of the pack, is too long, uses other signs than A-Z a-z 0-9 . _ - and /,
+            or means something else on Windows.
     """
     parts = path.split("/")
-    is_plain = all(_PATH_PART.fullmatch(part) and part not in (".", "..") for part in parts)
+    is_plain = all(
+        # Windows drops a trailing point, and opens a device by its name whatever the ending
+        _PATH_PART.fullmatch(part) and part.rstrip(".") == part and part.partition(".")[0].lower() not in WINDOWS_NAMES
+        for part in parts
+    )
     _require(is_plain and len(path) <= MAX_PATH, "path", path)
     return path
 

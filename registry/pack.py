@@ -8,13 +8,10 @@ Bytes are verified against the manifest's digests before they are parsed. Tensor
 manifest are refused.
 """
 
-import json
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from ..adapters.bank import Expert, ExpertBank, LayerExperts, join
@@ -24,23 +21,21 @@ from ..domains.base_model import Anatomy
 from ..domains.errors import IncompatibleError, IntegrityError
 from ..domains.statistics import PROJECTION_SEED, DomainStatistics
 from .canonical import canonical_json, parse_json
-from .manifest import ExpertRecord, PackManifest
+from .manifest import (
+    ADAPTER_CONFIG,
+    ADAPTER_TENSORS,
+    ROUTER_CONFIG,
+    ROUTER_TENSORS,
+    ExpertRecord,
+    PackManifest,
+)
+from .pack_source import PackSource
 from .peft_config import bank_config, expert_config, parse_key, tensor_key
-
-ROUTER_TENSORS, ROUTER_CONFIG = "router/router.safetensors", "router/router.json"
-ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+from .tensor_file import load_tensors, save_tensors
 
 ROUTER_SCHEMA = "lorary.router/1"
 
 PackFiles = dict[str, tuple[bytes, str]]  # path to bytes and kind
-
-
-class PackSource(Protocol):
-    """Whatever the verified bytes of a pack's files can be read from: a store, or a folder."""
-
-    def read(self, manifest: PackManifest, path: str) -> bytes:
-        """The bytes of one file, checked against the manifest's digest."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +56,11 @@ def pack_files(pack: DomainPack, *, anatomy: Anatomy, base_id: str, revision: st
         folder = f"experts/{expert.id}"
         config = expert_config(pack.bank, expert, anatomy=anatomy, base_id=base_id, revision=revision)
         files[f"{folder}/{ADAPTER_CONFIG}"] = (canonical_json(config), "expert")
-        files[f"{folder}/{ADAPTER_TENSORS}"] = (_save(_expert_tensors(pack.bank, expert, anatomy)), "expert")
+        files[f"{folder}/{ADAPTER_TENSORS}"] = (save_tensors(_expert_tensors(pack.bank, expert, anatomy)), "expert")
     config = bank_config(pack.bank, anatomy=anatomy, base_id=base_id, revision=revision)
     files[ADAPTER_CONFIG] = (canonical_json(config), "adapter")
-    files[ADAPTER_TENSORS] = (_save(_merged_tensors(pack.bank, anatomy)), "adapter")
-    files[ROUTER_TENSORS] = (_save(_router_tensors(pack)), "router")
+    files[ADAPTER_TENSORS] = (save_tensors(_merged_tensors(pack.bank, anatomy)), "adapter")
+    files[ROUTER_TENSORS] = (save_tensors(_router_tensors(pack)), "router")
     files[ROUTER_CONFIG] = (canonical_json(_router_config(pack, anatomy)), "router")
     return files
 
@@ -77,13 +72,12 @@ def read_pack(files: PackSource, manifest: PackManifest) -> DomainPack:
         IntegrityError: A file differs from its digest, or tensors do not fit the manifest.
     """
     source = f"{manifest.name}@{manifest.version}"
-    router = _load(files.read(manifest, ROUTER_TENSORS), source)
+    router = _load(files, manifest, ROUTER_TENSORS)
     config = parse_json(files.read(manifest, ROUTER_CONFIG), source=f"{source}: {ROUTER_CONFIG}")
     _check_router_config(config, source)
     bank = ExpertBank()
     for record in manifest.experts:
-        path = f"experts/{record.id}/{ADAPTER_TENSORS}"
-        _add_expert(bank, record, _load(files.read(manifest, path), source), source)
+        _add_expert(bank, record, _load(files, manifest, f"experts/{record.id}/{ADAPTER_TENSORS}"), source)
     _add_gates(bank, router, width=config["feature_width"], source=source)
     return DomainPack(
         bank=bank,
@@ -215,8 +209,8 @@ def _add_expert(bank: ExpertBank, record: ExpertRecord, tensors: dict[str, Tenso
     for key, tensor in tensors.items():
         index, target, letter = parse_key(key, source=source)
         rank = tensor.shape[0 if letter == "A" else -1] if tensor.ndim == 2 else -1
-        if rank != record.rank:
-            cause = f"{key} has shape {tuple(tensor.shape)}, the manifest says rank {record.rank}"
+        if rank != record.rank or not tensor.is_floating_point():
+            cause = f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}, the manifest says rank {record.rank}"
             raise IntegrityError(f"Expert {record.id} of {source} does not fit its manifest.", cause=cause)
         layers.setdefault(index, {}).setdefault(target, {})[letter] = tensor
     if sorted(layers) != list(record.layers) or any(len(p) != 2 for t in layers.values() for p in t.values()):
@@ -227,6 +221,7 @@ def _add_expert(bank: ExpertBank, record: ExpertRecord, tensors: dict[str, Tenso
         cause = f"the manifest says {record.parameters} parameters, the file has {size}"
         raise IntegrityError(f"Expert {record.id} of {source} does not fit its manifest.", cause=cause)
     for index, pairs in layers.items():
+        _check_widths(bank.layers.get(index), pairs, where=f"Expert {record.id} of {source}, layer {index}")
         new = LayerExperts(
             experts=(expert,),
             A={target: pair["A"] for target, pair in pairs.items()},
@@ -235,6 +230,17 @@ def _add_expert(bank: ExpertBank, record: ExpertRecord, tensors: dict[str, Tenso
             rank_gate=None,
         )
         bank.layers[index] = join(bank.layers[index], new) if index in bank.layers else new
+
+
+def _check_widths(layer: LayerExperts | None, pairs: dict[str, dict[str, Tensor]], *, where: str) -> None:
+    """The experts of a layer extend the same modules."""
+    for target, pair in pairs.items():
+        if layer is not None and target in layer.A:
+            expected = layer.A[target].shape[1], layer.B[target].shape[0]
+            found = pair["A"].shape[1], pair["B"].shape[0]
+            if found != expected:
+                cause = f"{target} is {found[0]} wide in and {found[1]} out, another expert's {expected}"
+                raise IntegrityError(f"{where}, does not fit the others.", cause=cause)
 
 
 def _add_gates(bank: ExpertBank, router: dict[str, Tensor], *, width: int, source: str) -> None:
@@ -251,16 +257,5 @@ def _add_gates(bank: ExpertBank, router: dict[str, Tensor], *, width: int, sourc
         layer.expert_gate = expert_gate
 
 
-def _save(tensors: dict[str, Tensor]) -> bytes:
-    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"})
-
-
-def _load(data: bytes, source: str) -> dict[str, Tensor]:
-    try:
-        tensors = load(data)
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise IntegrityError(f"A tensor file of {source} cannot be read.", cause=str(error)) from error
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise IntegrityError(f"A tensor of {source} has values that are not finite.", cause=f"in {name}")
-    return dict(sorted(tensors.items()))  # safetensors gives them in another order each time
+def _load(files: PackSource, manifest: PackManifest, path: str) -> dict[str, Tensor]:
+    return load_tensors(files.read(manifest, path), source=f"{manifest.name}@{manifest.version}: {path}")

@@ -13,12 +13,14 @@ from pathlib import Path
 from ..adapters.composition import Composition
 from ..domains.errors import ConflictError, IntegrityError, NotFoundError
 from ..domains.names import check_name
-from .canonical import JsonObject, canonical_json, parse_json
+from .canonical import MAX_BYTES, JsonObject, canonical_json, parse_json
+from .check_manifest import check_manifest
 from .composing import Plan, Slot
 from .digest import sha256_of
 from .files import make_folder, write_atomic
 from .fingerprint import check_same_base
 from .manifest import MANIFEST_FILE, BaseRecord, PackManifest
+from .pack_source import PackFolder, read_plain
 from .records import minor_of, record_from_json
 from .store import Store
 
@@ -60,28 +62,6 @@ class SavedRecord:
             raise ValueError(f"slots are {', '.join(found) or 'none'}, expected {', '.join(expected)}")
         if not self.static and not all(slot.prior > 0 for slot in self.slots):
             raise ValueError("prior cannot be 0 where the composition routes")
-
-
-class PackFolder:
-    """A pack as a plain folder, read like a store."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def read(self, manifest: PackManifest, path: str) -> bytes:
-        """The verified bytes of one file."""
-        wanted = manifest.file(path)
-        try:
-            data = (self.folder / path).read_bytes()
-        except OSError as error:
-            raise IntegrityError(f"{self.folder / path} is missing.", cause=str(error)) from error
-        if sha256_of(data) != wanted.sha256:
-            raise IntegrityError(
-                f"{self.folder / path} differs from its manifest.",
-                cause=f"expected {wanted.sha256}, found {sha256_of(data)}",
-                fix="save the composition again: registry compose ... --out FOLDER",
-            )
-        return data
 
 
 def save_composition(store: Store, plan: Plan, out: Path) -> Path:
@@ -130,32 +110,40 @@ def open_plan(folder: Path, *, base: BaseRecord) -> Plan:
     slots = []
     for slot in record.slots:
         manifest = _read_manifest(folder, slot)
+        check_manifest(manifest)
         check_same_base(wanted=manifest.base, found=base, what=f"{manifest.name}@{manifest.version}")
         slots.append(Slot(manifest=manifest, prior=slot.prior))
-    return Plan(composition=Composition.parse(record.composition), slots=tuple(slots), static=record.static)
+    plan = Plan(composition=Composition.parse(record.composition), slots=tuple(slots), static=record.static)
+    if plan.pinned != record.pinned:
+        cause = f"{COMPOSITION_FILE} says {record.pinned[:255]!r}, its packs are {plan.pinned!r}"
+        raise IntegrityError(f"The saved composition {folder} was changed.", cause=cause)
+    return plan
+
+
+def saved_pack(folder: Path, name: str) -> PackFolder:
+    """The pack of one slot of a saved composition."""
+    return PackFolder(folder / "packs" / name)
 
 
 def _read_record(folder: Path) -> SavedRecord:
     path = folder / COMPOSITION_FILE
-    try:
-        document = parse_json(path.read_bytes(), source=str(path))
-    except FileNotFoundError as error:
-        raise NotFoundError(f"There is no saved composition in {folder}.") from error
+    if not path.exists():
+        raise NotFoundError(f"There is no saved composition in {folder}.")
+    document = parse_json(read_plain(folder, COMPOSITION_FILE, limit=MAX_BYTES), source=str(path))
     schema = document.get("schema") if isinstance(document, dict) else None
     minor = minor_of(schema, known=SCHEMA, source=str(path))
     return record_from_json(SavedRecord, document, source=str(path), keeps_unknown=minor > 0)
 
 
 def _read_manifest(folder: Path, slot: SavedSlot) -> PackManifest:
-    path = folder / "packs" / slot.name / MANIFEST_FILE
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise IntegrityError(f"{path} is missing.", cause=str(error)) from error
+    path = f"packs/{slot.name}/{MANIFEST_FILE}"
+    data = read_plain(folder, path, limit=MAX_BYTES)
     if sha256_of(data) != slot.manifest:
         cause = f"expected {slot.manifest}, found {sha256_of(data)}"
         raise IntegrityError(f"The manifest of {slot.name} in {folder} was changed.", cause=cause)
-    manifest = PackManifest.from_json(data, source=str(path))
+    manifest = PackManifest.from_json(data, source=str(folder / path))
     if manifest.name != slot.name:
-        raise IntegrityError(f"{path} is the manifest of another pack.", cause=f"its name is {manifest.name!r}")
+        raise IntegrityError(
+            f"{folder / path} is the manifest of another pack.", cause=f"its name is {manifest.name!r}"
+        )
     return manifest

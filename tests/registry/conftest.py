@@ -3,16 +3,18 @@
 torch is imported inside the fixtures, so that tests of files without torch start fast.
 """
 
+import copy
 import json
 import random
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from lorary.registry.canonical import canonical_json
 from lorary.registry.digest import sha256_of
 from lorary.registry.manifest import BaseRecord, ExpertRecord, PackManifest
 
@@ -175,6 +177,48 @@ def rewrite() -> "Callable[..., PackManifest]":
         return altered
 
     return change_file
+
+
+@dataclass(frozen=True)
+class LoosePack:
+    """A pack in memory that a test may change at will; `sealed` makes the manifest's digests agree with the bytes."""
+
+    manifest: dict[str, Any]
+    files: dict[str, bytes]
+
+    def with_files(self, **files: bytes | None) -> "LoosePack":
+        kept = {path: data for path, data in (self.files | files).items() if data is not None}
+        return LoosePack(self.manifest, kept)
+
+    def with_manifest(self, change: Callable[[dict[str, Any]], Any]) -> "LoosePack":
+        manifest = copy.deepcopy(self.manifest)
+        change(manifest)
+        return LoosePack(manifest, self.files)
+
+    def sealed(self) -> tuple[PackManifest, Any]:
+        from lorary.registry.pack_source import PackBytes
+
+        kinds = {file["path"]: file["kind"] for file in self.manifest["files"]}
+        files = [
+            {"path": path, "size": len(data), "sha256": sha256_of(data), "kind": kinds.get(path, "router")}
+            for path, data in sorted(self.files.items())
+        ]
+        data = canonical_json(self.manifest | {"files": files})
+        return PackManifest.from_json(data, source="hostile"), PackBytes(self.files)
+
+
+@pytest.fixture(scope="session")
+def loose(whole: "Registry") -> Callable[..., LoosePack]:
+    """`loose("cooking")` is a stored pack in memory; `loose(manifest=.., files=..)` is one of these parts."""
+
+    def take_out(name: str = "cooking", **parts: Any) -> LoosePack:
+        if parts:
+            return LoosePack(**parts)
+        manifest = whole.manifest(name)
+        files = {file.path: whole.store.read(manifest, file.path) for file in manifest.files}
+        return LoosePack(json.loads(manifest.to_json()), files)
+
+    return take_out
 
 
 def _copy_with(store: Path, name: str, texts: dict[str, Path], short_run: Callable[..., dict[str, Any]]) -> Path:

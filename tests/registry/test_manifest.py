@@ -170,7 +170,8 @@ def test_good_path_is_returned_as_it_came(path):
 
 @pytest.mark.parametrize(
     "path",
-    ["", "/a", "a/", "a//b", "..", "a/../b", ".", "./a", "a\\b", "C:/a", "a b", "é", "a\n", "a\0", "~/a", "a" * 256],
+    ["", "/a", "a/", "a//b", "..", "a/../b", ".", "./a", "a\\b", "C:/a", "a b", "é", "a\n", "a\0", "~/a", "a" * 256]
+    + ["a.", "a./b", "...", "a ", "CON", "nul.json", "a/Com1.txt/b", "//server/share", "\\\\server\\share", "a:stream"],
 )
 def test_path_that_leads_elsewhere_is_refused(path):
     with pytest.raises(ValueError, match="path cannot be"):

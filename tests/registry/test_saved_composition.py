@@ -11,6 +11,8 @@ import torch
 
 from lorary.domains.errors import ConflictError, IncompatibleError, IntegrityError, LoraryError
 from lorary.registry import Registry
+from lorary.registry.canonical import canonical_json
+from lorary.registry.digest import sha256_of
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +164,73 @@ def test_it_is_refused_over_another_base(
         other.compose(str(saved))
 
     assert caught.value.exit_code == 6
+
+
+# --- whoever alters a folder can make the digests agree ---
+
+
+@pytest.fixture
+def reseal() -> Callable[..., None]:
+    """`reseal(folder, "cooking", pack)` puts an altered pack into a saved composition; all digests agree."""
+
+    def put(folder: Path, name: str, pack: Any) -> None:
+        manifest, source = pack.sealed()
+        for path, data in [*source.files.items(), ("lorary.json", manifest.to_json())]:
+            (folder / "packs" / name / path).write_bytes(data)
+        document = json.loads((folder / "composition.json").read_text(encoding="utf-8"))
+        for slot in document["slots"]:
+            if slot["name"] == name:
+                slot["manifest"] = sha256_of(manifest.to_json())
+        (folder / "composition.json").write_text(json.dumps(document), encoding="utf-8")
+
+    return put
+
+
+def test_a_pack_that_was_altered_and_sealed_again_is_refused(
+    saved: Path, whole: Registry, loose: Any, reseal: Any
+) -> None:
+    pack = loose("cooking")
+    config = json.loads(pack.files["experts/e0/adapter_config.json"])
+    altered = canonical_json(config | {"lora_alpha": 800.0})
+    reseal(saved, "cooking", pack.with_files(**{"experts/e0/adapter_config.json": altered}))
+
+    with pytest.raises(IntegrityError, match="no sound pack"):
+        whole.compose(str(saved))
+
+
+def test_a_pack_that_is_sealed_again_unchanged_composes(saved: Path, whole: Registry, loose: Any, reseal: Any) -> None:
+    reseal(saved, "cooking", loose("cooking"))
+
+    assert whole.compose(str(saved))
+
+
+def test_a_pack_for_a_deeper_model_is_refused_by_its_plan(
+    saved: Path, whole: Registry, loose: Any, reseal: Any
+) -> None:
+    reseal(saved, "cooking", loose("cooking").with_manifest(lambda m: m["allocation"]["counts"].append(0)))
+
+    with pytest.raises(IntegrityError, match="different depth"):
+        whole.plan(str(saved))
+
+
+def test_another_version_than_was_pinned_is_refused(saved: Path, whole: Registry, loose: Any, reseal: Any) -> None:
+    reseal(saved, "cooking", loose("cooking").with_manifest(lambda m: m.update(version=2)))
+
+    with pytest.raises(IntegrityError, match="was changed"):
+        whole.plan(str(saved))
+
+
+@pytest.mark.parametrize("place", ["packs/cooking", "packs/cooking/experts/e0"])
+def test_a_file_beside_those_of_a_pack_is_refused(place: str, saved: Path, whole: Registry) -> None:
+    (saved / place / "adapter_model.bin").write_bytes(b"")
+
+    with pytest.raises(IntegrityError, match="more than its manifest names"):
+        whole.compose(str(saved))
+
+
+def test_links_are_not_followed(saved: Path, whole: Registry) -> None:
+    (saved / "composition.json").rename(saved.parent / "elsewhere")
+    (saved / "composition.json").symlink_to(saved.parent / "elsewhere")
+
+    with pytest.raises(IntegrityError):
+        whole.compose(str(saved))
