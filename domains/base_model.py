@@ -73,7 +73,7 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
     """
     config = model.config.get_text_config()
     for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and _linears(module[0]):
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and linear_modules(module[0]):
             decoder = path.rpartition(".")[0]
             transposed = any(isinstance(part, Conv1D) for part in module[0].modules())
             return Anatomy(decoder, path, len(module), config.hidden_size, transposed)
@@ -92,7 +92,7 @@ def target_modules(model: PreTrainedModel, anatomy: Anatomy, names: tuple[str, .
         InputError: A name fits no linear module of a decoder layer.
     """
     layers: Any = model.get_submodule(anatomy.layers)
-    found = list(dict.fromkeys(path for layer in layers for path in _linears(layer)))
+    found = list(dict.fromkeys(path for layer in layers for path in linear_modules(layer)))
     if names is None:
         return tuple(found)
     known = {path.rpartition(".")[2] for path in found}
@@ -103,6 +103,11 @@ def target_modules(model: PreTrainedModel, anatomy: Anatomy, names: tuple[str, .
             fix=f"choose among: {', '.join(sorted(known))}",
         )
     return tuple(path for path in found if path.rpartition(".")[2] in names)
+
+
+def linear_modules(module: nn.Module) -> list[str]:
+    """Paths of the linear modules in a module, in order."""
+    return [path for path, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)]
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
@@ -141,10 +146,6 @@ def bind_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, An
     """The arguments of a module's forward by name, however they were passed."""
     bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     return {**bound, **bound.get("kwargs", {})}
-
-
-def _linears(layer: nn.Module) -> list[str]:
-    return [path for path, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
 
 class _LayerReachedError(Exception):
