@@ -90,6 +90,18 @@ class Composition:
         return "+".join(str(term) for term in self.terms)
 
 
+def parse_reference(text: str) -> tuple[str, str | None]:
+    """Name and selector of one version: `medicine`, `medicine@2`, `medicine@production`.
+
+    Raises:
+        InputError: It names several domains, or weighs one.
+    """
+    terms = Composition.parse(text).terms
+    if len(terms) != 1 or terms[0].weight is not None:
+        raise InputError(f"{text!r} does not name one version.", fix="write NAME, NAME@2 or NAME@ALIAS")
+    return terms[0].name, terms[0].selector
+
+
 def _canonical(terms: tuple[Term, ...]) -> tuple[Term, ...]:
     """General first, others by name; a bare `general` beside others says nothing and goes."""
     names = [term.name for term in terms]

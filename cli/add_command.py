@@ -1,5 +1,6 @@
 """`registry add-domain`: new experts for a domain, everything older frozen and proved so."""
 
+import shlex
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,9 +12,10 @@ from .opening import open_registry
 from .options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, sources, takes_groups
 from .page import Cell, Page, Part, Span, cell, facts, line, title
 from .plan import plan_addition
-from .watch import watch
+from .watch import Watch, watch
 
 if TYPE_CHECKING:
+    from ..domains.prototypes import Neighbour
     from ..registry.add_domain import AddedDomain
 
 Name = Annotated[
@@ -47,13 +49,29 @@ def add_domain(
         output.hint(str(plan))
     with watch("loading the base model", as_json=as_json) as watching:
         added = registry.add_domain(
-            name, data=files, bank=shape, training=training.config(), on_progress=watching.on_progress
+            name,
+            data=files,
+            bank=shape,
+            training=training.config(),
+            on_neighbours=lambda found: _point_out(found, watching, data or [], as_json=as_json),
+            on_progress=watching.on_progress,
         )
-    output.show(added_page(added), command="add-domain", as_json=as_json)
+    output.show(added_page(added, data or []), command="add-domain", as_json=as_json)
 
 
-def added_page(added: "AddedDomain") -> Page:
-    """What adding the domain brought."""
+def _point_out(found: "list[Neighbour]", watching: Watch, data: list[str], *, as_json: bool) -> None:
+    """Tells, before training begins, of a stored domain whose text is nearly the same; the run goes on."""
+    from ..domains.prototypes import near_duplicate
+
+    twin = near_duplicate(found)
+    if twin and as_json:
+        output.tell_json({"near_duplicate": _twin_data(twin, data)})
+    elif twin:
+        watching.say(_twin_text(twin, data))
+
+
+def added_page(added: "AddedDomain", data: list[str]) -> Page:
+    """What adding the domain brought; `data` is how the command named its files."""
     manifest = added.manifest
     optional: list[tuple[str, Cell | None]] = [
         ("loss", of.loss(manifest)),
@@ -73,27 +91,35 @@ def added_page(added: "AddedDomain") -> Page:
         *((label, value) for label, value in optional if value),
     ]
     return Page(
-        data=_data(added),
-        blocks=(title(f"{manifest.name} is added", *_warning(added)), facts(rows), of.scores(manifest)),
+        data=_data(added, data),
+        blocks=(title(f"{manifest.name} is added", *_warning(added, data)), facts(rows), of.scores(manifest)),
         hints=(f'Try it: registry compose {manifest.name} --prompt "..."',),
     )
 
 
-def near_duplicate(added: "AddedDomain") -> str | None:
-    """The older domain that is probably the same, if there is one."""
-    near = [name for name, similarity in added.neighbours if similarity >= of.NEAR_DUPLICATE]
-    return near[0] if near else None
+def _warning(added: "AddedDomain", data: list[str]) -> tuple[Part, ...]:
+    twin = added.near_duplicate
+    return line("\n", Span(_twin_text(twin, data), "warn")) if twin else ()
 
 
-def _warning(added: "AddedDomain") -> tuple[Part, ...]:
-    twin = near_duplicate(added)
-    if twin is None:
-        return ()
-    return line("\n", Span(f"Its text is nearly that of {twin}: is it the same domain?", "warn"))
+def _twin_text(twin: "Neighbour", data: list[str]) -> str:
+    return (
+        f"Its text is nearly that of {twin.name} ({twin.similarity:.2f}). "
+        f"To teach {twin.name} this text instead:\n{_retrain_command(twin, data)}"
+    )
 
 
-def _data(added: "AddedDomain") -> dict[str, object]:
-    manifest = added.manifest
+def _twin_data(twin: "Neighbour", data: list[str]) -> dict[str, object]:
+    return {"name": twin.name, "similarity": round(twin.similarity, 5), "instead": _retrain_command(twin, data)}
+
+
+def _retrain_command(twin: "Neighbour", data: list[str]) -> str:
+    given = [word for source in data for word in ("--data", source)] or ["--data", "FILE"]
+    return shlex.join(["registry", "retrain", twin.name, *given])
+
+
+def _data(added: "AddedDomain", data: list[str]) -> dict[str, object]:
+    manifest, twin = added.manifest, added.near_duplicate
     return {
         "name": manifest.name,
         "version": manifest.version,
@@ -102,8 +128,8 @@ def _data(added: "AddedDomain") -> dict[str, object]:
         "experts_per_layer": list(manifest.allocation["counts"]),
         "scores": added.scores.as_json(),
         "drift": asdict(added.drift),
-        "neighbours": [{"name": name, "similarity": round(near, 5)} for name, near in added.neighbours],
-        "near_duplicate": near_duplicate(added),
+        "neighbours": [{"name": n.name, "similarity": round(n.similarity, 5)} for n in added.neighbours],
+        "near_duplicate": _twin_data(twin, data) if twin else None,
         "warm_start": added.lender,
         "resumed_from": added.resumed_from,
         "losses": manifest.train["losses"],

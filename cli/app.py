@@ -12,6 +12,7 @@ from .init_command import init
 from .look_commands import list_domains, show, version
 from .measure_commands import evaluate, route
 from .quickstart_command import quickstart
+from .retrain_command import retrain
 from .version_commands import alias, log, remove, restore
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ COMMANDS = {
     "quickstart": quickstart,
     "init": init,
     "add-domain": add_domain,
+    "retrain": retrain,
     "list": list_domains,
     "show": show,
     "log": log,

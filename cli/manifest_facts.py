@@ -9,11 +9,11 @@ from .numbers import bits, brief, duration, exact, percent, plural, short
 from .page import Cell, Line, Part, Span, Table, cell, faint, line, table
 
 if TYPE_CHECKING:
+    from ..domains.prototypes import Neighbour
     from ..registry.manifest import PackManifest
 
 GENERAL = "general"
 SCORES = ("BITS/BYTE", "BASE", "OWN EXPERTS", "ROUTED", "95 %", "ORACLE GAIN")  # the last: the share of it that is kept
-NEAR_DUPLICATE = 0.95  # similarity of prototypes from which two domains are probably one
 
 
 def reference(manifest: "PackManifest") -> str:
@@ -168,9 +168,9 @@ def drift(manifest: "PackManifest") -> Cell | None:
     return cell(line(text, flipped))
 
 
-def neighbours(found: Iterable[tuple[str, float]]) -> Cell | None:
+def neighbours(found: "Iterable[Neighbour]") -> Cell | None:
     """The stored domains that are most like it."""
-    nearest = [f"{name} {similarity:.2f}" for name, similarity in list(found)[:5] if is_name(name)]
+    nearest = [f"{near.name} {near.similarity:.2f}" for near in list(found)[:5] if is_name(near.name)]
     return cell(", ".join(nearest)) if nearest else None
 
 

@@ -58,7 +58,8 @@ Dtype = Annotated[
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="At most so many tokens are written.")]
 
 
-def _bank(text: str, *names: str, **more: Any) -> Any:
+def shape_option(text: str, *names: str, **more: Any) -> Any:
+    """An option that shapes new experts."""
     return typer.Option(*names, help=text, rich_help_panel=_BANK, **{"metavar": "N", **more})
 
 
@@ -75,20 +76,24 @@ def sources(data: list[str] | None) -> "list[Source]":
 class BankOptions:
     """What the new experts look like."""
 
-    rank: Annotated[int, _bank("Rank of each expert.", min=1)] = BankConfig.rank
-    alpha: Annotated[float, _bank("Scale of each expert: alpha / rank.")] = BankConfig.alpha
-    experts: Annotated[float, _bank("Experts a layer, on average over the layers that have any.")] = BankConfig.experts
+    rank: Annotated[int, shape_option("Rank of each expert.", min=1)] = BankConfig.rank
+    alpha: Annotated[float, shape_option("Scale of each expert: alpha / rank.")] = BankConfig.alpha
+    experts: Annotated[float, shape_option("Experts a layer, on average over the layers that have any.")] = (
+        BankConfig.experts
+    )
     schedule: Annotated[
         Literal["linear", "quarters", "uniform", "data"],
-        _bank("How their number grows with depth; data measures it.", metavar="linear|quarters|uniform|data"),
+        shape_option("How their number grows with depth; data measures it.", metavar="linear|quarters|uniform|data"),
     ] = "linear"
     targets: Annotated[
         str | None,
-        _bank("Linear modules to extend, such as q_proj,v_proj.", metavar="NAMES", show_default="all of them"),
+        shape_option("Linear modules to extend, such as q_proj,v_proj.", metavar="NAMES", show_default="all of them"),
     ] = None
-    no_rank_gates: Annotated[bool, _bank("Leave out the gate of each rank.", "--no-rank-gates", metavar="")] = False
+    no_rank_gates: Annotated[bool, shape_option("Leave out the gate of each rank.", "--no-rank-gates", metavar="")] = (
+        False
+    )
     method: Annotated[
-        Literal["lora", "rslora"], _bank("Scale by alpha / rank, or alpha / sqrt(rank).", metavar="lora|rslora")
+        Literal["lora", "rslora"], shape_option("Scale by alpha / rank, or alpha / sqrt(rank).", metavar="lora|rslora")
     ] = "lora"
 
     def config(self) -> BankConfig:

@@ -25,7 +25,8 @@ Written by `python -m lorary.cli.reference` from the help texts: change those, n
   `~/.local/share/lorary`.
 - `$NO_COLOR` takes colours away, `$FORCE_COLOR` draws tables although stdout is no terminal, `LORARY_DEBUG=1` shows
   tracebacks and the warnings of the libraries below.
-- **Interrupted** work (Ctrl-C) stores no version. `init`, `add-domain` and `quickstart` resume when they are repeated.
+- **Interrupted** work (Ctrl-C) stores no version. `init`, `add-domain`, `retrain` and `quickstart` resume when they are
+  repeated.
 """
 
 

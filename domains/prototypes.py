@@ -17,6 +17,7 @@ from torch import Tensor
 
 MOST_PROTOTYPES = 16
 BLOCKS_PER_PROTOTYPE = 4
+NEAR_DUPLICATE = 0.95  # similarity from which two domains are probably one
 SEED = 1234
 
 
@@ -26,6 +27,11 @@ class Neighbour:
 
     name: str
     similarity: float  # mean cosine of the text's prototypes to the domain's nearest ones, in [-1, 1]
+
+
+def near_duplicate(neighbours: Sequence[Neighbour]) -> Neighbour | None:
+    """The nearest domain, if its text is so like that it is probably the same domain."""
+    return next((near for near in neighbours if near.similarity >= NEAR_DUPLICATE), None)
 
 
 def make_prototypes(
@@ -40,7 +46,22 @@ def make_prototypes(
     return torch.from_numpy(cluster(points.numpy(), count, spherical=True))
 
 
-def cluster(points: np.ndarray, count: int, *, spherical: bool) -> np.ndarray:
+def join_prototypes(
+    parts: Sequence[Float[Tensor, "_ features"]], shares: Sequence[float]
+) -> Float[Tensor, "prototypes features"]:
+    """The prototypes of several texts as those of the whole text; `shares` says how much of it each text is.
+
+    Where they are more than `MOST_PROTOTYPES`, they are clustered, each with the weight of the text it stands for.
+    """
+    vectors = torch.cat([part.float() for part in parts])
+    if len(vectors) <= MOST_PROTOTYPES:
+        return vectors
+    weights = [np.full(len(part), share / len(part)) for part, share in zip(parts, shares, strict=True)]
+    found = cluster(vectors.numpy(), MOST_PROTOTYPES, spherical=True, weights=np.concatenate(weights))
+    return torch.from_numpy(found)
+
+
+def cluster(points: np.ndarray, count: int, *, spherical: bool, weights: np.ndarray | None = None) -> np.ndarray:
     """Centroids of k-means, the same for the same points: one thread, fixed seed."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
@@ -48,7 +69,7 @@ def cluster(points: np.ndarray, count: int, *, spherical: bool) -> np.ndarray:
         kmeans = faiss.Kmeans(
             points.shape[1], count, niter=25, seed=SEED, spherical=spherical, min_points_per_centroid=1
         )
-        kmeans.train(np.ascontiguousarray(points, dtype=np.float32))
+        kmeans.train(np.ascontiguousarray(points, dtype=np.float32), weights)
     finally:
         faiss.omp_set_num_threads(threads)
     return np.array(kmeans.centroids)

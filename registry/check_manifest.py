@@ -30,6 +30,14 @@ _SCORES: Final = {
     "general_routed": _OPTIONAL,
     "share_of_oracle_gain": _OPTIONAL,
     "interval": [_NUMBER],
+    "gate": {
+        "parent!": _NUMBER,
+        "new!": _NUMBER,
+        "bytes!": int,
+        "data!": str,
+        "tolerance!": _NUMBER,
+        "holds!": bool,
+    },
 }
 _FORMS: Final[dict[str, Any]] = {
     "allocation": {"schedule!": str, "counts!": [int]},
@@ -51,6 +59,7 @@ _FORMS: Final[dict[str, Any]] = {
     "proof": {
         "frozen": {"base!": str, "attached": str, "packs!": {"": str}, "tensors!": int},
         "unchanged": bool,
+        "inherited": {"from!": str, "experts!": int, "digest!": str},
         "drift": {"domains!": int, "mean_kl!": _NUMBER, "top1_flips!": int, "newcomer_share!": _NUMBER},
     },
     "tool": {"": str},

@@ -1,6 +1,7 @@
 """Builds the model of a planned composition: reads and verifies its packs, stacks and attaches their banks."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from .check_fit import check_fit
 from .check_pack import check_pack
 from .composing import Plan
 from .loaded_base import LoadedBase
-from .pack import DomainPack, read_pack
+from .pack import DomainPack, Routable, read_pack
 from .saved_composition import saved_pack
 from .store import Store
 
@@ -70,7 +71,7 @@ def compose_packs(plan: Plan, packs: list[DomainPack], base: LoadedBase) -> PreT
     return attach(base.model, stack, router=router)
 
 
-def build_router(packs: list[DomainPack], shares: torch.Tensor, *, width: int) -> DomainRouter:
+def build_router(packs: Sequence[Routable], shares: torch.Tensor, *, width: int) -> DomainRouter:
     """The router of these slots, from their statistics alone; the KP slot is first.
 
     Experts below the feature layer change the hidden state that is read there. A composition that has some (adapters
@@ -81,12 +82,12 @@ def build_router(packs: list[DomainPack], shares: torch.Tensor, *, width: int) -
     """
     _check_same_features(packs)
     tempers = joint_tempers(packs[1:])
-    if min(pack.bank.first_layer for pack in packs) < packs[0].feature_layer:
+    if min(pack.first_layer for pack in packs) < packs[0].feature_layer:
         tempers = replace(tempers, hidden=0.0)
     return DomainRouter([pack.statistics for pack in packs], prior=shares, tempers=tempers, width=width)
 
 
-def _check_same_features(packs: list[DomainPack]) -> None:
+def _check_same_features(packs: Sequence[Routable]) -> None:
     """Statistics are comparable only if they count the same tokens and describe the input of the same layer."""
     expected = _kind_of_statistics(packs[0])
     for pack in packs:
@@ -98,11 +99,11 @@ def _check_same_features(packs: list[DomainPack]) -> None:
             )
 
 
-def _kind_of_statistics(pack: DomainPack) -> tuple[int, int, int]:
+def _kind_of_statistics(pack: Routable) -> tuple[int, int, int]:
     return len(pack.statistics.token_counts), len(pack.statistics.feature_sum), pack.feature_layer
 
 
-def joint_tempers(packs: list[DomainPack]) -> Tempers:
+def joint_tempers(packs: Sequence[Routable]) -> Tempers:
     """The tempers of several domains together: their means (geometric for tokens), the same in any order."""
     if not packs:
         return Tempers()

@@ -20,6 +20,7 @@ from .manifest import PackManifest
 from .store import Store
 
 HELD_OUT = 0.15  # share of the rows that is never trained on
+FRESH = "fresh"  # the mode of retraining that takes nothing from the parent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +116,25 @@ def general_examples() -> list[Example]:
 def stored_held_out(store: Store, manifest: PackManifest) -> list[Example]:
     """The held-out text of a stored version, read again where it was read and checked by digest.
 
+    Of a version that was retrained, and not from scratch, it is what its parent held out and what it held out itself.
+
     Raises:
         InputError: It is not on this machine any more, or has changed; asks for --data.
     """
-    data = manifest.train["data"]
+    own = _own_held_out(store, manifest)
+    if manifest.parent is None or manifest.lineage.get("mode") == FRESH:
+        return own
+    parents = [older for older in store.history(manifest.name) if older.version == manifest.parent]
+    return together(*(stored_held_out(store, parent) for parent in parents), own)
+
+
+def together(*parts: list[Example]) -> list[Example]:
+    """Every example once."""
+    return list({example.digest(): example for part in parts for example in part}.values())
+
+
+def _own_held_out(store: Store, manifest: PackManifest) -> list[Example]:
+    data = manifest.train.get("data") or {"digest": "unknown", "files": ["unknown"]}
     for sources in _known_sources(store, manifest):
         try:
             examples = list(read_examples(sources))
@@ -135,7 +151,7 @@ def stored_held_out(store: Store, manifest: PackManifest) -> list[Example]:
 
 def _known_sources(store: Store, manifest: PackManifest) -> list[list[Source]]:
     candidates: list[list[Source]] = []
-    run = store.runs / str(manifest.train["run"]) / "run.json"
+    run = store.runs / str(manifest.train.get("run")) / "run.json"
     if run.is_file():
         sources = json.loads(run.read_text(encoding="utf-8"))["sources"]
         candidates.append([s if s.startswith("hf:") else Path(s) for s in sources])

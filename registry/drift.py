@@ -5,6 +5,7 @@ Gates are compared on each older domain's typical text (its expected evidence, c
 after.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from ..adapters.router import typical_gates
 from .compose import build_router
 from .composing import GENERAL, prior_shares
-from .pack import DomainPack
+from .pack import Routable
 
 FLOOR = 1e-9
 NEWCOMER = "+"  # stands for the new domain; not a name that any domain can have
@@ -28,22 +29,36 @@ class Drift:
     domains: int  # how many older domains were compared
 
 
-def measure_drift(preservation: DomainPack, others: dict[str, DomainPack], new: DomainPack, *, width: int) -> Drift:
-    """Compares the router of {KP, older domains} with that of {KP, older domains, new}."""
+def measure_drift(
+    preservation: Routable,
+    others: Mapping[str, Routable],
+    new: Routable,
+    *,
+    width: int,
+    parent: Routable | None = None,
+) -> Drift:
+    """Compares the router of {KP, older domains} with that of {KP, older domains, new}.
+
+    Args:
+        parent: The version in whose place the new one comes, which is in the router before.
+    """
     if not others:
         return Drift(0.0, 0, 0.0, 0)
     names = sorted(others)
     old_packs = [preservation, *(others[name] for name in names)]
     texts = [pack.statistics for pack in old_packs]
-    before = _gates(old_packs, names, texts, width)
     after = _gates([*old_packs, new], [*names, NEWCOMER], texts, width)
-    kept = after[:, :-1].clamp(min=FLOOR)
+    if parent is None:
+        before = _gates(old_packs, names, texts, width)
+    else:
+        before = _gates([*old_packs, parent], [*names, NEWCOMER], texts, width)
+    kept = after[:, : before.shape[1]].clamp(min=FLOOR)
     divergence = (before * (before.clamp(min=FLOOR).log() - kept.log())).sum(1)
     flips = int((before.argmax(1) != after.argmax(1)).sum())
     return Drift(round(divergence.mean().item(), 6), flips, round(after[:, -1].max().item(), 6), len(names))
 
 
-def _gates(packs: list[DomainPack], names: list[str], texts: list, width: int) -> torch.Tensor:
+def _gates(packs: Sequence[Routable], names: list[str], texts: list, width: int) -> torch.Tensor:
     shares = prior_shares(dict.fromkeys([GENERAL, *names]))
     router = build_router(packs, torch.tensor(list(shares.values())), width=width)
     return typical_gates(router, texts)

@@ -91,11 +91,7 @@ def score_new_domain(
     on_progress: OnProgress,
 ) -> DomainScores:
     """A new domain in the composition of KP and itself."""
-    packs = [preservation, pack]
-    shares = torch.tensor(list(prior_shares({GENERAL: None, name: None}).values()))
-    router = build_router(packs, shares, width=base.anatomy.width)
-    stack = Stack(names=(GENERAL, name), banks=(preservation.bank, pack.bank))
-    composed = attach(base.model, stack, router=router)
+    composed = with_preservation(base, preservation, pack, name)
     scores = score_in_composition(composed, base, name, held_out, on_progress=on_progress)
     general_base = _language(base.model, base, general, "general text", on_progress)
     general_routed = _language(composed, base, general, "general text, routed", on_progress)
@@ -106,6 +102,13 @@ def score_new_domain(
             "general_routed": general_routed.bits_per_byte,
         }
     )
+
+
+def with_preservation(base: LoadedBase, preservation: DomainPack, pack: DomainPack, name: str) -> PreTrainedModel:
+    """The routed composition of KP and one domain, from packs in memory."""
+    shares = torch.tensor(list(prior_shares({GENERAL: None, name: None}).values()))
+    router = build_router([preservation, pack], shares, width=base.anatomy.width)
+    return attach(base.model, Stack(names=(GENERAL, name), banks=(preservation.bank, pack.bank)), router=router)
 
 
 def score_in_composition(

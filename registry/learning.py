@@ -4,8 +4,9 @@ A domain is trained on base + KP only, under the gates that the router of {KP, d
 other domains' experts, so that every subset is what was trained. The KP bank itself is trained alone, its slot gate 1.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..adapters.allocation import expert_free_layers
 from ..adapters.attach import attach, routing_of, trained_bank
-from ..adapters.bank import ExpertBank, new_bank
+from ..adapters.bank import Expert, ExpertBank, extended, new_bank
 from ..adapters.config import BankConfig
 from ..adapters.gates import LayerGates
 from ..adapters.router import DomainRouter, Tempers, calibrate
@@ -27,15 +28,17 @@ from ..domains.blocks import Blocks, encode, pack_blocks
 from ..domains.errors import InputError, IntegrityError
 from ..domains.example import Example
 from ..domains.progress import OnProgress, Progress
-from ..domains.prototypes import Neighbour, PrototypeIndex, make_prototypes
+from ..domains.prototypes import Neighbour, PrototypeIndex, join_prototypes, make_prototypes
 from ..domains.statistics import DomainStatistics, measure_statistics
 from .composing import KP_PRIOR
 from .loaded_base import LoadedBase
-from .pack import DomainPack
+from .pack import DomainPack, RoutingData
 from .proof import check_only_new_is_trainable, frozen_digests, prove
 from .store import Store
 
 CALIBRATION_WINDOWS = 24
+
+OnNeighbours = Callable[[list[Neighbour]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +60,29 @@ class Learned:
     pack: DomainPack
     proof: dict[str, Any]
     figures: dict[str, Any]  # of the training run
-    neighbours: list[Neighbour]
-    lender: str | None  # whose experts were copied as a start
+    neighbours: list[Neighbour] = field(default_factory=list)
+    lender: str | None = None  # whose experts were copied as a start
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ground:
+    """What a domain is trained over."""
+
+    base: LoadedBase
+    store: Store
+    preservation: DomainPack  # KP's
+    general: Sequence[Example]  # general held-out text, against which the router's tempers are calibrated
+    on_progress: OnProgress
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a bank is before it is trained, and the text that it will stand for."""
+
+    bank: ExpertBank
+    older: ExpertBank | None  # generations of experts beside which it is trained; they stay frozen
+    statistics: DomainStatistics
+    prototypes: Tensor
 
 
 def learn_preservation(lesson: Lesson, *, base: LoadedBase, store: Store, on_progress: OnProgress) -> Learned:
@@ -78,55 +102,92 @@ def learn_preservation(lesson: Lesson, *, base: LoadedBase, store: Store, on_pro
         tempers=Tempers(),
         feature_layer=layer,
     )
-    return Learned(pack=pack, proof=proof, figures=figures, neighbours=[], lender=None)
+    return Learned(pack=pack, proof=proof, figures=figures)
 
 
 def learn_domain(
     lesson: Lesson,
+    ground: Ground,
     *,
-    base: LoadedBase,
-    store: Store,
-    preservation: DomainPack,
-    others: dict[str, DomainPack],
-    general: Sequence[Example],
-    on_progress: OnProgress,
+    others: Mapping[str, RoutingData],
+    lend_bank: Callable[[str], ExpertBank],
+    on_neighbours: OnNeighbours = lambda _neighbours: None,
 ) -> Learned:
     """Trains a new domain's bank over base + KP.
 
     Args:
-        preservation: The KP pack.
-        others: Packs of all stored domains, for neighbours and the warm start.
-        general: General held-out text, against which the router's tempers are calibrated.
+        others: What the stored domains route by, for neighbours and the warm start.
+        lend_bank: Reads the bank of one of them.
+        on_neighbours: Told which stored domains are like this one, nearest first, before training begins.
     """
-    _check_first_layer(lesson, base, preservation)
+    base = ground.base
+    _check_first_layer(lesson, ground)
     blocks = _blocks(lesson, base)
-    statistics, means = _measure(lesson, base, blocks, preservation.feature_layer, on_progress)
-    prototypes = make_prototypes(means, preservation.statistics.feature_mean)
-    neighbours = PrototypeIndex(list(others), [pack.prototypes for pack in others.values()]).neighbours(prototypes)
+    statistics, prototypes = _measure_over(lesson, ground, blocks)
+    neighbours = PrototypeIndex(list(others), [other.prototypes for other in others.values()]).neighbours(prototypes)
+    on_neighbours(neighbours)
     bank = _fresh_bank(lesson, base, blocks)
-    lender = _warm_start(bank, blocks, base, others, neighbours)
+    lender = _warm_start(bank, blocks, base, lend_bank, neighbours)
+    start = Start(bank=bank, older=None, statistics=statistics, prototypes=prototypes)
+    learned = _learn(lesson, ground, start, blocks)
+    return replace(learned, neighbours=neighbours, lender=lender)
 
-    slots = [preservation.statistics, statistics]
+
+def learn_more(lesson: Lesson, ground: Ground, parent: DomainPack, *, mode: str) -> Learned:
+    """Trains a domain's next version from a stored one, over base + KP.
+
+    Args:
+        parent: The version that it comes from.
+        mode: `extend` adds a generation of experts to the parent's, which stay frozen; `continue` trains a copy of the
+            parent's; both add the statistics. `fresh` takes nothing from the parent.
+    """
+    base = ground.base
+    if mode != "continue":
+        _check_first_layer(lesson, ground)
+    blocks = _blocks(lesson, base)
+    statistics, prototypes = _measure_over(lesson, ground, blocks)
+    if mode != "fresh":
+        shares = [parent.statistics.rows, statistics.rows]
+        prototypes = join_prototypes([parent.prototypes, prototypes], shares)
+        statistics = parent.statistics + statistics
+    older = parent.bank if mode == "extend" else None
+    if mode == "continue":
+        bank = copy.deepcopy(parent.bank)
+    else:
+        bank = _fresh_bank(lesson, base, blocks, older=older.experts if older else ())
+        seed_expert_gates(bank, base.model, blocks)
+    start = Start(bank=bank, older=older, statistics=statistics, prototypes=prototypes)
+    return _learn(lesson, ground, start, blocks)
+
+
+def _learn(lesson: Lesson, ground: Ground, start: Start, blocks: Blocks) -> Learned:
+    """Trains a bank under the gates that the composition of KP and its domain will have."""
+    base, preservation = ground.base, ground.preservation
+    slots = [preservation.statistics, start.statistics]
     tempers = _calibrated(
         slots,
-        [general, lesson.held_out],
+        [ground.general, lesson.held_out],
         layer=preservation.feature_layer,
         block=lesson.training.block,
         base=base,
     )
-    prior = torch.tensor([KP_PRIOR, 1 - KP_PRIOR])  # as the composition of KP and this domain will have it
+    prior = torch.tensor([KP_PRIOR, 1 - KP_PRIOR])
     router = DomainRouter(slots, prior=prior, tempers=tempers, width=base.anatomy.width)
-    stack = Stack(names=("general", lesson.name), banks=(preservation.bank, bank), trainable=True)
+    banks = [preservation.bank, start.older, start.bank]
+    stack = Stack(names=("general", lesson.name), banks=tuple(filter(None, banks)), trainable=True)
     composed = attach(base.model, stack, router=router)
-    proof, figures = _train_and_prove(lesson, composed, blocks, base=base, store=store, on_progress=on_progress)
+    proof, figures = _train_and_prove(
+        lesson, composed, blocks, base=base, store=ground.store, on_progress=ground.on_progress
+    )
+    trained = _with_mean_gates(composed, blocks)
     pack = DomainPack(
-        bank=_with_mean_gates(composed, blocks),
-        statistics=statistics,
-        prototypes=prototypes,
+        bank=extended(start.older, trained) if start.older else trained,
+        statistics=start.statistics,
+        prototypes=start.prototypes,
         tempers=tempers,
         feature_layer=preservation.feature_layer,
     )
-    return Learned(pack=pack, proof=proof, figures=figures, neighbours=neighbours, lender=lender)
+    return Learned(pack=pack, proof=proof, figures=figures)
 
 
 def feature_layer(config: BankConfig, base: LoadedBase) -> int:
@@ -134,18 +195,19 @@ def feature_layer(config: BankConfig, base: LoadedBase) -> int:
     return expert_free_layers(base.anatomy.count, config.expert_free)
 
 
-def _check_first_layer(lesson: Lesson, base: LoadedBase, preservation: DomainPack) -> None:
+def _check_first_layer(lesson: Lesson, ground: Ground) -> None:
     """Refuses experts in front of the layer whose input the router reads: they would change what it reads.
 
     Raises:
         InputError: There would be some.
     """
+    base, least = ground.base, ground.preservation.feature_layer
     first = feature_layer(lesson.bank, base)
-    if first < preservation.feature_layer:
+    if first < least:
         raise InputError(
             f"expert_free is too small: {lesson.bank.expert_free}.",
-            cause=f"experts would begin in layer {first}, those of KP begin in layer {preservation.feature_layer}",
-            fix=f"choose at least {preservation.feature_layer / base.anatomy.count:g}",
+            cause=f"experts would begin in layer {first}, those of KP begin in layer {least}",
+            fix=f"choose at least {least / base.anatomy.count:g}",
         )
 
 
@@ -166,26 +228,35 @@ def _measure(
     return statistics.without_rare_tokens(), means
 
 
-def _fresh_bank(lesson: Lesson, base: LoadedBase, blocks: Blocks) -> ExpertBank:
+def _measure_over(lesson: Lesson, ground: Ground, blocks: Blocks) -> tuple[DomainStatistics, Tensor]:
+    """Statistics, and prototypes around the mean of general text."""
+    layer = ground.preservation.feature_layer
+    statistics, means = _measure(lesson, ground.base, blocks, layer, ground.on_progress)
+    return statistics, make_prototypes(means, ground.preservation.statistics.feature_mean)
+
+
+def _fresh_bank(lesson: Lesson, base: LoadedBase, blocks: Blocks, *, older: Sequence[Expert] = ()) -> ExpertBank:
     generator = torch.Generator().manual_seed(lesson.training.seed)
     weights = None
     if lesson.bank.schedule == "data":
         weights = activation_weights(base.model, blocks, first_layer=feature_layer(lesson.bank, base))
-    return new_bank(base.model, base.anatomy, lesson.bank, generator=generator, weights=weights)
+    return new_bank(base.model, base.anatomy, lesson.bank, generator=generator, weights=weights, older=older)
 
 
 def _warm_start(
     bank: ExpertBank,
     blocks: Blocks,
     base: LoadedBase,
-    others: dict[str, DomainPack],
+    lend_bank: Callable[[str], ExpertBank],
     neighbours: list[Neighbour],
 ) -> str | None:
     """Starts from the nearest domain's experts if it is close and of the same shape, else from activations."""
     nearest = neighbours[0] if neighbours else None
-    if nearest and nearest.similarity >= CLOSE and can_lend(others[nearest.name].bank, bank):
-        lend(others[nearest.name].bank, bank)
-        return nearest.name
+    if nearest and nearest.similarity >= CLOSE:
+        lender = lend_bank(nearest.name)
+        if can_lend(lender, bank):
+            lend(lender, bank)
+            return nearest.name
     seed_expert_gates(bank, base.model, blocks)
     return None
 

@@ -48,6 +48,25 @@ class DomainPack:
     tempers: Tempers
     feature_layer: int  # decoder layer whose input the features are taken from
 
+    @property
+    def first_layer(self) -> int:
+        """The first decoder layer that carries experts."""
+        return self.bank.first_layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingData:
+    """The part of a pack that routing and neighbours need: everything but the experts."""
+
+    statistics: DomainStatistics
+    prototypes: Tensor
+    tempers: Tempers
+    feature_layer: int
+    first_layer: int
+
+
+Routable = DomainPack | RoutingData
+
 
 def pack_files(pack: DomainPack, *, anatomy: Anatomy, base_id: str, revision: str | None) -> PackFiles:
     """Every file of the pack but the manifest."""
@@ -72,20 +91,24 @@ def read_pack(files: PackSource, manifest: PackManifest) -> DomainPack:
         IntegrityError: A file differs from its digest, or tensors do not fit the manifest.
     """
     source = f"{manifest.name}@{manifest.version}"
-    router = _load(files, manifest, ROUTER_TENSORS)
-    config = parse_json(files.read(manifest, ROUTER_CONFIG), source=f"{source}: {ROUTER_CONFIG}")
-    _check_router_config(config, source)
+    router, config = _read_router(files, manifest)
     bank = ExpertBank()
     for record in manifest.experts:
         _add_expert(bank, record, _load(files, manifest, f"experts/{record.id}/{ADAPTER_TENSORS}"), source)
     _add_gates(bank, router, width=config["feature_width"], source=source)
-    return DomainPack(
-        bank=bank,
-        statistics=_read_statistics(router, features=config["features"], source=source),
-        prototypes=router["prototypes"],
-        tempers=Tempers(**config["tempers"]),
-        feature_layer=config["feature_layer"],
-    )
+    return DomainPack(bank=bank, **_routing_fields(router, config, source))
+
+
+def read_routing(files: PackSource, manifest: PackManifest) -> RoutingData:
+    """What a stored version routes by; its experts are not read.
+
+    Raises:
+        IntegrityError: A file differs from its digest, or tensors do not fit the manifest.
+    """
+    source = f"{manifest.name}@{manifest.version}"
+    router, config = _read_router(files, manifest)
+    first = min(layer for expert in manifest.experts for layer in expert.layers)
+    return RoutingData(first_layer=first, **_routing_fields(router, config, source))
 
 
 def expert_records(bank: ExpertBank) -> tuple[ExpertRecord, ...]:
@@ -108,6 +131,22 @@ def expert_records(bank: ExpertBank) -> tuple[ExpertRecord, ...]:
             )
         )
     return tuple(records)
+
+
+def _read_router(files: PackSource, manifest: PackManifest) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    source = f"{manifest.name}@{manifest.version}"
+    config = parse_json(files.read(manifest, ROUTER_CONFIG), source=f"{source}: {ROUTER_CONFIG}")
+    _check_router_config(config, source)
+    return _load(files, manifest, ROUTER_TENSORS), config
+
+
+def _routing_fields(router: dict[str, Tensor], config: dict[str, Any], source: str) -> dict[str, Any]:
+    return {
+        "statistics": _read_statistics(router, features=config["features"], source=source),
+        "prototypes": router["prototypes"],
+        "tempers": Tempers(**config["tempers"]),
+        "feature_layer": config["feature_layer"],
+    }
 
 
 def _router_config(pack: DomainPack, anatomy: Anatomy) -> dict[str, Any]:

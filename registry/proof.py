@@ -1,7 +1,9 @@
 """The frozen proof: digests of everything that must not change, taken before and after training and compared.
 
-What is proved frozen: every tensor of the base model, every tensor of the KP bank in the model that trains, and the
-files of all older domains in the store.
+What is proved frozen: every tensor of the base model and every older expert and gate in the model that trains, by
+hashing them before and after; and all stored versions: each manifest's content digest is the same before and after, and
+each file that it names has the bytes of its digest. A file is hashed unless it was hashed since it was last written to
+(see verified.py).
 """
 
 import hashlib
@@ -14,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..domains.errors import IntegrityError
 from .store import Store
+from .verified import check_files
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class FrozenDigests:
 
     base: str  # of all tensors of the base model
     attached: str  # of all frozen expert tensors and gates in the composed model
-    packs: dict[str, str]  # content digest of each older version, its files verified
+    packs: dict[str, str]  # content digest of each stored version, its files verified
     tensors: int  # how many tensors the first two cover
 
 
@@ -40,16 +43,12 @@ def frozen_digests(base: PreTrainedModel, composed: PreTrainedModel, store: Stor
         for name, tensor in [*composed.named_parameters(), *composed.named_buffers()]
         if id(tensor) not in trainable and tensor.data_ptr() not in own
     }
-    packs = {}
-    for name in store.domains():
-        for version in store.versions(name):
-            manifest = store.manifest(name, version)
-            store.verify(manifest)
-            packs[f"{name}@{version}"] = manifest.digest
+    manifests = [manifest for name in store.domains(removed=True) for manifest in store.history(name)]
+    check_files(store, manifests)
     return FrozenDigests(
         digest_of_tensors(base_tensors.items()),
         digest_of_tensors(attached.items()),
-        packs,
+        {f"{manifest.name}@{manifest.version}": manifest.digest for manifest in manifests},
         len(base_tensors) + len(attached),
     )
 

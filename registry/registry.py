@@ -8,18 +8,19 @@ Opening one, listing and showing read manifests only; torch is imported when a m
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.composition import Composition
-from ..domains.errors import ConflictError, InputError, IntegrityError, NotFoundError
-from ..domains.names import parse_selector
+from ..adapters.composition import parse_reference
+from ..domains.errors import ConflictError, IntegrityError
 from ..domains.progress import OnProgress, silent
 from .composing import GENERAL, Plan, plan_composition
 from .fingerprint import POCKET, check_same_base, find_base, fingerprint
 from .manifest import BaseRecord, PackManifest
+from .removal import remove_version, restore_version
 from .saved_composition import is_saved_composition, open_plan, save_composition
 from .store import Store
 
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
     from .add_domain import AddedDomain
     from .evaluation import DomainScores
     from .generation import Answer
+    from .learning import OnNeighbours
     from .loaded_base import LoadedBase
     from .retention import RetentionMatrix
+    from .retraining import Retrained
     from .routing import RouteReport
 
 
@@ -139,39 +142,15 @@ class Registry:
         Raises:
             NotFoundError: There is no such domain or version.
         """
-        return self.store.manifest(*_one_version(reference))
+        return self.store.manifest(*parse_reference(reference))
 
     def remove(self, reference: str) -> PackManifest:
-        """Removes a version; its files are kept, its number is never used again, `restore` brings it back.
-
-        Raises:
-            NotFoundError: There is no such version.
-            ConflictError: An alias other than `latest` means it, or it is KP's, over which the domains were trained.
-        """
-        manifest = self.manifest(reference)
-        if manifest.name == GENERAL:
-            raise ConflictError(
-                "The KP bank cannot be removed.", cause="every domain of the registry was trained over it"
-            )
-        self.store.remove(manifest.name, manifest.version)
-        return manifest
+        """Removes a version; see `lorary.registry.removal.remove_version`."""
+        return remove_version(self.store, reference)
 
     def restore(self, reference: str) -> PackManifest:
-        """Brings a removed version back; a name alone means the version that was removed last.
-
-        Raises:
-            NotFoundError: There was never such a version, or none of the domain is removed.
-            ConflictError: It is not removed.
-        """
-        name, selector = _one_version(reference)
-        removed = self.store.removed(name)
-        if selector is None and not removed:
-            raise NotFoundError(f"No version of {name!r} is removed.", fix=f"see what there is: registry log {name}")
-        version = parse_selector(selector or str(max(removed, key=lambda number: (removed[number], number))))
-        if isinstance(version, str):
-            raise InputError(f"{reference!r} names an alias.", fix=f"name the version: registry restore {name}@NUMBER")
-        self.store.restore(name, version)
-        return self.store.manifest(name, version)
+        """Brings a removed version back; see `lorary.registry.removal.restore_version`."""
+        return restore_version(self.store, reference)
 
     def plan(self, composition: str, *, static: bool = False) -> Plan:
         """What a composition will be; reads manifests only. Takes a saved composition's folder as well."""
@@ -210,6 +189,7 @@ class Registry:
         data: "Sequence[Source]" = (),
         bank: "BankConfig | None" = None,
         training: "TrainingConfig | None" = None,
+        on_neighbours: "OnNeighbours" = lambda _neighbours: None,
         on_progress: OnProgress = silent,
     ) -> "AddedDomain":
         """Trains new experts for a domain, everything else frozen and proved so, and stores them as version 1.
@@ -217,6 +197,7 @@ class Registry:
         Args:
             name: A built-in domain, or any name together with `data`.
             data: Files, or `hf:` data sets.
+            on_neighbours: Told which stored domains are like this one, nearest first, before training begins.
 
         Raises:
             LoraryError: See `lorary.registry.add_domain.add_domain`; nothing is stored then.
@@ -225,7 +206,7 @@ class Registry:
         from ..adapters.training import TrainingConfig
         from .add_domain import add_domain
 
-        try:
+        with self._base_in_doubt():
             return add_domain(
                 self.store,
                 self.base,
@@ -234,10 +215,45 @@ class Registry:
                 data=data,
                 bank=bank or BankConfig(),
                 training=training or TrainingConfig(),
+                on_neighbours=on_neighbours,
                 on_progress=on_progress,
             )
+
+    def retrain(
+        self,
+        reference: str,
+        *,
+        data: "Sequence[Source]",
+        training: "TrainingConfig | None" = None,
+        on_progress: OnProgress = silent,
+        **options: Any,
+    ) -> "Retrained":
+        """Trains the next version of a domain on new text; `latest` moves to it unless the gate holds it back.
+
+        Args:
+            reference: The parent: a domain's latest version, or `name@2`.
+            data: Files, or `hf:` data sets, of the new text alone.
+            options: `mode`, `bank`, `gate_data`, `tolerance`: see `lorary.registry.retraining_plan.plan_retraining`.
+
+        Raises:
+            LoraryError: See `lorary.registry.retraining.retrain`; nothing is stored then.
+        """
+        from .retraining_plan import plan_retraining
+
+        plan = plan_retraining(self.store, self.manifest(reference), data, **options)
+        from ..adapters.training import TrainingConfig
+        from .retraining import retrain
+
+        settings = training or TrainingConfig()
+        with self._base_in_doubt():
+            return retrain(self.store, self.base, self.base_record, plan, training=settings, on_progress=on_progress)
+
+    @contextmanager
+    def _base_in_doubt(self) -> Iterator[None]:
+        """After a broken proof the base in memory may be what changed: it is read and checked anew on the next use."""
+        try:
+            yield
         except IntegrityError:
-            # the base in memory may be what changed: it is read again, and checked, on the next use
             self._base = None
             raise
 
@@ -316,18 +332,6 @@ class Registry:
             training=training or TrainingConfig(),
             on_progress=on_progress,
         )
-
-
-def _one_version(reference: str) -> tuple[str, str | None]:
-    """Name and selector.
-
-    Raises:
-        InputError: It is a composition of several, or weighted.
-    """
-    terms = Composition.parse(reference).terms
-    if len(terms) != 1 or terms[0].weight is not None:
-        raise InputError(f"{reference!r} does not name one version.", fix="write NAME, NAME@2 or NAME@ALIAS")
-    return terms[0].name, terms[0].selector
 
 
 def _plain(record: BaseRecord) -> dict[str, Any]:

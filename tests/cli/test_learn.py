@@ -44,15 +44,26 @@ def test_add_domain_prints_plan_progress_and_result(run, bare, rows, tmp_path):
     assert "q_proj" in run("show", "contracts", store=bare).stdout
 
 
-def test_a_near_duplicate_is_pointed_out(run, bare, built, document):
-    options = ["--steps", "1", "--block", "64", "--batch", "2", "--rank", "2", "--json"]
+def test_a_near_duplicate_is_pointed_out_before_training_and_after(run, bare, built, document):
+    options = ["--steps", "1", "--block", "64", "--batch", "2", "--rank", "2"]
     data = ["--data", str(built["data"] / "legal.jsonl")]
-    document(run("add-domain", "contracts", *data, *options, store=bare))
+    document(run("add-domain", "contracts", *data, *options, "--json", store=bare))
 
-    found = document(run("add-domain", "contracts-again", *data, *options, store=bare))
+    result = run("add-domain", "contracts-again", *data, *options, "--json", store=bare)
 
-    assert found["near_duplicate"] == "contracts"
+    found = document(result)
+    assert found["near_duplicate"]["name"] == "contracts"
+    assert found["near_duplicate"]["instead"] == f"registry retrain contracts --data {built['data'] / 'legal.jsonl'}"
     assert found["warm_start"] == "contracts"
+    told = [json.loads(line) for line in result.stderr.splitlines()]
+    warned = told.index({"near_duplicate": found["near_duplicate"]})
+    stages = [line.get("progress", {}).get("stage") for line in told]
+    assert warned < stages.index("training contracts-again")
+
+    shown = run("add-domain", "contracts-once-more", *data, *options, store=bare, tty=True)
+    for text in (shown.stdout, shown.stderr):
+        assert "nearly that of contracts" in text
+        assert "registry retrain contracts --data" in text.replace("\n", " ")
 
 
 def test_the_data_is_remembered_by_its_absolute_path(run, bare, rows, tmp_path, document):

@@ -34,6 +34,7 @@ def test_nothing_heavy_is_loaded(store, tmp_path):
         ["lst"], ["show"], ["show", "leagl"], ["compose", "+"], ["add-domain", "Bad Name"], ["add-domain", "medecine"],
         ["add-domain", "medicine"], ["add-domain", "general"],
         ["add-domain", "contracts", "--data", str(tmp_path / "bad.jsonl")], ["add-domain", "x", "--experts", "0.1"],
+        ["retrain", "legal"], ["retrain", "general", "--data", "x.jsonl"], ["retrain", "legal", "--data", "x.jsonl"],
         ["remove", "legal@7", "-y"], ["remove", "legal"], ["restore", "legal"],
         ["init", "--rank", "0"], ["init", "--alpha", "-1"], ["quickstart", str(store)], ["generate", "medicine"],
     ]  # fmt: skip

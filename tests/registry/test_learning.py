@@ -95,9 +95,9 @@ def test_a_close_neighbour_lends_its_experts(cooking_store: Path, fresh_copy: An
 
     added = registry.add_domain("baking", data=[texts["cooking"]], **short_run(steps=1))
 
-    name, similarity = added.neighbours[0]
-    assert (name, added.lender, added.manifest.train["warm_start"]) == ("cooking", "cooking", "cooking")
-    assert similarity > 0.99
+    nearest = added.neighbours[0]
+    assert (nearest.name, added.lender, added.manifest.train["warm_start"]) == ("cooking", "cooking", "cooking")
+    assert nearest.similarity > 0.99
 
 
 def test_the_first_domain_has_no_neighbour(kp_store: Path, fresh_copy: Any, texts: Any, short_run: Any) -> None:
@@ -115,7 +115,7 @@ def test_a_neighbour_of_another_shape_lends_nothing(
     run = short_run(steps=1) | {"bank": BankConfig(rank=3)}
     added = fresh_copy(cooking_store).add_domain("baking", data=[texts["cooking"]], **run)
 
-    assert added.neighbours[0][0] == "cooking"
+    assert added.neighbours[0].name == "cooking"
     assert added.lender is None
 
 
