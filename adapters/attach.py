@@ -28,14 +28,20 @@ from .fused import FusedLinear, GateCell, OpenGates
 from .gates import LayerGates
 from .router import DomainRouter
 from .router_cache import find_cache, running_sums
-from .stack import Stack, build_gates, build_group, layer_slices, same_input_groups
+from .stack import Stack, build_gates, build_group
+from .stacked import StackedComposition, StackedLayer
 
 
 class Routing:
     """What one composed model knows between the hooks of a forward pass; `model.routing`."""
 
     def __init__(
-        self, stack: Stack, anatomy: Anatomy, router: DomainRouter | None, fixed: Tensor | None, threshold: float
+        self,
+        stack: Stack | StackedComposition,
+        anatomy: Anatomy,
+        router: DomainRouter | None,
+        fixed: Tensor | None,
+        threshold: float,
     ):
         self.stack = stack
         self.anatomy = anatomy
@@ -139,7 +145,7 @@ class LayerHook:
 
 def attach(
     base: PreTrainedModel,
-    stack: Stack,
+    stack: Stack | StackedComposition,
     *,
     router: DomainRouter | None,
     fixed: Float[Tensor, " slots"] | None = None,
@@ -149,7 +155,7 @@ def attach(
 
     Args:
         base: The frozen base model; not changed.
-        stack: The banks, by slot.
+        stack: The banks by slot, or the same as it was kept.
         router: Gives the slot gates; may be None if they are fixed.
         fixed: Constant slot gates instead of the router's.
         threshold: A slot gate below it is zero, and its slot is skipped where that holds; 0 skips nothing.
@@ -166,7 +172,7 @@ def attach(
     model.routing = routing  # type: ignore[assignment]
     for index in stack.layers:
         layer = model.get_submodule(f"{anatomy.layers}.{index}")
-        _extend_layer(layer, stack, index, dtype=base.dtype)
+        _extend_layer(layer, stack.layer(index, base.dtype))
         layer.to(device)
     model.routing_handles = []  # type: ignore[assignment]
     set_hooks(model, active=True)
@@ -250,6 +256,8 @@ def fixed_slots(model: PreTrainedModel, weights: Mapping[str, float]) -> Iterato
 def trained_bank(model: PreTrainedModel) -> ExpertBank:
     """The trainable bank of a composed model, read back from its modules."""
     routing = routing_of(model)
+    if not isinstance(routing.stack, Stack):
+        raise InputError("This composition has no bank that trains.")
     before = routing.stack.banks[-1]
     bank = ExpertBank()
     for index, old in before.layers.items():
@@ -271,17 +279,15 @@ def _kept(parameter: Tensor | None) -> Tensor:
     return parameter.detach().float().cpu().clone()
 
 
-def _extend_layer(layer: nn.Module, stack: Stack, index: int, *, dtype: torch.dtype) -> None:
+def _extend_layer(layer: nn.Module, stacked: StackedLayer) -> None:
     """Puts fused modules and gates into one decoder layer."""
-    slices = layer_slices(stack, index)
-    cell = GateCell()
+    cell, groups = GateCell(), nn.ModuleList()
+    for group in stacked.groups:
+        bases = {target: layer.get_submodule(target) for target in group.targets}
+        experts, fused = build_group(bases, stacked, group, cell)
+        groups.append(experts)
+        for target, module in fused.items():
+            layer.set_submodule(target, module)
     layer.gate_cell = cell  # type: ignore[assignment]
-    groups = nn.ModuleList()
-    for targets in same_input_groups(dict.fromkeys(target for part in slices for target in part.experts.A)):
-        built = build_group({target: layer.get_submodule(target) for target in targets}, slices, cell, dtype)
-        assert built is not None
-        groups.append(built[0])
-        for target, fused in built[1].items():
-            layer.set_submodule(target, fused)
     layer.expert_groups = groups
-    layer.expert_gates = build_gates(slices, static=stack.static).train(layer.training)
+    layer.expert_gates = build_gates(stacked).train(layer.training)

@@ -94,7 +94,8 @@ class ExpertGroup(nn.Module):
         members: Sequence[FusedLinear],
         cell: GateCell,
         *,
-        A: Sequence[Float[Tensor, "_ d_in"]],
+        A: Float[Tensor, "_ d_in"],
+        ranks: Sequence[int],
         Bt: Sequence[Float[Tensor, "_ _"]],
         columns: Int[Tensor, " columns"] | None = None,
         slot_of_rank: Sequence[int] = (),
@@ -104,7 +105,8 @@ class ExpertGroup(nn.Module):
         Args:
             members: The modules; all read the same input.
             cell: Where the gates of the decoder layer are.
-            A: By member: the frozen experts' A, one under the other.
+            A: The frozen experts' A of all members, one under the other.
+            ranks: How many rows of A each member has.
             Bt: By member: the frozen experts' B, transposed, scales folded in.
             columns: The gate of every column, trainable ones included; None if each member has all gates, in order.
             slot_of_rank: The slot of every gate; needed where slots are left out.
@@ -112,8 +114,8 @@ class ExpertGroup(nn.Module):
         super().__init__()
         self.cell = cell
         self.slot_of_rank = tuple(slot_of_rank)
-        self.frozen_ranks = [len(part) for part in A]
-        self.register_buffer("A", torch.cat(list(A)), persistent=False)
+        self.frozen_ranks = list(ranks)
+        self.register_buffer("A", A, persistent=False)
         self.register_buffer("columns", columns, persistent=False)
         for place, part in enumerate(Bt):
             self.register_buffer(f"Bt{place}", part, persistent=False)

@@ -14,7 +14,7 @@ Everything comes from additive statistics of the chosen slots alone: the router 
 is stored, and there is nothing to train that could drift.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +102,20 @@ class DomainRouter(nn.Module):
         self.register_buffer("feature_rows", (tempers.hidden * closed.rows).float(), persistent=False)
         self.register_buffer("bias", (tempers.hidden * closed.bias).float(), persistent=False)
         self.register_buffer("log_prior", (prior / prior.sum()).log().float(), persistent=False)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "DomainRouter":
+        """A router that was kept: the inverse of `tensors`."""
+        router = cls.__new__(cls)
+        nn.Module.__init__(router)
+        router.slots = len(tensors["log_prior"])
+        for name, tensor in tensors.items():
+            router.register_buffer(name, tensor, persistent=False)
+        return router
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a router is made of."""
+        return dict(self.named_buffers())
 
     def increments(
         self,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .bank import ExpertBank, LayerExperts
 from .fused import ExpertGroup, FusedLinear, GateCell
 from .gates import LayerGates
+from .stacked import StackedComposition, StackedGroup, StackedLayer
 
 SAME_INPUT = (
     {"q_proj", "k_proj", "v_proj"},
@@ -40,6 +41,24 @@ class Stack:
         """Decoder layers that carry experts."""
         return tuple(sorted({index for bank in self.banks for index in bank.layers}))
 
+    def layer(self, index: int, dtype: torch.dtype) -> StackedLayer:
+        """The tensors of one decoder layer, in the type of the base model."""
+        slices = layer_slices(self, index)
+        targets = dict.fromkeys(target for part in slices for target in part.experts.A)
+        return StackedLayer(
+            groups=tuple(stack_group(names, slices, dtype) for names in same_input_groups(targets)),
+            slot_of_rank=tuple(part.slot for part in slices for _ in range(part.experts.rank)),
+            gates=stack_gates(slices, static=self.static),
+            new=next((part.experts for part in slices if part.is_new), None),
+        )
+
+    def stacked(self, dtype: torch.dtype) -> StackedComposition:
+        """The whole composition, to be kept; nothing of it may train."""
+        if self.trainable:
+            raise ValueError("a composition that trains is not kept")
+        layers = {index: self.layer(index, dtype) for index in self.layers}
+        return StackedComposition(names=self.names, static=self.static, stacked=layers)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Slice:
@@ -60,62 +79,80 @@ def layer_slices(stack: Stack, index: int) -> list[_Slice]:
     ]
 
 
-def build_gates(slices: Sequence[_Slice], *, static: bool) -> LayerGates:
-    """The gates of one layer."""
+def stack_gates(slices: Sequence[_Slice], *, static: bool) -> dict[str, Tensor]:
+    """The frozen part of the gates of one layer, as keywords of LayerGates."""
     frozen = [s.experts for s in slices if not s.is_new]
-    new = next((s.experts for s in slices if s.is_new), None)
     width = slices[0].experts.expert_gate.shape[1]
     groups, experts, offset = [], [], 0  # a group: slot and generation
     for part in slices:
         groups += [(part.slot, expert.generation) for expert in part.experts.experts]
         experts.append(part.experts.expert_of_rank() + offset)
         offset += len(part.experts.experts)
+    gates = {
+        "expert_gate": torch.cat([torch.zeros(0, width), *(e.expert_gate.float() for e in frozen)]),
+        "rank_gate": torch.cat([torch.zeros(0, width), *(e.rank_rows().float() for e in frozen)]),
+        "slot_of_expert": torch.tensor([slot for slot, _ in groups]),
+        "group_of_expert": torch.tensor([groups.index(group) for group in groups]),
+        "expert_of_rank": torch.cat(experts),
+    }
+    return gates | ({"fixed_gate": torch.cat([s.experts.static_gate().float() for s in slices])} if static else {})
+
+
+def stack_group(targets: Sequence[str], slices: Sequence[_Slice], dtype: torch.dtype) -> StackedGroup:
+    """The frozen experts of targets that read the same input; each target is extended by one slice at least."""
+    A, Bt, columns, ranks = [], [], [], []
+    having = {target: [s for s in slices if target in s.experts.A] for target in targets}
+    for target, parts in having.items():
+        frozen, sample = [s.experts for s in parts if not s.is_new], parts[0].experts
+        d_in, d_out = sample.A[target].shape[1], sample.B[target].shape[0]
+        A += [torch.zeros(0, d_in), *(e.A[target].float() for e in frozen)]
+        scaled = torch.cat([torch.zeros(d_out, 0), *(_scaled(e, target) for e in frozen)], dim=1)
+        Bt.append(scaled.t().contiguous().to(dtype))
+        columns.append(_ranks_of(slices, parts))
+        ranks.append(sum(e.rank for e in frozen))
+    has_all = all(len(parts) == len(slices) for parts in having.values())
+    return StackedGroup(
+        targets=tuple(targets),
+        ranks=tuple(ranks),
+        A=torch.cat(A).to(dtype),
+        Bt=tuple(Bt),
+        columns=None if has_all else torch.cat(columns),
+    )
+
+
+def build_gates(stacked: StackedLayer) -> LayerGates:
+    """The gates of one layer."""
+    new = stacked.new
     return LayerGates(
-        expert_gate=torch.cat([torch.zeros(0, width), *(e.expert_gate.float() for e in frozen)]),
-        rank_gate=torch.cat([torch.zeros(0, width), *(e.rank_rows().float() for e in frozen)]),
+        **stacked.gates,
         new_expert_gate=None if new is None else new.expert_gate.float().clone(),
         new_rank_gate=None if new is None or new.rank_gate is None else new.rank_gate.float().clone(),
-        slot_of_expert=torch.tensor([slot for slot, _ in groups]),
-        group_of_expert=torch.tensor([groups.index(group) for group in groups]),
-        expert_of_rank=torch.cat(experts),
-        fixed_gate=torch.cat([s.experts.static_gate().float() for s in slices]) if static else None,
     )
 
 
 def build_group(
-    bases: Mapping[str, nn.Module], slices: Sequence[_Slice], cell: GateCell, dtype: torch.dtype
-) -> tuple[ExpertGroup, dict[str, FusedLinear]] | None:
-    """The experts of targets that read the same input, and their fused modules; None if no expert extends any."""
-    having = {target: [s for s in slices if target in s.experts.A] for target in bases}
-    targets = [target for target, parts in having.items() if parts]
-    if not targets:
-        return None
-    fused, A, Bt, columns = {}, [], [], []
-    for target in targets:
-        frozen = [s.experts for s in having[target] if not s.is_new]
-        new = next((s.experts for s in having[target] if s.is_new), None)
-        sample = having[target][0].experts
-        d_in, d_out = sample.A[target].shape[1], sample.B[target].shape[0]
-        A.append(torch.cat([torch.zeros(0, d_in), *(e.A[target].float() for e in frozen)]).to(dtype))
-        scaled = torch.cat([torch.zeros(d_out, 0), *(_scaled(e, target) for e in frozen)], dim=1)
-        Bt.append(scaled.t().contiguous().to(dtype))
-        columns.append(_ranks_of(slices, having[target]))
+    bases: Mapping[str, nn.Module], stacked: StackedLayer, group: StackedGroup, cell: GateCell
+) -> tuple[ExpertGroup, dict[str, FusedLinear]]:
+    """The modules of one group, over these base modules."""
+    fused = {}
+    for target in group.targets:
+        new = stacked.new if stacked.new is not None and target in stacked.new.A else None
         fused[target] = FusedLinear(
             bases[target],
             new_A=None if new is None else new.A[target].float().clone(),
             new_B=None if new is None else new.B[target].float().clone(),
             new_scale=None if new is None else new.scales(),
         )
-    has_all = all(len(having[target]) == len(slices) for target in targets)
-    group = ExpertGroup(
+    experts = ExpertGroup(
         list(fused.values()),
         cell,
-        A=A,
-        Bt=Bt,
-        columns=None if has_all else torch.cat(columns),
-        slot_of_rank=[part.slot for part in slices for _ in range(part.experts.rank)],
+        A=group.A,
+        ranks=group.ranks,
+        Bt=group.Bt,
+        columns=group.columns,
+        slot_of_rank=stacked.slot_of_rank,
     )
-    return group, fused
+    return experts, fused
 
 
 def same_input_groups(targets: Iterable[str]) -> list[list[str]]:

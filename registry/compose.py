@@ -18,16 +18,26 @@ from .composing import Plan
 from .loaded_base import LoadedBase
 from .pack import DomainPack, Routable, read_pack
 from .saved_composition import saved_pack
+from .stack_cache import KeptComposition, StackCache
 from .store import Store
 
 
 def compose_model(store: Store, plan: Plan, base: LoadedBase) -> PreTrainedModel:
     """An ordinary transformers model: the base with the planned slots attached.
 
+    What was put together once is kept in the store's cache; composing it again reads one file.
+
     Raises:
         IntegrityError: A file of a pack differs from its digest.
     """
-    return compose_packs(plan, read_packs(store, plan), base)
+    cache, dtype = StackCache(store.cache), base.model.dtype
+    kept = cache.get(plan, dtype)
+    if kept is None:
+        packs = read_packs(store, plan)
+        router = None if plan.static else build_router(packs, _shares(plan), width=base.anatomy.width)
+        kept = KeptComposition(_stack(plan, packs, base).stacked(dtype), router)
+        cache.put(plan, dtype, kept)
+    return attach(base.model, kept.stack, router=kept.router, fixed=_shares(plan) if plan.static else None)
 
 
 def compose_saved(folder: Path, plan: Plan, base: LoadedBase) -> PreTrainedModel:
@@ -60,15 +70,21 @@ def compose_packs(plan: Plan, packs: list[DomainPack], base: LoadedBase) -> PreT
     Raises:
         IntegrityError: A pack does not fit the base model.
     """
-    for slot, pack in zip(plan.slots, packs, strict=True):
-        check_fit(pack, base, source=f"{slot.name}@{slot.manifest.version}")
-    shares = torch.tensor([slot.prior for slot in plan.slots])
-    names = tuple(slot.name for slot in plan.slots)
-    stack = Stack(names=names, banks=tuple(pack.bank for pack in packs), static=plan.static)
+    stack, shares = _stack(plan, packs, base), _shares(plan)
     if plan.static:
         return attach(base.model, stack, router=None, fixed=shares)
-    router = build_router(packs, shares, width=base.anatomy.width)
-    return attach(base.model, stack, router=router)
+    return attach(base.model, stack, router=build_router(packs, shares, width=base.anatomy.width))
+
+
+def _stack(plan: Plan, packs: list[DomainPack], base: LoadedBase) -> Stack:
+    for slot, pack in zip(plan.slots, packs, strict=True):
+        check_fit(pack, base, source=f"{slot.name}@{slot.manifest.version}")
+    names = tuple(slot.name for slot in plan.slots)
+    return Stack(names=names, banks=tuple(pack.bank for pack in packs), static=plan.static)
+
+
+def _shares(plan: Plan) -> torch.Tensor:
+    return torch.tensor([slot.prior for slot in plan.slots])
 
 
 def build_router(packs: Sequence[Routable], shares: torch.Tensor, *, width: int) -> DomainRouter:

@@ -14,7 +14,8 @@ from lorary.adapters.attach import attach
 from lorary.adapters.bank import LayerExperts
 from lorary.adapters.fused import ExpertGroup, FusedLinear, GateCell
 from lorary.adapters.gates import LayerGates
-from lorary.adapters.stack import Stack, _Slice, build_gates, build_group
+from lorary.adapters.stack import Stack, _Slice, build_gates, build_group, stack_gates, stack_group
+from lorary.adapters.stacked import StackedLayer
 
 WIDTH, D_IN, D_OUT = 16, 24, 10
 EXPERT = st.tuples(st.integers(1, 6), st.floats(0.5, 32), st.sampled_from(("lora", "rslora")))
@@ -35,9 +36,14 @@ def fused_layer() -> Callable[..., tuple[FusedLinear, LayerGates, list[LayerExpe
             base.bias.zero_()
         last = len(layers) - 1
         slices = [_Slice(slot=i, experts=layer, is_new=trainable and i == last) for i, layer in enumerate(layers)]
-        built = build_group({"a": base}, slices, GateCell(), dtype)
-        assert built is not None
-        return built[1]["a"], build_gates(slices, static=False), layers
+        stacked = StackedLayer(
+            groups=(stack_group(["a"], slices, dtype),),
+            slot_of_rank=(),
+            gates=stack_gates(slices, static=False),
+            new=layers[-1] if trainable else None,
+        )
+        _, modules = build_group({"a": base}, stacked, stacked.groups[0], GateCell())
+        return modules["a"], build_gates(stacked), layers
 
     return make
 
@@ -167,7 +173,9 @@ def test_gradients_of_a_group_agree_with_finite_differences(frozen: int, is_plai
         )
         for base in bases
     ]
-    group = ExpertGroup(members, GateCell(), A=[leaf(frozen, 5)] * 2, Bt=[leaf(frozen, 4), leaf(frozen, 6)])
+    group = ExpertGroup(
+        members, GateCell(), A=leaf(2 * frozen, 5), ranks=[frozen] * 2, Bt=[leaf(frozen, 4), leaf(frozen, 6)]
+    )
     trained: Any = [parameter for member in members for parameter in (member.new_A, member.new_B)]
 
     def run_group(x: Tensor, gates: Tensor, *_trained: Tensor) -> Any:
@@ -284,15 +292,6 @@ def test_no_weight_gradient_is_computed_for_new_experts_that_need_none(layers_of
 
     assert fused.new_A.grad is None
     assert x.grad is not None
-
-
-def test_a_target_that_no_expert_extends_stays_as_it_is(layers_of: Any) -> None:
-    layer = layers_of([([(2, 4.0, "lora")], True, True)], 1)[0]
-
-    slices = [_Slice(slot=0, experts=layer, is_new=False)]
-    built = build_group({"z": nn.Linear(5, 5)}, slices, GateCell(), torch.float32)
-
-    assert built is None
 
 
 def test_running_outside_its_decoder_layer_is_refused(layers_of: Any, fused_layer: Any) -> None:

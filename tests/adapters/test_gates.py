@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lorary.adapters.bank import LayerExperts
 from lorary.adapters.gates import TEMPERATURE, LayerGates, expert_gates, rank_gates
-from lorary.adapters.stack import _Slice, build_gates
+from lorary.adapters.stack import _Slice, build_gates, stack_gates
+from lorary.adapters.stacked import StackedLayer
 
 WIDTH = 16
 COUNTS = st.lists(st.integers(1, 4), min_size=1, max_size=4)  # experts of each slot
@@ -41,7 +42,14 @@ def gates_of(random_layer: Callable[..., LayerExperts]) -> Callable[..., LayerGa
             )
             for slot, count in enumerate(counts)
         ]
-        return build_gates(slices, static=static)
+        return build_gates(
+            StackedLayer(
+                groups=(),
+                slot_of_rank=(),
+                gates=stack_gates(slices, static=static),
+                new=slices[-1].experts if trainable else None,
+            )
+        )
 
     return make
 
@@ -116,7 +124,11 @@ def test_gates_do_not_depend_on_the_size_of_the_hidden_state(seed: int, size: fl
 def test_scores_of_experts_are_bounded_by_the_temperature(size: float, random_layer: Any) -> None:
     layer = random_layer([(1, 1.0, "lora")] * 2, {"a": (3, 3)}, width=WIDTH)
     layer.expert_gate = torch.stack([torch.ones(WIDTH), -torch.ones(WIDTH)]) * size
-    gates = build_gates([_Slice(slot=0, experts=layer, is_new=False)], static=False)
+    gates = build_gates(
+        StackedLayer(
+            groups=(), slot_of_rank=(), gates=stack_gates([_Slice(slot=0, experts=layer, is_new=False)], static=False)
+        )
+    )
 
     found = expert_gates(gates.scores(torch.ones(1, 1, WIDTH)), gates.same_group)[0, 0]
 

@@ -28,7 +28,7 @@ def group() -> ExpertGroup:
         members.append(FusedLinear(base))
     cell = GateCell()
     cell.gates = normal(1, 3, RANK).abs()
-    return ExpertGroup(members, cell, A=[normal(RANK, D_IN)] * 2, Bt=[normal(RANK, 5), normal(RANK, 7)])
+    return ExpertGroup(members, cell, A=normal(2 * RANK, D_IN), ranks=[RANK] * 2, Bt=[normal(RANK, 5), normal(RANK, 7)])
 
 
 @pytest.fixture
@@ -137,7 +137,7 @@ def test_the_output_of_a_foreign_module_is_not_written_to(x: Tensor) -> None:
     cell = GateCell()
     cell.gates = torch.ones(1, 3, RANK)
     member = FusedLinear(Keeper())
-    ExpertGroup([member], cell, A=[torch.ones(RANK, D_IN)], Bt=[torch.ones(RANK, 5)])
+    ExpertGroup([member], cell, A=torch.ones(RANK, D_IN), ranks=[RANK], Bt=[torch.ones(RANK, 5)])
 
     found = member(x)
 

@@ -53,8 +53,8 @@ def test_gates_of_the_older_generation_do_not_see_the_new_one(generations: Any, 
     width = base.config.hidden_size
     hidden: Any = torch.randn(2, 9, width, generator=torch.Generator().manual_seed(1))
     for index in older.layers:
-        alone = build_gates(layer_slices(Stack(names=("a", "b"), banks=(kp, older)), index), static=False)
-        both = build_gates(layer_slices(Stack(names=("a", "b"), banks=(kp, older, addition)), index), static=False)
+        alone = build_gates(Stack(names=("a", "b"), banks=(kp, older)).layer(index, torch.float32))
+        both = build_gates(Stack(names=("a", "b"), banks=(kp, older, addition)).layer(index, torch.float32))
         count = len(alone.slot_of_expert)
 
         found = expert_gates(both.scores(hidden), both.same_group)
