@@ -59,8 +59,8 @@ def make_stack(base: Any, *, slots: int, experts: int, trainable: bool = False, 
     return Stack(names=names, banks=tuple(banks), trainable=trainable, static=static)
 
 
-def make_router(slots: int) -> DomainRouter:
-    """A router whose domains use their own part of the vocabulary; slot 0 uses all of it."""
+def make_statistics(slots: int) -> list[DomainStatistics]:
+    """Domains that use their own part of the vocabulary; slot 0 uses all of it."""
     part = VOCABULARY // slots
     statistics = []
     for slot in range(slots):
@@ -69,6 +69,12 @@ def make_router(slots: int) -> DomainRouter:
             counts[slot * part : (slot + 1) * part] = 20 * slots
         features = torch.eye(MOST_FEATURES, dtype=torch.float64)
         statistics.append(DomainStatistics(counts, 1000.0, features[slot] * 100, features * 1000))
+    return statistics
+
+
+def make_router(slots: int) -> DomainRouter:
+    """The router of these."""
+    statistics = make_statistics(slots)
     prior = torch.tensor([0.7, *[0.3 / (slots - 1)] * (slots - 1)])
     return DomainRouter(statistics, prior=prior, tempers=Tempers(), width=WIDTH)
 

@@ -1,0 +1,147 @@
+"""Composing 16 experts from a store, against 16 `load_adapter` calls of PEFT and against reading the same bytes.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/compose.py [--stored 8,24] [--out compose.json]
+
+A base of about 100 M parameters with random weights; packs of two experts of rank 8 on all seven linears of every layer.
+Files are in the page cache. `cold` reads and verifies packs, stacks them and keeps the result; `warm` reads what was
+kept.
+"""
+
+import argparse
+import copy
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import models
+import torch
+from peft import PeftModel
+from timing import report
+
+from lorary.domains.base_model import find_anatomy
+from lorary.registry.compose import compose_model
+from lorary.registry.composing import plan_composition
+from lorary.registry.digest import sha256_of
+from lorary.registry.manifest import BaseRecord, PackManifest
+from lorary.registry.pack import DomainPack, expert_records, pack_files
+from lorary.registry.stack_cache import StackCache
+from lorary.registry.store import Store
+
+torch.set_num_threads(1)
+BASE = BaseRecord(
+    id="random",
+    revision=None,
+    architecture="LlamaForCausalLM",
+    weights=sha256_of(b"weights"),
+    tokenizer=sha256_of(b"tokenizer"),
+    chat_template=None,
+    dtype="float32",
+)
+COMPOSED = 8  # slots of two experts each
+
+
+class Base:
+    """What `compose_model` needs of a loaded base."""
+
+    def __init__(self, model: Any):
+        self.model = model
+        self.anatomy = find_anatomy(model)
+
+
+def fill(store: Store, base: Base, packs: int) -> None:
+    """Commits packs until there are so many."""
+    stack = models.make_stack(base.model, slots=2, experts=2)
+    statistics = models.make_statistics(2)
+    for number in range(len(store.domains()), packs):
+        bank = copy.deepcopy(stack.banks[number % 2])
+        for _, tensor in bank.tensors():
+            tensor.add_(1e-3 * number)
+        pack = DomainPack(
+            bank=bank,
+            statistics=statistics[number % 2],
+            prototypes=torch.eye(16, models.MOST_FEATURES),
+            tempers=models.Tempers(),
+            feature_layer=0,
+        )
+        name = "general" if number == 0 else f"d{number}"
+        draft = PackManifest(
+            name=name,
+            role="preservation" if number == 0 else "domain",
+            description="",
+            license="",
+            base=BASE,
+            experts=expert_records(bank),
+            allocation={"schedule": "uniform", "counts": list(bank.counts(base.anatomy.count))},
+            lineage={},
+            train={},
+            evaluation={},
+            proof={},
+            created="2026-01-01T00:00:00+00:00",
+            tool={},
+        )
+        store.commit(draft, pack_files(pack, anatomy=base.anatomy, base_id="random", revision=None))
+
+
+def seconds(run: Callable[[], Any], *, rounds: int) -> float:
+    """Lower quartile of the thread's CPU time."""
+    times = []
+    for _ in range(rounds):
+        began = time.thread_time()
+        run()
+        times.append(time.thread_time() - began)
+    return sorted(times)[len(times) // 4]
+
+
+def load_with_peft(base: Any, paths: list[str]) -> None:
+    model = PeftModel.from_pretrained(base, paths[0], adapter_name="e0")
+    for number, path in enumerate(paths[1:], 1):
+        model.load_adapter(path, adapter_name=f"e{number}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--stored", type=lambda text: [int(part) for part in text.split(",")], default=[8, 24])
+    parser.add_argument("--without-peft", action="store_true")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    base: Any = Base(models.make_base())
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store.create(Path(folder) / "store", {})
+        for stored in args.stored:
+            fill(store, base, stored)
+            text = "+".join(f"d{number}" for number in range(1, COMPOSED))
+
+            def compose(text: str = text) -> Any:
+                return compose_model(store, plan_composition(store, text, base=BASE), base)
+
+            shutil.rmtree(store.cache / "compositions", ignore_errors=True)
+            cold = seconds(compose, rounds=1)
+            file = StackCache(store.cache).path(plan_composition(store, text, base=BASE), torch.float32)
+            warm, read = [], []
+            for _ in range(3):  # taken in turns
+                warm.append(seconds(compose, rounds=7))
+                read.append(seconds(file.read_bytes, rounds=7))
+            row = {
+                "stored packs": stored,
+                "experts": 2 * COMPOSED,
+                "MB": file.stat().st_size / 2**20,
+                "cold ms": cold * 1e3,
+                "warm ms": min(warm) * 1e3,
+                "read ms": min(read) * 1e3,
+                "warm / read": min(warm) / min(read),
+            }
+            rows.append(row)
+        if not args.without_peft:
+            paths = models.saved_adapters(base.model, 2 * COMPOSED, Path(folder) / "adapters")
+            peft = seconds(lambda: load_with_peft(copy.deepcopy(base.model), paths), rounds=1)
+            rows[-1] |= {"PEFT ms": peft * 1e3, "PEFT / warm": peft * 1e3 / rows[-1]["warm ms"]}
+    report("Composing 16 experts", rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
