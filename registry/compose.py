@@ -34,8 +34,9 @@ def compose_model(store: Store, plan: Plan, base: LoadedBase) -> PreTrainedModel
     kept = cache.get(plan, dtype)
     if kept is None:
         packs = read_packs(store, plan)
+        stack = _stack(plan, packs, base).stacked(dtype)
         router = None if plan.static else build_router(packs, _shares(plan), width=base.anatomy.width)
-        kept = KeptComposition(_stack(plan, packs, base).stacked(dtype), router)
+        kept = KeptComposition(stack, router)
         cache.put(plan, dtype, kept)
     return attach(base.model, kept.stack, router=kept.router, fixed=_shares(plan) if plan.static else None)
 

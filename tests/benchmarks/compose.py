@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/compose.py [--stored 8,24] [--out compose.json]
 
-A base of about 100 M parameters with random weights; packs of two experts of rank 8 on all seven linears of every layer.
+A base of about 100 M parameters with random weights; packs of two experts of rank 8 on all linears of every layer.
 Files are in the page cache. `cold` reads and verifies packs, stacks them and keeps the result; `warm` reads what was
 kept.
 """
@@ -13,7 +13,6 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
