@@ -212,14 +212,17 @@ class ExpertGroup(nn.Module):
         return GroupWeights(A=A.to(dtype), Bt=tuple(Bt), columns=columns)
 
     def _needs_gradient(self, x: Tensor, gates: Tensor, places: tuple[int, ...]) -> bool:
-        trained = (self.members[place].new_A for place in places)
-        return x.requires_grad or gates.requires_grad or any(p is not None and p.requires_grad for p in trained)
+        parameters = (p for place in places for p in self.members[place].parameters())
+        return x.requires_grad or gates.requires_grad or any(p.requires_grad for p in parameters)
 
     def _differentiable_outputs(self, x: Tensor, gates: Tensor, places: tuple[int, ...]) -> Sequence[Tensor]:
         members = [self.members[place] for place in places]
         trained = [p for member in members for p in (member.new_A, member.new_B) if p is not None]
-        is_plain = all(type(member.base) is nn.Linear and not member.base._forward_hooks for member in members)
-        if is_plain and not torch.is_autocast_enabled(x.device.type) and x.dtype == members[0].base.weight.dtype:
+        if (
+            all(_is_plain(member.base) for member in members)
+            and not torch.is_autocast_enabled(x.device.type)
+            and x.dtype == members[0].base.weight.dtype
+        ):
             outputs = [None] * len(members)  # computed inside
         else:
             outputs = [member.base(x) for member in members]
@@ -310,6 +313,12 @@ def select_slots(weights: GroupWeights, slots: tuple[int, ...], slot_of_rank: Se
         columns = torch.tensor([place_of_gate[gate_of_column[column]] for column in kept], dtype=torch.long).to(device)
     A = weights.A[torch.tensor(kept, dtype=torch.long, device=device)]
     return GroupWeights(A=A, Bt=tuple(Bt), columns=columns)
+
+
+def _is_plain(base: nn.Module) -> bool:
+    """Whether a module is a frozen Linear that nobody listens to, which may be computed without being called."""
+    is_linear = type(base) is nn.Linear and not base._forward_hooks and not base._forward_pre_hooks
+    return is_linear and not any(parameter.requires_grad for parameter in base.parameters())
 
 
 def _owned_output(base: nn.Module, x: Tensor) -> Tensor:

@@ -165,3 +165,11 @@ def test_names_of_families_tell_which_targets_read_one_input() -> None:
         ["mlp.down_proj"],
         ["attn.c_attn"],
     ]
+
+
+def test_a_base_weight_that_someone_trains_gets_its_gradient(group: Any, x: Tensor) -> None:
+    weight = group.members[0].base.weight.requires_grad_(True)
+
+    (group.members[0](x).sum() + group.members[1](x).sum()).backward()
+
+    torch.testing.assert_close(weight.grad, x.sum((0, 1)).expand(5, D_IN))

@@ -47,21 +47,21 @@ def every_parameter_in_the_optimizer(composed: Any, train: Callable[[], Any]) ->
 
 
 def preservation_expert_with_a_gradient(composed: Any, train: Callable[[], Any]) -> Any:
-    composed.get_submodule(FUSED).B.requires_grad_(True)
+    composed.get_submodule(FUSED).group.Bt0.requires_grad_(True)
     figures = train()
-    composed.get_submodule(FUSED).B.data.mul_(0.99)  # an exponential average, say
+    composed.get_submodule(FUSED).group.Bt0.data.mul_(0.99)  # an exponential average, say
     return figures
 
 
 def preservation_expert_that_moves(composed: Any, train: Callable[[], Any]) -> Any:
     figures = train()
-    composed.get_submodule(FUSED).A[0, 0] += 1e-7
+    composed.get_submodule(FUSED).group.A[0, 0] += 1e-7
     return figures
 
 
 def preservation_gate_that_moves(composed: Any, train: Callable[[], Any]) -> Any:
     figures = train()
-    composed.get_submodule("model.layers.3.expert_gates").expert_gate[0, 0] += 1e-6
+    composed.get_submodule("model.layers.3.expert_gates").rows[0, 0] += 1e-6
     return figures
 
 
@@ -277,7 +277,7 @@ def test_the_proof_covers_the_base_everything_attached_and_every_pack(whole: Reg
     composed = whole.compose("cooking+sailing")
     digests = frozen_digests(whole.base.model, composed, whole.store)
 
-    kp_buffers = sum(1 for name, _ in composed.named_buffers() if name.endswith((".A", ".B", "_gate")))
+    kp_buffers = sum(1 for name, _ in composed.named_buffers() if name.endswith((".A", ".Bt0", ".rows")))
     assert digests.tensors >= len(whole.base.model.state_dict()) + kp_buffers
     assert digests.packs == {f"{m.name}@1": m.digest for m in whole.domains()}
     assert prove(digests, digests)["unchanged"] is True

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorary.adapters.kernels import eager, reference
+from lorary.adapters.kernels import dispatch, eager, reference
 from lorary.adapters.kernels.dispatch import choose_kernels, use_kernels
 from lorary.domains.errors import InputError
 
@@ -34,6 +34,44 @@ def test_the_choice_ends_with_an_error() -> None:
 def test_unknown_kernels_are_refused() -> None:
     with pytest.raises(InputError, match="'fast'"), use_kernels("fast"):
         pass
+
+
+def test_a_gpu_takes_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    assert choose_kernels(torch.device("cuda")) is eager
+    with pytest.raises(InputError, match="not installed"), use_kernels("triton"):
+        pass
+
+    monkeypatch.undo()
+    if dispatch.has_triton():
+        assert choose_kernels(torch.device("cuda")).__name__.endswith("triton_group")
+
+
+def test_a_model_gives_the_same_on_triton(base: Any, compose: Any, some_ids: Any, logits: Any) -> None:
+    pytest.importorskip("triton")
+    composed = compose(base)
+    expected = logits(composed, input_ids=some_ids(2, 5))
+
+    with use_kernels("triton"):
+        found = logits(composed, input_ids=some_ids(2, 5))
+
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_training_gives_the_same_gradients_on_triton(base: Any, compose: Any, some_ids: Any) -> None:
+    pytest.importorskip("triton")
+
+    def gradients(name: str) -> dict[str, Any]:
+        model = compose(base, trainable=True, first_layer=3).train()
+        with use_kernels(name):
+            model(input_ids=some_ids(1, 5), labels=some_ids(1, 5)).loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+    found, expected = gradients("triton"), gradients("reference")
+
+    assert found
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_gives_the_same_on_the_reference(any_base: Any, compose: Any, some_ids: Any, logits: Any) -> None:

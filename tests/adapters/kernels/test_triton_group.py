@@ -1,0 +1,114 @@
+"""The Triton kernels against the reference, in Triton's interpreter where there is no GPU."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+triton_group = pytest.importorskip("lorary.adapters.kernels.triton_group")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton", "ignore::RuntimeWarning:triton")
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_outputs_and_gradients_are_those_of_the_reference(
+    shape: str, dtype: torch.dtype, make_case: Any, agrees_with_reference: Any
+) -> None:
+    agrees_with_reference(triton_group, make_case(shape, dtype).to(DEVICE))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_rows_may_lie_apart(make_case: Any, agrees_with_reference: Any) -> None:
+    for shape in ("one-token", "odd-sizes", "three-modules", "mixed-ranks"):
+        agrees_with_reference(triton_group, make_case(shape, torch.float32, contiguous=False).to(DEVICE))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_closed_slots_are_skipped_and_add_nothing(shape: str, make_case: Any, agrees_with_reference: Any) -> None:
+    agrees_with_reference(triton_group, make_case(shape, torch.float32, empty=True).to(DEVICE))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shares", [1, 2, 5])
+def test_the_number_of_shares_does_not_matter(
+    shares: int, make_case: Any, agrees_with_reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_group, "_shares", lambda *_: shares)
+    for shape in ("one-token", "three-modules", "mixed-ranks"):
+        agrees_with_reference(triton_group, make_case(shape, torch.float32).to(DEVICE))
+
+
+def test_the_same_call_gives_the_same_bits(make_case: Any) -> None:
+    first, second = (make_case("three-modules", torch.float32).to(DEVICE) for _ in range(2))
+
+    triton_group.update_(first.x, first.outputs, first.gates, first.weights)
+    triton_group.update_(second.x, second.outputs, second.gates, second.weights)
+
+    assert all(torch.equal(a, b) for a, b in zip(first.outputs, second.outputs, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 256, 4096])
+def test_few_tokens_are_cut_into_shares_that_cover_the_whole_axis(tokens: int) -> None:
+    tiles = triton_group.choose_tiles(tokens)
+    x = torch.empty(tokens, 4096, device="meta")
+
+    shares = triton_group._shares(x, 128, tiles)
+
+    programs = -(-tokens // tiles.shrink_m) * -(-128 // tiles.shrink_c)
+    assert 1 <= shares <= triton_group.MOST_SHARES
+    assert shares == 1 or shares * programs <= triton_group.PROCESSORS
+    assert tokens > 16 or shares > 1
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lorary.adapters.kernels.triton_group import choose_tiles
+from lorary.adapters.kernels.triton_kernels import expand_kernel, shrink_kernel
+
+TYPES = {"gate_ptr": "*fp32", "index_ptr": "*i64", "out_ptr": "*fp32", "low_ptr": "*fp32"}
+FLAGS = {"COLUMNS": True, "UPCAST": False, "GATES": 128, "SKIP": True, "SHARES": 4}
+
+def compiled(kernel, kind, warps, **blocks):
+    names = kernel.arg_names
+    constants = {name: value for name, value in {**FLAGS, **blocks}.items() if name in names}
+    signature = {
+        name: "constexpr" if name in constants else TYPES.get(name, f"*{kind}" if name.endswith("_ptr") else "i32")
+        for name in names
+    }
+    constexprs = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+for kind in ("bf16", "fp32"):
+    for tokens in (1, 4096):
+        t = choose_tiles(tokens)
+        for made in (
+            compiled(shrink_kernel, kind, t.shrink_warps, BLOCK_M=t.shrink_m, BLOCK_C=t.shrink_c, BLOCK_K=t.shrink_k),
+            compiled(expand_kernel, kind, t.expand_warps, BLOCK_M=t.expand_m, BLOCK_N=t.expand_n, BLOCK_R=t.expand_r),
+        ):
+            assert ".target sm_90" in made.asm["ptx"]
+            assert made.asm["cubin"]
+            print(kind, tokens)
+"""
+
+
+def test_kernels_compile_ahead_of_time_for_sm_90_without_a_gpu(tmp_path: Path) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", COMPILE], env=environment, capture_output=True, text=True, check=False
+    )
+
+    if "ptxas" in done.stderr and "not found" in done.stderr.lower():
+        pytest.skip("this Triton brings no ptxas")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 8
