@@ -46,6 +46,7 @@ class Bench:
     domains: Sequence[Domain]  # in the order in which they are learned
     recipe: TrainingConfig
     out: Path
+    general: Path | None  # text that lorary's KP bank learns from; None: the bundled corpus
     on_progress: OnProgress
 
     def fresh_base(self) -> PreTrainedModel:

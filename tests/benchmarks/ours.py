@@ -21,8 +21,10 @@ from streams import Domain
 from torch import nn
 
 from lorary.adapters.attach import routing_of
+from lorary.adapters.config import BankConfig
 from lorary.adapters.router import router_rows
 from lorary.adapters.training import TrainingConfig
+from lorary.domains.corpus import corpus_digest, read_examples
 from lorary.domains.statistics import DomainStatistics
 from lorary.registry import Registry
 from lorary.registry.compose import read_packs
@@ -30,6 +32,7 @@ from lorary.registry.composing import GENERAL
 from lorary.registry.evaluation import routed_right
 from lorary.registry.pack import read_pack
 
+KP_STEPS = 50  # at most; KP only has to know what general text looks like
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -79,12 +82,14 @@ def _git(*arguments: str) -> str:
 
 def _registry(bench: Bench) -> Registry:
     """A registry of its own for each recipe and order; the KP bank is trained once for all of them."""
-    seed = bench.recipe.seed
-    kp = bench.out / "ours" / f"kp-{seed}"
+    kp_recipe = TrainingConfig(seed=bench.recipe.seed, most_steps=KP_STEPS)
+    text = bench.general and corpus_digest(read_examples([bench.general]))
+    kp = bench.out / "ours" / f"kp-{digest([asdict(kp_recipe), asdict(BankConfig()), text])}"
     if not (kp / "domains" / GENERAL).is_dir():
-        Registry.init(kp, training=TrainingConfig(seed=seed), on_progress=bench.on_progress)
+        data = [bench.general] if bench.general else []
+        Registry.init(kp, data=data, training=kp_recipe, on_progress=bench.on_progress)
     names = [domain.name for domain in bench.domains]
-    store = bench.out / "ours" / digest([asdict(bench.recipe), names])
+    store = bench.out / "ours" / digest([kp.name, asdict(bench.recipe), names])
     if not store.is_dir():
         unfinished = store.with_suffix(".unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)

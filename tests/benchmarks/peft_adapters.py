@@ -18,8 +18,6 @@ from method import Bench, digest
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lorary.adapters.bank import new_bank
-from lorary.adapters.config import BankConfig
 from lorary.adapters.training import TrainingConfig, train_bank
 from lorary.domains.base_model import linear_shape, target_modules
 from lorary.domains.blocks import encode, pack_blocks
@@ -27,6 +25,8 @@ from lorary.domains.corpus import corpus_digest
 from lorary.domains.example import Example
 from lorary.registry.loaded_base import LoadedBase
 
+PARAMETERS = 186_624  # that a method may train for a domain; lorary's own bank never has more
+SCALE = 4  # alpha / rank, that of a bank's experts
 ORTHOGONALITY = 0.5  # weight of O-LoRA's loss, as in its paper
 
 
@@ -45,26 +45,22 @@ class Adapter:
         return self.folder.name
 
 
-def lora_shape(base: LoadedBase, *, banks: int) -> peft.LoraConfig:
-    """A LoRA on every linear module of every layer with as many parameters as so many banks of lorary have.
+def lora_shape(base: LoadedBase, *, times: int) -> peft.LoraConfig:
+    """A LoRA on every linear module of every layer, as large as the budget of so many domains allows.
 
-    The rank is the same in all layers but for the deepest ones, which get one more until the budget is spent; the scale
-    is that of a bank's experts.
+    The rank is the same in all layers but for the deepest ones, which get one more until the budget is spent.
     """
-    config = BankConfig()
-    budget = banks * new_bank(base.model, base.anatomy, config, generator=torch.Generator()).parameters
     layer = base.model.get_submodule(f"{base.anatomy.layers}.0")
     targets = target_modules(base.model, base.anatomy)
     cost = sum(sum(linear_shape(layer.get_submodule(target))) for target in targets)
-    rank, more = divmod(budget // cost, base.anatomy.count)
+    rank, more = divmod(times * PARAMETERS // cost, base.anatomy.count)
     deepest = "|".join(str(base.anatomy.count - 1 - i) for i in range(more))
     pattern = rf"{base.anatomy.layers}\.({deepest})\..+".replace("model.layers", r"model\.layers")
-    scale = config.alpha / config.rank
     return peft.LoraConfig(
         r=rank,
-        lora_alpha=int(scale * rank),
+        lora_alpha=SCALE * rank,
         rank_pattern={pattern: rank + 1} if more else {},
-        alpha_pattern={pattern: int(scale * (rank + 1))} if more else {},
+        alpha_pattern={pattern: SCALE * (rank + 1)} if more else {},
         target_modules=sorted({target.rpartition(".")[2] for target in targets}),
         task_type="CAUSAL_LM",
     )
@@ -93,7 +89,7 @@ def train_adapter(
         return _read_adapter(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = peft.get_peft_model(bench.fresh_base(), lora_shape(bench.base, banks=times), adapter_name="new")
+        model = peft.get_peft_model(bench.fresh_base(), lora_shape(bench.base, times=times), adapter_name="new")
     if parent is not None:
         _load_values(model, parent, "new")
     _stack_frozen(model, frozen)

@@ -60,26 +60,36 @@ def main() -> None:
         seed=arguments.seed,
         learning_rate=arguments.learning_rate,
     ).for_width(base.anatomy.width)
-    bench = Bench(base=base, domains=domains, recipe=recipe, out=arguments.out, on_progress=report)
+    bench = Bench(
+        base=base, domains=domains, recipe=recipe, out=arguments.out, general=arguments.general, on_progress=report
+    )
     book = ScoreBook(arguments.out / "scores.jsonl", base.tokenizer)
     columns = [*general_columns(arguments.data, max_bytes=arguments.max_bytes), *domains]
     methods = METHODS | {"ours": partial(ours, book=book)}
     for method in arguments.method:
         command = command_of(arguments, method)
         print(command, flush=True)
-        result = measure(methods[method](bench), bench, book, columns)
+        result = measure(methods[method](bench), bench, book, columns, sparse=arguments.sparse)
         head = {"stream": arguments.stream, "method": method, "order": arguments.order, "seed": arguments.seed}
         write_result(arguments.out, head | {"command": command, "recipe": asdict(recipe)} | result)
 
 
-def measure(steps: Iterator[Step], bench: Bench, book: ScoreBook, columns: list[Domain]) -> dict[str, Any]:
-    """Every column after every step; accuracy where a domain was just added, and after the last step."""
+def measure(
+    steps: Iterator[Step], bench: Bench, book: ScoreBook, columns: list[Domain], *, sparse: bool
+) -> dict[str, Any]:
+    """Every column after every step; accuracy where a domain was just added, and after the last step.
+
+    Args:
+        sparse: Leave out what neither the averages nor backward transfer need: older domains before the last step.
+    """
     rows = [{c.name: book.cell(bench.base_scored, c, with_questions=True) for c in columns}]
     done = []
     for step in steps:
         is_last = step.name == bench.domains[-1].name
         row = {
-            c.name: book.cell(step.model_for(c.name), c, with_questions=is_last or c.name == step.name) for c in columns
+            c.name: book.cell(step.model_for(c.name), c, with_questions=is_last or c.name == step.name)
+            for c in columns
+            if is_last or c.name == step.name or not sparse
         }
         rows.append(row)
         done.append(step)
@@ -114,6 +124,7 @@ def command_of(arguments: argparse.Namespace, method: str) -> str:
         "seed": arguments.seed,
         "data": arguments.data,
         "out": arguments.out,
+        "general": arguments.general,
         "steps": arguments.steps,
         "block": arguments.block,
         "learning-rate": arguments.learning_rate,
@@ -122,6 +133,7 @@ def command_of(arguments: argparse.Namespace, method: str) -> str:
         "questions": arguments.questions,
     }
     words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
+    words += ["--sparse"] if arguments.sparse else []
     return shlex.join(["python", "tests/benchmarks/retention.py", *words])
 
 
@@ -140,12 +152,14 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="folder with medicine/lm.train.jsonl and so on")
     parser.add_argument("--out", type=Path, required=True, help="folder for all that is trained and measured")
+    parser.add_argument("--general", type=Path, help="text of lorary's KP bank; the bundled corpus if not given")
     parser.add_argument("--steps", type=int, help="optimizer steps of a domain")
     parser.add_argument("--block", type=int, help="tokens of a block; a step has 8")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--domains", type=int, help="only the first so many of the stream")
     parser.add_argument("--max-bytes", type=int, default=40_000, help="of held-out text of a domain")
     parser.add_argument("--questions", type=int, default=100, help="of a domain, for accuracy")
+    parser.add_argument("--sparse", action="store_true", help="score older domains after the last step only")
     parser.add_argument("--table", action="store_true", help="print tables of what was measured")
     parser.add_argument("--plot", type=Path, help="with --table: draw it into this SVG file too")
     arguments = parser.parse_args()

@@ -4,63 +4,60 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from streams import GENERAL_COLUMNS
 
+from lorary.registry.retention_metrics import (
+    RetentionMatrix,
+    Values,
+    backward_transfer,
+    final_score,
+    forgetting,
+    mean,
+    oracle_share,
+)
+
 ORDER = ("separate", "joint", "ours", "replay", "olora", "sequential", "xlora", "arrow")
-HEAD = ("method", "average", "share of gain", "least share", "backward transfer", "general text", "trained", "steps")
+HEAD = (
+    "average",
+    "share of gain",
+    "least share",
+    "backward transfer",
+    "forgetting",
+    *GENERAL_COLUMNS,
+    "parameters",
+    "steps",
+)
 
 Result = dict[str, Any]
 
 
 class Run:
-    """One method's result in one metric; `gain` turns both metrics so that more is better."""
+    """One method's matrix in one metric, with the separate adapters as its oracle."""
 
-    def __init__(self, result: Result, metric: str):
+    def __init__(self, result: Result, metric: str, separate: Result):
+        rows, steps = result["rows"], result["steps"]
         self.result = result
-        self.metric = metric
-        self.domains: list[str] = [d for d in result["domains"] if metric in result["rows"][0][d]]
+        self.domains = [domain for domain in result["domains"] if metric in rows[0][domain]]
+        self.matrix = RetentionMatrix(
+            steps=steps,
+            domains=self.domains,
+            R=[[row.get(domain, {}).get(metric, math.nan) for domain in self.domains] for row in rows],
+            lower_is_better=metric == "bits",
+            oracle=[separate["rows"][-1][domain][metric] for domain in self.domains],
+            # a method that only has a last step learned everything there
+            learned=[steps.index(domain) if domain in steps else len(steps) - 1 for domain in self.domains],
+        )
 
     @property
     def method(self) -> str:
         return self.result["method"]
 
-    def value(self, domain: str, step: int = -1) -> float:
-        """The score on a domain after a step; nan where it was not measured."""
-        return self.result["rows"][step][domain].get(self.metric, math.nan)
-
-    def gain(self, domain: str, step: int = -1) -> float:
-        """By how much the score is better than the bare base's."""
-        difference = self.value(domain, step) - self.value(domain, 0)
-        return difference if self.metric == "accuracy" else -difference
-
-    @property
-    def average(self) -> float:
-        return fmean(self.value(domain) for domain in self.domains)
-
-    def shares(self, oracle: "Run") -> list[float]:
-        """What of the oracle's gain is there after the last step, by domain; nan where it has none."""
-        return [share(self.gain(domain), oracle.gain(domain)) for domain in self.domains]
-
-    def backward_transfer(self) -> float:
-        """Mean over all domains but the last of the gain after the last step less that when it was learned."""
-        steps = self.result["steps"]
-        earlier = [domain for domain in self.domains if domain in steps[:-1]]
-        if not earlier:
-            return math.nan
-        return fmean(self.gain(domain) - self.gain(domain, steps.index(domain)) for domain in earlier)
-
-    def general_change(self) -> float:
-        """Change of bits per byte on general text, as a share of the base's; positive is worse."""
+    def general_changes(self) -> list[float]:
+        """Change of bits per byte on both general texts, as a share of the base's; positive is worse."""
         first, last = self.result["rows"][0], self.result["rows"][-1]
-        return fmean(last[column]["bits"] / first[column]["bits"] - 1 for column in GENERAL_COLUMNS)
-
-
-def share(gain: float, whole: float) -> float:
-    """The part of a gain that is there; nan if there was none to have."""
-    return gain / whole if whole > 0 else math.nan
+        return [last[column]["bits"] / first[column]["bits"] - 1 for column in GENERAL_COLUMNS]
 
 
 def write_tables(out: Path, plot: Path | None) -> Iterator[str]:
@@ -86,57 +83,79 @@ def _group_tables(group: dict[str, Result]) -> Iterator[str]:
         f"{recipe['learning_rate']:.4g}; domains: {', '.join(first['domains'])}."
     )
     for metric in ("bits", "accuracy"):
-        runs = [Run(group[method], metric) for method in ORDER if method in group]
-        if "separate" in group and runs[0].domains:
-            yield from _method_table(runs, Run(group["separate"], metric), metric)
-            yield from _domain_table(runs, metric)
+        runs = _runs(group, metric)
+        if runs and runs[0].domains:
+            yield from _method_table(runs, metric)
+            yield from _domain_table(runs)
     if "ours" in group:
-        yield from _own_table(group["ours"])
-
-
-def _method_table(runs: list[Run], oracle: Run, metric: str) -> Iterator[str]:
+        for metric in ("bits", "accuracy"):
+            yield from _own_table(group["ours"], metric)
+        yield from _routing_table(group["ours"])
     yield ""
-    yield from _header("bits per byte" if metric == "bits" else metric, HEAD[1:])
+
+
+def _runs(group: dict[str, Result], metric: str) -> list[Run]:
+    """The group's methods in the order of the tables; none without the oracle that all are measured by."""
+    separate = group.get("separate")
+    return [] if separate is None else [Run(group[method], metric, separate) for method in ORDER if method in group]
+
+
+def _method_table(runs: list[Run], metric: str) -> Iterator[str]:
+    yield ""
+    yield from _header("bits per byte" if metric == "bits" else metric, HEAD)
     for run in runs:
-        shares = run.shares(oracle)
+        shares = oracle_share(run.matrix)
         yield _line(
             run.method,
-            f"{run.average:.4f}",
-            f"{fmean(shares):.3f}",
-            f"{min(shares):.3f}",
-            _signed(run.backward_transfer()),
-            f"{100 * run.general_change():+.2f} %",
+            f"{mean(final_score(run.matrix)):.4f}",
+            f"{mean(shares):.3f}",
+            f"{shares.min():.3f}",
+            _signed(mean(backward_transfer(run.matrix))),
+            _signed(mean(forgetting(run.matrix))),
+            *(f"{100 * change:+.2f} %" for change in run.general_changes()),
             f"{sum(run.result['parameters']):,}",
             str(sum(run.result["training_steps"])),
         )
 
 
-def _domain_table(runs: list[Run], metric: str) -> Iterator[str]:
+def _domain_table(runs: list[Run]) -> Iterator[str]:
     yield ""
     yield from _header("after the last step", runs[0].domains)
-    yield _line("base", *(f"{runs[0].value(domain, 0):.4f}" for domain in runs[0].domains))
+    yield _line("base", *(f"{value:.4f}" for value in runs[0].matrix.R[0]))
     for run in runs:
-        yield _line(run.method, *(f"{run.value(domain):.4f}" for domain in runs[0].domains))
+        yield _line(run.method, *(f"{value:.4f}" for value in final_score(run.matrix)))
 
 
-def _own_table(result: Result) -> Iterator[str]:
+def _own_table(result: Result, metric: str) -> Iterator[str]:
     """lorary's figures by domain: the oracle is its own experts alone."""
+    last = result["notes"][result["domains"][-1]]
+    domains = [domain for domain in result["domains"] if metric in result["rows"][0][domain]]
+    if not domains:
+        return
+    cells = (result["rows"][0], last["alone"], last["explicit_at_the_end"], result["rows"][-1])
+    yield ""
+    yield from _header(f"ours, {metric}", ("base", "own experts", "explicit", "routed", "share"))
+    for domain in domains:
+        base, alone, explicit, routed = (cell[domain][metric] for cell in cells)
+        kept = (routed - base) / (alone - base) if alone != base else math.nan
+        yield _line(domain, *(f"{value:.4f}" for value in (base, alone, explicit, routed)), f"{kept:.3f}")
+
+
+def _routing_table(result: Result) -> Iterator[str]:
+    """How lorary routes, and what it keeps of a domain that is named."""
     notes, last = result["notes"], result["notes"][result["domains"][-1]]
     yield ""
-    yield from _header(
-        "ours", ("base", "own experts", "explicit", "routed", "share", "right", "explicit, backward", "drift, nats")
-    )
+    yield from _header("ours, routing", ("right", "explicit, backward", "drift, nats", "flips", "newcomer's share"))
     for domain in result["domains"]:
-        base, routed = result["rows"][0][domain]["bits"], result["rows"][-1][domain]["bits"]
-        alone, explicit = last["alone"][domain]["bits"], last["explicit_at_the_end"][domain]["bits"]
-        kept = explicit - notes[domain]["explicit"]["bits"]
+        kept = last["explicit_at_the_end"][domain]["bits"] - notes[domain]["explicit"]["bits"]
+        drift = notes[domain]["drift"]
         yield _line(
             domain,
-            *(f"{value:.4f}" for value in (base, alone, explicit, routed)),
-            f"{share(base - routed, base - alone):.3f}",
             f"{last['routed_right'][domain]:.3f}",
             "0" if kept == 0 else f"{-kept:+.2e}",
-            f"{notes[domain]['drift']['mean_kl']:.4f}",
+            f"{drift['mean_kl']:.4f}",
+            str(drift["top1_flips"]),
+            f"{drift['newcomer_share']:.4f}",
         )
     largest = max(last["order_invariance"].values())
     yield ""
@@ -152,7 +171,7 @@ def _line(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _signed(value: float) -> str:
+def _signed(value: Values) -> str:
     return "" if math.isnan(value) else f"{value:+.4f}"
 
 
@@ -162,16 +181,16 @@ def draw(groups: dict[tuple, dict[str, Result]]) -> str:
     parts, y = [], 10
     for (stream, order, seed), group in groups.items():
         metric = "accuracy" if stream == "B" else "bits"
-        if "separate" not in group:
+        runs = _runs(group, metric)
+        if not runs:
             continue
-        oracle = Run(group["separate"], metric)
         parts.append(f'<text x="10" y="{y + 12}" font-weight="bold">stream {stream}, {order}, seed {seed}</text>')
         y += height + 4
-        for method in (m for m in ORDER if m in group):
-            kept = fmean(Run(group[method], metric).shares(oracle))
+        for run in runs:
+            kept = float(mean(oracle_share(run.matrix)))
             bar, shown = max(0.0, min(kept, 1.2)) * width / 1.2, f"{kept:.2f}"
-            colour = "#2f6fab" if method == "ours" else "#9aa5b1"
-            parts.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{method}</text>')
+            colour = "#2f6fab" if run.method == "ours" else "#9aa5b1"
+            parts.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{run.method}</text>')
             parts.append(f'<rect x="{left}" y="{y}" width="{bar:.1f}" height="{height - 5}" fill="{colour}"/>')
             parts.append(f'<text x="{left + bar + 6:.1f}" y="{y + 11}">{shown}</text>')
             y += height

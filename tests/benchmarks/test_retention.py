@@ -44,7 +44,8 @@ def test_every_method_runs_and_its_row_is_in_the_table(data: Path, tmp_path: Pat
     out = tmp_path / "out"
     small = ("--steps", "2", "--domains", "2", "--max-bytes", "2000", "--questions", "4")
 
-    run("--stream", "C", "--method", *METHODS, "--data", data, "--out", out, *small)
+    general = data / "general" / "lm.train.jsonl"
+    run("--stream", "C", "--method", *METHODS, "--data", data, "--out", out, "--general", general, *small)
     tables = run("--table", "--out", out, "--plot", tmp_path / "plot.svg")
 
     results = {path.stem: json.loads(path.read_text()) for path in (out / "results").iterdir()}
