@@ -1,8 +1,12 @@
 """A composition: which domains are put together, in which version and with which weight.
 
-    COMPOSITION = TERM ("+" TERM)*        TERM = NAME ["@" (VERSION | ALIAS)] [":" WEIGHT]
+    COMPOSITION = TERM ("+" TERM)*        TERM = (NAME ["@" (VERSION | ALIAS)] | REMOTE ["@" REVISION]) [":" WEIGHT]
+                                          REMOTE = "hf://" OWNER "/" REPO
 
-    medicine+general        medicine@2:0.7+legal:0.3        legal@production
+    medicine+general        medicine@2:0.7+legal:0.3        legal@production        hf://acme/lorary-legal@v2:0.3+medicine
+
+A remote term names a pack on the Hub. Before a composition is planned, the pack is pulled and the term is replaced by
+the domain and version that it became.
 
 `general` is the knowledge-preservation slot. It is always there, so a bare `general` beside other domains is left out
 of the written form. Order has no meaning: `general` comes first, the others follow by name. Round trip:
@@ -19,6 +23,7 @@ from typing import Final
 
 from ..domains.errors import InputError
 from ..domains.names import check_name, parse_selector
+from ..domains.remote_ref import REMOTE_PREFIX, RemoteRef
 
 PRESERVATION_SLOT: Final = "general"
 
@@ -31,16 +36,23 @@ _FIX: Final = "Write for example: medicine@2:0.7+legal:0.3"
 class Term:
     """One domain of a composition; no selector means the alias `latest`, no weight means an equal prior."""
 
-    name: str
-    selector: str | None = None  # a version such as "2", or an alias
+    name: str  # of a domain, or a repository of the Hub: hf://owner/repo
+    selector: str | None = None  # a version such as "2", or an alias; of a repository, a revision
     weight: float | None = None  # > 0
 
     def __post_init__(self) -> None:
-        check_name(self.name)
+        _check_name(self.name)
         if self.selector is not None:
-            parse_selector(self.selector)
+            _check_selector(self.name, self.selector)
         if self.weight is not None:
             object.__setattr__(self, "weight", _check_weight(float(self.weight)))
+
+    @property
+    def remote(self) -> RemoteRef | None:
+        """The pack on the Hub that the term names; None for a domain of the store."""
+        if not self.name.startswith(REMOTE_PREFIX):
+            return None
+        return RemoteRef(self.name.removeprefix(REMOTE_PREFIX), self.selector)
 
     def __str__(self) -> str:
         selector = "" if self.selector is None else f"@{self.selector}"
@@ -116,16 +128,32 @@ def _canonical(terms: tuple[Term, ...]) -> tuple[Term, ...]:
 
 
 def _parse_term(text: str, part: str, position: int) -> Term:
-    head, colon, weight = part.partition(":")
+    prefix = REMOTE_PREFIX if part.startswith(REMOTE_PREFIX) else ""
+    head, colon, weight = part.removeprefix(prefix).partition(":")
     name, at, selector = head.partition("@")
+    head, name = prefix + head, prefix + name
     with _located(text, position):
-        check_name(name)
+        _check_name(name)
     with _located(text, position + len(name) + 1):
         if at:
-            parse_selector(selector)
+            _check_selector(name, selector)
     with _located(text, position + len(head) + 1):
         number = _parse_weight(weight) if colon else None
     return Term(name, selector if at else None, number)
+
+
+def _check_name(name: str) -> None:
+    if name.startswith(REMOTE_PREFIX):
+        RemoteRef.parse(name)
+    else:
+        check_name(name)
+
+
+def _check_selector(name: str, selector: str) -> None:
+    if name.startswith(REMOTE_PREFIX):
+        RemoteRef.parse(f"{name}@{selector}")
+    else:
+        parse_selector(selector)
 
 
 def _parse_weight(text: str) -> float:

@@ -8,6 +8,7 @@ import typer
 from .add_command import add_domain
 from .boundary import ReportingGroup
 from .compose_commands import compose, generate
+from .hub_commands import pull, push, search
 from .init_command import init
 from .look_commands import list_domains, show, version
 from .measure_commands import evaluate, route
@@ -39,6 +40,9 @@ COMMANDS = {
     "generate": generate,
     "route": route,
     "evaluate": evaluate,
+    "push": push,
+    "pull": pull,
+    "search": search,
     "version": version,
 }
 

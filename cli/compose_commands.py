@@ -9,6 +9,7 @@ import typer
 from ..domains.errors import InputError
 from . import manifest_facts as of
 from . import output
+from .hub_commands import localised
 from .numbers import brief, exact, percent, plural, short
 from .opening import open_registry
 from .options import Device, Dtype, Json, MaxNewTokens, Spec, Static, StorePath
@@ -44,6 +45,7 @@ def compose(
     Example: registry compose medicine+legal
     """
     registry = open_registry(store, device=device, dtype=dtype)
+    spec = localised(registry, spec, as_json=as_json)
     plan = planned(registry, spec, static=static)
     saved = registry.save(spec, out, static=static) if out else None
     answer = None
@@ -172,6 +174,7 @@ def generate(
     """
     text = _prompt(prompt)
     registry = open_registry(store, device=device, dtype=dtype)
+    spec = localised(registry, spec, as_json=as_json)
     plan = planned(registry, spec, static=static)
     if show_route and plan.static:
         raise InputError("A static composition does not route.", fix="leave out --static or --show-route")

@@ -7,6 +7,7 @@ import typer
 
 from . import manifest_facts as of
 from . import output
+from .hub_commands import localised
 from .numbers import exact, percent, plural
 from .opening import open_registry
 from .options import Data, Device, Dtype, Json, Spec, StorePath, sources
@@ -35,6 +36,7 @@ def route(
     Example: registry route "The court finds for the claimant."
     """
     registry = open_registry(store, device=device, dtype=dtype)
+    spec = localised(registry, spec, as_json=as_json) if spec else None
     with watch("loading the base model", as_json=as_json):
         report = registry.route(text, spec)
     output.show(route_page(report), command="route", as_json=as_json)
@@ -76,6 +78,7 @@ def evaluate(
     Example: registry evaluate medicine+legal
     """
     registry = open_registry(store, device=device, dtype=dtype)
+    spec = localised(registry, spec, as_json=as_json)
     plan = registry.plan(spec)
     with watch("loading the base model", as_json=as_json) as watching:
         scores = registry.evaluate(

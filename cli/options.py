@@ -35,7 +35,7 @@ Spec = Annotated[
     typer.Argument(
         metavar="SPEC",
         help="Domains joined by +, each with an optional version and weight: medicine@2:0.7+legal:0.3. "
-        "Or the folder of a saved composition.",
+        "A domain may be a pack on the Hub, hf://OWNER/REPO@v2. Or the folder of a saved composition.",
     ),
 ]
 Static = Annotated[bool, typer.Option("--static", metavar="", help="Constant weights instead of routing.")]

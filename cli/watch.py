@@ -34,6 +34,9 @@ class Watch:
 
     def on_progress(self, progress: Progress) -> None:
         """What the library is given to report to."""
+        if not progress.total:
+            self.wait(progress.stage)
+            return
         self._rest()
         is_due = self._pace.follow(progress)
         if self._bar:

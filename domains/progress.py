@@ -10,7 +10,7 @@ class Progress:
 
     stage: str  # what is being done, for a person: "training legal"
     done: int
-    total: int
+    total: int  # 0 where nobody knows how far it is
     figures: dict[str, float] = field(default_factory=dict)  # loss, tokens_per_second, ...
 
 

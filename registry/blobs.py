@@ -58,6 +58,10 @@ class BlobStore:
             raise _damaged(path, digest, found=f"{found} in {len(data)} bytes")
         return data
 
+    def holds(self, digest: str, *, size: int) -> bool:
+        """Whether the blob is there and whole; gc leaves it for the coming commit."""
+        return _keep(self.path(digest), digest=digest, size=size)
+
     def check(self, digest: str) -> None:
         """Verify a blob as `get` does, without holding it in memory.
 

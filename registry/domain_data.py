@@ -151,7 +151,8 @@ def _own_held_out(store: Store, manifest: PackManifest) -> list[Example]:
 
 def _known_sources(store: Store, manifest: PackManifest) -> list[list[Source]]:
     candidates: list[list[Source]] = []
-    run = store.runs / str(manifest.train.get("run")) / "run.json"
+    # the last part only: the manifest may come from anybody
+    run = store.runs / Path(str(manifest.train.get("run"))).name / "run.json"
     if run.is_file():
         sources = json.loads(run.read_text(encoding="utf-8"))["sources"]
         candidates.append([s if s.startswith("hf:") else Path(s) for s in sources])

@@ -52,14 +52,13 @@ class DomainFolder:
         Raises:
             FileExistsError: `first_only`, and there is a version.
         """
-        make_folder(self.path)
         while True:
             version = max(self.numbers(), default=0) + 1
             if first_only and self.versions():
                 raise FileExistsError(self.manifest_path(version - 1))
             # where somebody was faster, count again
             with suppress(FileExistsError):
-                write_once(self.manifest_path(version), manifest_of(version))
+                self.link(version, manifest_of(version))
                 return version
 
     def remove(self, version: int, *, time: str) -> None:
@@ -71,6 +70,15 @@ class DomainFolder:
     def restore(self, version: int) -> None:
         """Delete a version's tombstone: the commit point of restoring it."""
         delete(self.path / "removed" / str(version))
+
+    def link(self, version: int, manifest: bytes) -> None:
+        """Link a manifest to a number: the commit point.
+
+        Raises:
+            FileExistsError: The number is taken.
+        """
+        make_folder(self.path)
+        write_once(self.manifest_path(version), manifest)
 
     def aliases(self) -> dict[str, int]:
         """Aliases, sorted, and the version that each means.

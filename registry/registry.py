@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from .generation import Answer
     from .learning import OnNeighbours
     from .loaded_base import LoadedBase
+    from .pull import Pulled
+    from .push import Pushed
+    from .remote_terms import Localised
     from .retention import RetentionMatrix
     from .retraining import Retrained
     from .routing import RouteReport
@@ -152,8 +155,20 @@ class Registry:
         """Brings a removed version back; see `lorary.registry.removal.restore_version`."""
         return restore_version(self.store, reference)
 
+    def localise(self, composition: str, *, on_progress: OnProgress = silent) -> "Localised":
+        """A composition in the names of this registry: what it names on the Hub, hf://owner/repo@v2, is pulled."""
+        from .remote_terms import Localised, has_remote_terms, localise
+
+        if not has_remote_terms(composition):
+            return Localised(composition)
+        return localise(self.store, self.base_record, composition, on_progress=on_progress)
+
     def plan(self, composition: str, *, static: bool = False) -> Plan:
-        """What a composition will be; reads manifests only. Takes a saved composition's folder as well."""
+        """What a composition will be; reads manifests only, and pulls what is named on the Hub.
+
+        Takes a saved composition's folder as well.
+        """
+        composition = self.localise(composition).composition
         if is_saved_composition(composition):
             return open_plan(Path(composition), base=self.base_record)
         return plan_composition(self.store, composition, base=self.base_record, static=static)
@@ -172,6 +187,7 @@ class Registry:
         """
         from .compose import compose_model, compose_saved
 
+        composition = self.localise(composition).composition
         plan = self.plan(composition, static=static)
         if is_saved_composition(composition):
             return compose_saved(Path(composition), plan, self.base)
@@ -179,6 +195,7 @@ class Registry:
 
     def save(self, composition: str, out: str | Path, *, static: bool = False) -> Path:
         """Saves a composition, complete but for the base model, into a new folder."""
+        composition = self.localise(composition).composition
         plan = plan_composition(self.store, composition, base=self.base_record, static=static)
         return save_composition(self.store, plan, Path(out))
 
@@ -257,6 +274,46 @@ class Registry:
             self._base = None
             raise
 
+    def push(
+        self, reference: str, destination: str | None = None, *, on_progress: OnProgress = silent, **wishes: Any
+    ) -> "Pushed":
+        """Brings a version to the Hub: one commit, the tag vN, a model card. Again, it changes nothing.
+
+        Args:
+            reference: `name`, `name@2` or `name@alias`.
+            destination: owner/repo, an owner, or nothing: your own lorary-NAME.
+            on_progress: Told when the Hub lets us wait.
+            **wishes: private, create_pr, dry_run, message; see `lorary.registry.push.Wishes`.
+        """
+        from .hub_client import Hub
+        from .push import Wishes, push
+
+        hub = Hub(on_progress=on_progress)
+        return push(self.store, self.manifest(reference), destination, Wishes(**wishes), hub=hub)
+
+    def pull(
+        self,
+        source: str,
+        *,
+        revision: str | None = None,
+        name: str | None = None,
+        offline: bool = False,
+        on_progress: OnProgress = silent,
+    ) -> "Pulled":
+        """Brings a pack of the Hub into the registry, proved sound, as one version. Again, it changes nothing.
+
+        Args:
+            source: hf://owner/repo@revision; prefix and revision may be missing.
+            revision: A branch, tag or commit, if `source` has none.
+            name: The domain that it becomes, if not of its own name.
+            offline: Whether only the Hub's cache on this machine is read.
+        """
+        from .hub_client import Hub
+        from .pull import parse_source, pull
+
+        ref, hub = parse_source(source, revision), Hub(offline=offline, on_progress=on_progress)
+        return pull(self.store, self.base_record, ref, hub=hub, name=name, on_progress=on_progress)
+
     def generate(self, model: "PreTrainedModel", prompt: str, **options: Any) -> "Answer":
         """The model's continuation of a prompt, with the route it took; see `lorary.registry.generation.generate`."""
         from .generation import generate
@@ -269,6 +326,7 @@ class Registry:
         from .routing import route_text
 
         composition = composition or "+".join([GENERAL, *(n for n in self.store.domains() if n != GENERAL)])
+        composition = self.localise(composition).composition
         plan = self.plan(composition)
         is_saved = is_saved_composition(composition)
         packs = read_saved_packs(Path(composition), plan) if is_saved else read_packs(self.store, plan)
@@ -290,6 +348,7 @@ class Registry:
         """
         from .evaluation import evaluate_composition
 
+        composition = self.localise(composition).composition
         plan, model = self.plan(composition), self.compose(composition)
         return evaluate_composition(
             self.store, plan, model, self.base, data=data, with_questions=questions, on_progress=on_progress

@@ -15,6 +15,7 @@ one step cannot be seen half done; of two writers one gets the number and the ot
 import copy
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -266,6 +267,47 @@ class Store:
         if alias is not None:
             folder.advance_alias(alias, version)
         return replace(draft, version=version)
+
+    def adopt(self, manifest: PackManifest, *, alias: str | None) -> PackManifest:
+        """Store a version that was made elsewhere and whose files are blobs here already; return it as it is here.
+
+        It keeps its number where that is free, else it gets the next. What is stored already is not stored twice, and
+        what was removed is restored.
+
+        Args:
+            manifest: Complete, with files and version.
+            alias: The alias that moves to it, unless it means a later version; None holds the version back.
+
+        Raises:
+            IntegrityError: A blob is missing or damaged.
+            StorageFullError: No space is left.
+        """
+        folder = DomainFolder(self.path, manifest.name)
+        lacking = [file.path for file in manifest.files if not self.blobs.holds(file.sha256, size=file.size)]
+        if lacking:
+            cause = f"not whole in the store: {', '.join(lacking)}"
+            raise IntegrityError(f"The pack {manifest.name} is not complete.", cause=cause, fix="repeat the command")
+        while (stored := self.find_same(manifest)) is None:
+            numbers = folder.numbers()
+            if removed := self._same(manifest, numbers):
+                folder.restore(removed.version)
+                continue
+            is_free = manifest.version > 0 and manifest.version not in numbers
+            number = manifest.version if is_free else max(numbers, default=0) + 1
+            # where somebody was faster, look again
+            with suppress(FileExistsError):
+                folder.link(number, replace(manifest, version=number).to_json())
+                if alias is not None:
+                    folder.advance_alias(alias, number)
+        return stored
+
+    def find_same(self, manifest: PackManifest) -> PackManifest | None:
+        """The version of the same domain with the same content, if there is one that is not removed."""
+        return self._same(manifest, self.versions(manifest.name))
+
+    def _same(self, manifest: PackManifest, numbers: list[int]) -> PackManifest | None:
+        stored = (self._read(manifest.name, number) for number in numbers)
+        return next((version for version in stored if version.digest == manifest.digest), None)
 
     def read(self, manifest: PackManifest, path: str) -> bytes:
         """Return a file of a pack, verified.

@@ -27,7 +27,10 @@ MAX_LINES = 400
 VAGUE_NAMES = {"utils", "util", "common", "helpers", "helper", "base", "misc"}
 HEAVY = {"torch", "transformers", "faiss", "huggingface_hub", "numpy", "accelerate", "datasets", "tokenizers"}
 PICKLING = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-IMPORT_NAMES = {"faiss": "faiss-cpu"}  # where a package is imported under another name than it is installed under
+IMPORT_NAMES = {
+    "faiss": "faiss-cpu",
+    "yaml": "pyyaml",
+}  # where a package is imported under another name than it is installed under
 PROGRAMS = {"domains/pretrain.py"}  # run by hand, on their own: they may print
 
 # --- the source, parsed once ---

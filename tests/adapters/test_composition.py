@@ -9,7 +9,9 @@ from lorary.domains.names import NAME_PATTERN, is_name
 names = st.from_regex(NAME_PATTERN, fullmatch=True).filter(is_name) | st.just("general")
 selectors = st.none() | st.integers(1, 999_999_999).map(str) | st.sampled_from(["latest", "production", "v2"])
 weights = st.none() | st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
-terms = st.builds(Term, names, selectors, weights)
+repos = st.sampled_from(["hf://acme/lorary-legal", "hf://a/b", "hf://Alice_1/x.y-z", "hf://e5/1e5"])
+revisions = st.none() | st.sampled_from(["v2", "main", "refs/pr/3", "0" * 40, "1.5", "1e5"])
+terms = st.builds(Term, names, selectors, weights) | st.builds(Term, repos, revisions, weights)
 # compositions are built in the tests: beartype checks them with `random`, which hypothesis forbids in strategies
 term_lists = st.lists(terms, min_size=1, max_size=6, unique_by=lambda term: term.name)
 
@@ -53,6 +55,8 @@ def test_order_has_no_meaning(drawn, random):
         ("a:.5", "a:0.5"),
         ("a:1e22", "a:1e22"),
         ("a:1e-7", "a:1e-07"),
+        ("hf://acme/lorary-legal@v2:0.50+general", "hf://acme/lorary-legal@v2:0.5"),
+        ("medicine+hf://a/b@refs/pr/3:2", "hf://a/b@refs/pr/3:2+medicine"),
     ],
 )
 def test_canonical_form(text, written):
@@ -95,6 +99,12 @@ def test_general_is_always_among_the_slots(text):
         ("a@2:0.5:1", 5),
         ("a+b+a@2", 5),
         ("general+general", 9),
+        ("hf://a", 1),
+        ("x+hf://a/b/c", 3),
+        ("hf:/a/b", 4),
+        ("hf://a/b@", 10),
+        ("hf://a/b@v1:x", 13),
+        ("hf://a/b+hf://a/b@v1", 10),
     ],
 )
 def test_error_names_text_place_and_example(text, position):
@@ -106,7 +116,15 @@ def test_error_names_text_place_and_example(text, position):
     assert "medicine@2:0.7+legal:0.3" in str(caught.value.fix)
 
 
-@given(st.text(alphabet="ab2@:+.-e ", max_size=20))
+@pytest.mark.parametrize("text", ["hf://a/b@v1:0.5", "hf://a/b"])
+def test_a_remote_term_knows_what_it_means_on_the_hub(text):
+    remote, local = Composition.parse(f"{text}+medicine@2").terms
+
+    assert str(remote.remote) == text.removesuffix(":0.5")
+    assert local.remote is None
+
+
+@given(st.text(alphabet="ab2@:+.-e ", max_size=20) | st.text(alphabet="hf:/ab2@+.v", max_size=24))
 def test_any_text_is_read_or_refused_as_input(text):
     try:
         composition = Composition.parse(text)

@@ -38,11 +38,15 @@ class Handler(BaseHTTPRequestHandler):
     hub: "HubServer"
     server_name: str
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None:
         pass
 
     def handle_one(self) -> None:
+        if self.hub.is_stopped:
+            self.close_connection = True
+            return
         token = (self.headers.get("authorization") or "").removeprefix("Bearer ") or None
         self.hub.requests.append((self.server_name, self.command, self.path, token))
         body = self.read_body()

@@ -23,6 +23,7 @@ class HubServer:
         self.requests: list[tuple[str, str, str, str | None]] = []
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
+        self.is_stopped = False
         self.url = self.storage_url = ""
         self._servers: list[ThreadingHTTPServer] = []
 
@@ -40,7 +41,8 @@ class HubServer:
         self.stop()
 
     def stop(self) -> None:
-        """Goes off the net."""
+        """Goes off the net; connections that are open get no answer."""
+        self.is_stopped = True
         for server in self._servers:
             server.shutdown()
             server.server_close()

@@ -9,6 +9,7 @@ import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,6 +220,51 @@ def loose(whole: "Registry") -> Callable[..., LoosePack]:
         return LoosePack(json.loads(manifest.to_json()), files)
 
     return take_out
+
+
+# --- real packs without training, for what only moves them: the pack of `cooking` with other numbers ---
+
+
+@pytest.fixture
+def light_store(tmp_path: Path, kp_store: Path) -> "Callable[[str], Registry]":
+    """`light_store("a")` opens a registry in a new folder, with the KP bank alone; all of them have the same."""
+    from lorary.registry import Registry
+
+    return lambda folder: Registry.open(shutil.copytree(kp_store, tmp_path / folder))
+
+
+@pytest.fixture
+def light_pack(cooking_store: Path, rescaled: Callable[[str], Any]) -> "Callable[..., PackManifest]":
+    """`light_pack(registry, "legal", text="one")` stores the next version of a domain, with tensors of its own."""
+    from lorary.registry.store import Store
+
+    pattern = Store.open(cooking_store).manifest("cooking")
+
+    def make(registry: "Registry", name: str = "legal", *, text: str = "one", **changes: Any) -> PackManifest:
+        made = replace(pattern, **({"name": name, "description": text, "files": (), "version": 0} | changes))
+        return registry.store.commit(made, rescaled(text))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rescaled(cooking_store: Path) -> Callable[[str], Any]:
+    """`rescaled("one")` gives the files of `cooking` with its B matrices scaled by a number made of the text."""
+    from lorary.registry import Registry
+    from lorary.registry.pack import pack_files, read_pack
+
+    registry = Registry.open(cooking_store)
+    base, anatomy = registry.base_record, registry.base.anatomy
+
+    @cache
+    def files(text: str) -> Any:
+        pack = read_pack(registry.store, registry.store.manifest("cooking"))
+        for layer in pack.bank.layers.values():
+            for target in layer.B:
+                layer.B[target] *= 0.5 + int(sha256_of(text.encode())[-4:], 16) / 2**16
+        return pack_files(pack, anatomy=anatomy, base_id=base.id, revision=base.revision)
+
+    return files
 
 
 def _copy_with(store: Path, name: str, texts: dict[str, Path], short_run: Callable[..., dict[str, Any]]) -> Path:

@@ -1,0 +1,80 @@
+"""Compositions with packs on the Hub: pulled, and written in the names of the store."""
+
+import pytest
+from huggingface_hub import constants
+
+from lorary.domains.errors import InputError, RemoteError
+
+REPO = "acme/lorary-legal"
+
+
+@pytest.fixture
+def ours(local_hub, light_store, light_pack, no_waiting):
+    """A registry beside a Hub that has legal in two versions."""
+    theirs = light_store("theirs")
+    for text in ("one", "two"):
+        light_pack(theirs, text=text)
+        theirs.push("legal", REPO)
+    ours = light_store("ours")
+    light_pack(ours, "medicine")
+    return ours
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (f"hf://{REPO}", "legal@2"),
+        (f"hf://{REPO}@v1+general", "legal@1"),
+        (f"medicine+hf://{REPO}@v1:0.3+general:0.5", "general:0.5+legal@1:0.3+medicine"),
+        ("medicine@1", "medicine@1"),
+    ],
+)
+def test_terms_become_domains_of_the_store(ours, written, meant):
+    assert ours.localise(written).composition == meant
+    assert str(ours.plan(written).composition) == meant
+
+
+def test_local_compositions_ask_nobody(ours, local_hub):
+    asked = len(local_hub.requests)
+
+    ours.plan("medicine")
+
+    assert len(local_hub.requests) == asked
+
+
+def test_two_terms_for_one_domain_are_refused(ours, local_hub):
+    with pytest.raises(InputError, match="'legal' twice"):
+        ours.plan(f"hf://{REPO}@v1+legal@1")
+
+
+def test_a_commit_that_is_here_needs_no_network(ours, local_hub):
+    commit = ours.pull(f"{REPO}@v1").origin.commit
+    local_hub.stop()
+
+    found = ours.localise(f"hf://{REPO}@{commit}")
+
+    assert (found.composition, len(found.from_store)) == ("legal@1", 1)
+
+
+@pytest.mark.parametrize("revision", ["", "@v1"])
+def test_when_the_hub_is_down_nothing_older_is_taken_but_what_is_here_is_named(ours, local_hub, revision):
+    ours.pull(f"{REPO}@v1")
+    local_hub.stop()
+
+    with pytest.raises(RemoteError) as raised:
+        ours.plan(f"hf://{REPO}{revision}")
+
+    assert "legal@1" in str(raised.value.fix)
+
+
+def test_offline_what_is_here_is_taken(ours, local_hub, monkeypatch):
+    ours.pull(f"{REPO}@v1")
+    ours.pull(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    asked = len(local_hub.requests)
+
+    assert ours.localise(f"hf://{REPO}@v1").composition == "legal@1"
+    assert ours.localise(f"hf://{REPO}").composition == "legal@2"
+    with pytest.raises(RemoteError):
+        ours.localise("hf://acme/lorary-none")
+    assert len(local_hub.requests) == asked
