@@ -8,6 +8,7 @@ import typer
 from .add_command import add_domain
 from .boundary import ReportingGroup
 from .compose_commands import compose, generate
+from .diff_command import diff
 from .hub_commands import pull, push, search
 from .init_command import init
 from .look_commands import list_domains, show, version
@@ -33,6 +34,7 @@ COMMANDS = {
     "list": list_domains,
     "show": show,
     "log": log,
+    "diff": diff,
     "alias": alias,
     "remove": remove,
     "restore": restore,
