@@ -17,7 +17,7 @@ from torch import Tensor
 
 MOST_PROTOTYPES = 16
 BLOCKS_PER_PROTOTYPE = 4
-NEAR_DUPLICATE = 0.95  # similarity from which two domains are probably one
+NEAR_DUPLICATE = 0.90  # similarity from which two domains are probably one (docs/log.md)
 SEED = 1234
 
 
