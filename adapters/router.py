@@ -1,8 +1,16 @@
 """DomainRouter: which slot is this text? Closed-form from statistics, causal, exact under removal and in any order.
 
-The slot gate at position t is a softmax over slots of
+At position t each slot has
 
-    log prior  +  sum over tokens up to t of token evidence  +  hidden-state evidence of the mean feature up to t
+    evidence  =  sum over tokens up to t of token evidence  +  hidden-state evidence of the mean feature up to t
+
+and the slot gate is taken in two steps: KP against the strongest domain, then the domains among themselves,
+
+    gate[KP]      = sigmoid(log odds of KP's prior + evidence[KP] - max over domains of (evidence + log weight))
+    gate[domain]  = (1 - gate[KP]) * softmax over domains of (evidence + log weight)
+
+with weights relative to the largest. So what KP keeps does not depend on how many domains are composed: ten domains
+that a text has nothing to do with weigh no more than one.
 
 *Token evidence* is naive Bayes: log P(token | slot) - log P(token | background), each slot's counts smoothed towards
 the background (the mean of all slots' distributions). *Hidden-state evidence* is linear discriminant analysis on causal
@@ -27,8 +35,8 @@ SMOOTHING = 0.3  # share of the background in each slot; pseudo-counts would fav
 UNIFORM_SHARE = 0.02  # of the background, so that no token is impossible
 RIDGE = 0.01  # of the mean variance, added to the covariance
 TYPICAL_TOKENS = 64  # length of the typical text on which drift is measured
-TOKEN_TEMPERS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4)
-HIDDEN_TEMPERS = (0.0, 0.1, 0.2, 0.5)
+TOKEN_TEMPERS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2)
+HIDDEN_TEMPERS = (0.0, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +87,8 @@ class DomainRouter(nn.Module):
     rows: Tensor
     feature_rows: Tensor
     bias: Tensor
-    log_prior: Tensor
+    log_odds: Tensor
+    log_weight: Tensor
 
     def __init__(
         self, statistics: Sequence[DomainStatistics], *, prior: Float[Tensor, " slots"], tempers: Tempers, width: int
@@ -88,7 +97,7 @@ class DomainRouter(nn.Module):
 
         Args:
             statistics: One for each slot, KP first.
-            prior: Positive weights of the slots; normalised here.
+            prior: Weights of the slots, 0 or more; the sum counts for nothing.
             tempers: Of the two terms.
             width: Of the base model's hidden state.
         """
@@ -101,7 +110,10 @@ class DomainRouter(nn.Module):
         self.register_buffer("rows", (tempers.hidden * rows).float(), persistent=False)
         self.register_buffer("feature_rows", (tempers.hidden * closed.rows).float(), persistent=False)
         self.register_buffer("bias", (tempers.hidden * closed.bias).float(), persistent=False)
-        self.register_buffer("log_prior", (prior / prior.sum()).log().float(), persistent=False)
+        self.register_buffer("log_odds", (prior[:1] / prior[1:].sum()).log().float(), persistent=False)
+        # where no domain has any weight KP takes everything, whatever stands here
+        weight = prior[1:] / prior[1:].max() if prior[1:].any() else torch.ones_like(prior[1:])
+        self.register_buffer("log_weight", weight.log().float(), persistent=False)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "DomainRouter":
@@ -132,11 +144,16 @@ class DomainRouter(nn.Module):
     def slot_gates(
         self, sums: Float[Tensor, "batch seq sums"], *, hidden_temper: float = 1.0
     ) -> Float[Tensor, "batch seq slots"]:
-        """Softmax over slots of log prior and evidence, given the sums up to each position."""
+        """The gates of KP and the domains, given the sums up to each position."""
         tokens, scores, count = sums.split([self.slots, self.slots, 1], dim=-1)
         # before the first real token there is no evidence: the prior alone decides
         hidden = torch.where(count > 0, scores / count.clamp(min=1) + self.bias, 0.0)
-        return torch.softmax(self.log_prior + tokens + hidden_temper * hidden, dim=-1)
+        evidence = tokens + hidden_temper * hidden
+        if self.slots == 1:
+            return torch.ones_like(evidence)
+        domains = evidence[..., 1:] + self.log_weight
+        kp = torch.sigmoid(self.log_odds + evidence[..., :1] - domains.amax(-1, keepdim=True))
+        return torch.cat([kp, (1 - kp) * torch.softmax(domains, dim=-1)], dim=-1)
 
 
 @torch.inference_mode()
@@ -157,13 +174,15 @@ def typical_gates(router: DomainRouter, statistics: Sequence[DomainStatistics]) 
 def calibrate(untempered: DomainRouter, sums: Sequence[Float[Tensor, "_ _ sums"]], slots: Sequence[int]) -> Tempers:
     """The tempers under which held-out text of known slots is most likely put into its slot, over all positions.
 
+    With two slots the gate is the softmax over both.
+
     Args:
         untempered: A router with both tempers 1.
         sums: Running sums of held-out windows, one tensor for each slot named in `slots`.
         slots: The slot that each tensor's text belongs to.
 
     Returns:
-        The best pair of a fixed grid; capped, because held-out text is little and overconfidence costs more than doubt.
+        The best pair of a fixed grid; capped, because held-out text is little.
     """
     best, chosen = float("inf"), Tempers()
     for token in TOKEN_TEMPERS:

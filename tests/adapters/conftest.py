@@ -363,3 +363,18 @@ def digest() -> Callable[[nn.Module], dict[str, str]]:
         }
 
     return of
+
+
+@pytest.fixture(scope="session")
+def two_steps() -> Callable[[Sequence[float], Tensor], Tensor]:
+    """`two_steps(prior, evidence)`: the slot gates as they are defined, KP against the strongest domain first."""
+
+    def gates(prior: Sequence[float], evidence: Tensor) -> Tensor:
+        weights = torch.tensor(prior[1:], dtype=torch.float64)
+        domains = evidence.double()[..., 1:] + (weights / weights.max()).log()
+        odds = prior[0] / sum(prior[1:])
+        against_kp = torch.exp(domains.max(-1).values - evidence.double()[..., 0]) / odds
+        kp = 1 / (1 + against_kp)
+        return torch.cat([kp[..., None], (1 - kp)[..., None] * torch.softmax(domains, -1)], -1)
+
+    return gates

@@ -12,14 +12,11 @@ from torch import Tensor
 
 from lorary.adapters.router import (
     SMOOTHING,
-    TYPICAL_TOKENS,
     UNIFORM_SHARE,
     DomainRouter,
     RouterRows,
     Tempers,
-    calibrate,
     router_rows,
-    typical_gates,
 )
 from lorary.domains.statistics import DomainStatistics, causal_means, feature_projection, hidden_features
 
@@ -255,7 +252,7 @@ def test_a_domain_of_weight_zero_is_never_chosen(slots: int, seed: int, domains:
 @settings(deadline=None, max_examples=30)
 @given(seed=SEED, slots=SLOTS)
 def test_hidden_evidence_is_that_of_the_mean_feature_so_far(
-    seed: int, slots: int, domains: Any, router_of: Any
+    seed: int, slots: int, domains: Any, router_of: Any, two_steps: Any
 ) -> None:
     statistics = domains(slots, seed)
     router = router_of(statistics, token=0.0, hidden=0.2)
@@ -265,7 +262,7 @@ def test_hidden_evidence_is_that_of_the_mean_feature_so_far(
 
     closed = router_rows(statistics)
     means = causal_means(hidden_features(hidden, None), mask).double()
-    expected = torch.softmax(0.2 * (means @ closed.rows.T + closed.bias), -1)
+    expected = two_steps([1.0] * slots, 0.2 * (means @ closed.rows.T + closed.bias))
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -350,48 +347,26 @@ def no_features(counts: Tensor) -> DomainStatistics:
     return DomainStatistics(counts, 0.0, features, torch.outer(features, features))
 
 
+@settings(deadline=None, max_examples=30)
+@given(seed=SEED, slots=SLOTS, copies=st.integers(1, 9))
+def test_what_kp_keeps_does_not_depend_on_how_many_domains_say_the_same(
+    seed: int, slots: int, copies: int, domains: Any, router_of: Any
+) -> None:
+    sums = torch.randn(1, 5, 2 * slots + 1, generator=torch.Generator().manual_seed(seed)).abs()
+    evidence, scores, count = sums.split([slots, slots, 1], -1)
+    more = torch.cat([evidence, *[evidence[..., -1:]] * copies, scores, *[scores[..., -1:]] * copies, count], -1)
+    few, many = router_of(domains(slots, 0)), router_of(domains(slots + copies, 0))
+    many.bias = torch.cat([few.bias, few.bias[-1:].expand(copies)])
+    few.log_odds = many.log_odds = torch.tensor([0.3])
+
+    found = few.slot_gates(sums), many.slot_gates(more)
+
+    torch.testing.assert_close(found[0][..., 0], found[1][..., 0])
+
+
 def test_domains_without_any_statistics_stay_at_the_prior(router_of: Any) -> None:
     empty = no_features(torch.zeros(VOCABULARY, dtype=torch.int64))
 
     found = gates_of(router_of([empty, empty], [3.0, 1.0]), *text(0))
 
     torch.testing.assert_close(found, torch.tensor([0.75, 0.25]).expand_as(found))
-
-
-# --- measuring and calibrating ---
-
-
-def test_the_typical_text_of_a_domain_of_one_token_is_that_token_repeated(
-    random_statistics: Any, router_of: Any
-) -> None:
-    statistics = [random_statistics(seed=i, vocabulary=VOCABULARY, features=WIDTH, tokens=[i]) for i in range(3)]
-    router = router_of(statistics, [3.0, 1.0, 2.0], token=0.05, hidden=0.3)
-
-    found = typical_gates(router, statistics)
-
-    closed = router_rows(statistics)
-    for slot, one in enumerate(statistics):
-        tokens = 0.05 * TYPICAL_TOKENS * closed.token_evidence[slot]
-        hidden = 0.3 * (closed.rows @ (one.feature_sum / one.rows) + closed.bias)
-        expected = torch.softmax(torch.tensor([3.0, 1.0, 2.0]).log() + tokens + hidden, 0)
-        torch.testing.assert_close(found[slot].double(), expected.double(), rtol=1e-4, atol=1e-6)
-
-
-def test_calibration_believes_evidence_that_is_right_and_doubts_evidence_that_is_wrong(
-    domains: Any, router_of: Any
-) -> None:
-    statistics = domains(2, 0)
-    router = router_of(statistics, token=1.0, hidden=1.0)
-    generator = torch.Generator().manual_seed(0)
-
-    def windows(slot: int) -> Tensor:
-        weights = statistics[slot].token_counts.float()
-        ids = torch.multinomial(weights, 8 * 32, replacement=True, generator=generator).view(8, 32)
-        hidden = torch.randn(8, 32, WIDTH, generator=generator)  # says nothing
-        return router.increments(ids, hidden, torch.ones(8, 32, dtype=torch.bool)).cumsum(1)
-
-    right = calibrate(router, [windows(0), windows(1)], [0, 1])
-    wrong = calibrate(router, [windows(0), windows(1)], [1, 0])
-
-    assert right.token > wrong.token
-    assert wrong.token == 0.05
