@@ -303,7 +303,8 @@ def is_unsafe(name: str) -> bool:
     parts = name.split(".")
     first, last = parts[0], parts[-1]
     by_torch = first == "torch" and last in {"load", "save"}
-    return by_torch or first in PICKLING or name.removeprefix("builtins.") in {"eval", "exec"} or last == "read_pickle"
+    by_reader = last in {"read_pickle", "read_index", "read_index_binary", "unsafe_load"} or name == "yaml.load"
+    return by_torch or by_reader or first in PICKLING or name.removeprefix("builtins.") in {"eval", "exec"}
 
 
 def test_nothing_is_unpickled_or_evaluated():
