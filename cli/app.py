@@ -7,6 +7,7 @@ import typer
 
 from .add_command import add_domain
 from .boundary import ReportingGroup
+from .care_commands import doctor, gc, verify
 from .compose_commands import compose, generate
 from .diff_command import diff
 from .hub_commands import pull, push, search
@@ -45,6 +46,9 @@ COMMANDS = {
     "push": push,
     "pull": pull,
     "search": search,
+    "verify": verify,
+    "gc": gc,
+    "doctor": doctor,
     "version": version,
 }
 

@@ -56,7 +56,7 @@ def scores(manifest: "PackManifest") -> Table:
     own = score_row(manifest.name, found)
     rows = [own]
     if found.get("general_routed") is not None:
-        general = {"base": found["general_base"], "routed": found["general_routed"]}
+        general = {"base": found.get("general_base"), "routed": found["general_routed"]}
         rows.append(score_row("general text", general))
     return score_table(rows)
 

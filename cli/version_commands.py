@@ -120,7 +120,7 @@ def remove(
     store: StorePath = None,
     as_json: Json = False,
 ) -> None:
-    """Remove one version. Its files are kept and its number is never used again: restore brings it back.
+    """Remove one version. restore brings it back, until gc deletes its files; its number is never used again.
 
     Where latest means it, latest moves to the newest version that is not held back.
 

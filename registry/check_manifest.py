@@ -4,6 +4,7 @@
 is: exactly its files, each of its kind, and records in the form in which commands and reports read them.
 """
 
+import re
 from datetime import datetime
 from typing import Any, Final
 
@@ -17,6 +18,7 @@ MAX_RECORD: Final = 100_000  # values in one of the free records
 MAX_TENSOR_FILE: Final = 8 << 30  # bytes; a file is read whole
 MAX_JSON_FILE: Final = 4 << 20
 
+_RUN: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 _NUMBER: Final = (int, float)
 _OPTIONAL: Final = (int, float, type(None))
 
@@ -44,7 +46,7 @@ _FORMS: Final[dict[str, Any]] = {
     "lineage": {
         "preservation": {"version!": int, "digest!": str},
         "parent": {"version!": int, "digest!": str},
-        "mode": str,
+        "mode": (str, type(None)),
     },
     "train": {
         "losses": [_NUMBER],
@@ -53,7 +55,14 @@ _FORMS: Final[dict[str, Any]] = {
         "seconds": _NUMBER,
         "warm_start": (str, type(None)),
         "settings": {"learning_rate!": _NUMBER, "seed!": int},
-        "data": {"files!": [str], "digest!": str, "rows!": int, "bytes": int, "held_out!": int},
+        "data": {
+            "files!": [str],
+            "digest!": str,
+            "rows!": int,
+            "bytes": int,
+            "held_out!": int,
+            "held_out_share": _NUMBER,
+        },
     },
     "evaluation": _SCORES,
     "proof": {
@@ -135,6 +144,9 @@ def _check_texts(manifest: PackManifest) -> None:
         if len(text) > MAX_TEXT or (not text.strip() and key not in ("description", "license")):
             raise ValueError(f"{key} has {len(text)} characters; at most {MAX_TEXT} are read, and not none")
     datetime.fromisoformat(manifest.created)
+    run = manifest.train.get("run")  # a folder of that name is looked for where the domain's text is wanted again
+    if run is not None and not _RUN.fullmatch(str(run)):
+        raise ValueError(f"train.run cannot be {_short(run)}")
 
 
 def _check_size(key: str, value: object) -> None:

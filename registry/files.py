@@ -7,6 +7,7 @@ returns, so what it wrote survives. A crash leaves at most a file named `.tmp-..
 
 import errno
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,6 +50,21 @@ def delete(path: Path) -> None:
     with _explained(path), suppress(FileNotFoundError):
         os.unlink(path)
         fsync_folder(path.parent)
+
+
+def delete_tree(path: Path) -> None:
+    """Delete a folder with everything in it; what is gone already is no error."""
+    with _explained(path), suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def move(path: Path, target: Path) -> None:
+    """Give a file another name on the same disk, replacing the one that may be there.
+
+    After a power cut it may have either name.
+    """
+    with _explained(target):
+        os.replace(path, target)
 
 
 def make_folder(path: Path) -> None:

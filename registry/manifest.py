@@ -238,4 +238,5 @@ def _repeated(values: Iterable[str]) -> set[str]:
 
 def _require(holds: bool, key: str, value: object) -> None:
     if not holds:
-        raise ValueError(f"{key} cannot be {value!r}")
+        text = repr(value)
+        raise ValueError(f"{key} cannot be {text if len(text) <= 300 else text[:300] + '...'}")

@@ -28,8 +28,17 @@ def removed_version(name: str, version: int) -> NotFoundError:
     """The error for a version that was removed."""
     return NotFoundError(
         f"{name}@{version} was removed.",
-        cause="Its files are kept, its number is never used again.",
+        cause="Its files are kept until gc deletes them, its number is never used again.",
         fix=f"Bring it back: registry restore {name}@{version}",
+    )
+
+
+def collected_version(name: str, version: int) -> NotFoundError:
+    """The error for a removed version whose files gc has deleted."""
+    return NotFoundError(
+        f"{name}@{version} cannot be brought back.",
+        cause="It was removed, and gc has deleted its files since.",
+        fix=f"See what there is: registry log {name}",
     )
 
 

@@ -21,19 +21,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ..domains.errors import ConflictError, InputError, IntegrityError
+from ..domains.errors import ConflictError, InputError, IntegrityError, StorageFullError
 from ..domains.names import check_alias, is_name, parse_selector
 from .blobs import BlobStore
 from .canonical import JsonObject, canonical_json, parse_json
 from .domain_folder import DomainFolder
-from .files import make_folder, write_atomic, write_once
+from .files import delete, make_folder, write_atomic, write_once
 from .manifest import PackFile, PackManifest, check_path
-from .missing import no_such_domain, no_such_store, no_such_version, removed_version
+from .missing import collected_version, no_such_domain, no_such_store, no_such_version, removed_version
 from .records import minor_of, record_from_json, record_to_json
 
 SCHEMA: Final = "lorary.store/1"
 STORE_FILE: Final = "store.json"
 LATEST: Final = "latest"
+BALLAST: Final = "ballast"
 BALLAST_SIZE: Final = 64 << 10  # bytes
 
 
@@ -69,7 +70,7 @@ class Store:
         for folder in ("", "blobs/sha256", "domains", "runs", "cache"):
             make_folder(root / folder)
         # random, because some file systems store zeros in no space
-        write_atomic(root / "ballast", os.urandom(BALLAST_SIZE))
+        write_atomic(root / BALLAST, os.urandom(BALLAST_SIZE))
         record = StoreRecord(id=os.urandom(16).hex(), created=_now(), settings=copy.deepcopy(settings))
         try:
             write_once(root / STORE_FILE, canonical_json(record_to_json(record)))
@@ -123,6 +124,16 @@ class Store:
     def cache(self) -> Path:
         """Folder of derived files, which may be deleted at any time."""
         return self.path / "cache"
+
+    def drop_ballast(self) -> None:
+        """Give back the space that was kept for a full disk."""
+        delete(self.path / BALLAST)
+
+    def fill_ballast(self) -> None:
+        """Keep some space for a full disk again, if there is any."""
+        if not (self.path / BALLAST).exists():
+            with suppress(StorageFullError):
+                write_atomic(self.path / BALLAST, os.urandom(BALLAST_SIZE))
 
     def domains(self, *, removed: bool = False) -> list[str]:
         """Names that have a version, sorted; with `removed` also those that had one."""
@@ -192,7 +203,11 @@ class Store:
                 fix=f"Take the alias away: registry alias {name} {held_by[0]} --remove; or move it to another version",
             )
         folder = DomainFolder(self.path, name)
-        folder.remove(version, time=_now())
+        try:
+            folder.remove(version, time=_now())
+        except StorageFullError:  # removing is how a full disk is cleaned, so it gets what was kept for that
+            self.drop_ballast()
+            folder.remove(version, time=_now())
         if folder.versions():
             folder.set_alias(LATEST, self._newest(name), when=lambda meant: meant == version)
         return version
@@ -201,7 +216,7 @@ class Store:
         """Bring a removed version back; aliases stay where they are.
 
         Raises:
-            NotFoundError: There was never such a version.
+            NotFoundError: There was never such a version, or gc has deleted its files.
             ConflictError: It is not removed.
         """
         folder = DomainFolder(self.path, name)
@@ -209,6 +224,8 @@ class Store:
             raise ConflictError(f"{name}@{version} is not removed.", fix=f"See what there is: registry log {name}")
         if version not in folder.numbers():
             raise no_such_version(name, version, versions=folder.numbers(), aliases={})
+        if not all([self.blobs.renew(file.sha256) for file in self._read(name, version).files]):
+            raise collected_version(name, version)
         folder.restore(version)
 
     def manifest(self, name: str, selector: str | int | None = None) -> PackManifest:

@@ -328,6 +328,8 @@ MANIFEST_CHANGES = {
     "proof that is text": assign("proof", "frozen", value="yes"),
     "drift that is text": assign("proof", "drift", value={"domains": "many"}),
     "tools that are lists": assign("tool", "torch", value=[]),
+    "a run elsewhere": assign("train", "run", value="../../../etc"),
+    "an absolute run": assign("train", "run", value="/etc"),
     "a long list": assign("train", "losses", value=[0.5] * 200_000),
     "a long text in a record": assign("train", "note", value="x" * 5000),
 }

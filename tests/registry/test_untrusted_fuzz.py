@@ -314,9 +314,9 @@ def judge(whole: Registry, loose: Any) -> Any:
 
     def decide(seed: int) -> None:
         data, files = mutant(seed, packs[seed % 2])
-        started = time.perf_counter()
+        started = time.process_time()
         verdict = judged(data, files)
-        assert time.perf_counter() - started < MOST_SECONDS
+        assert time.process_time() - started < MOST_SECONDS
         if isinstance(verdict, LoraryError):
             verdicts[type(verdict).__name__] += 1
             assert verdict.exit_code in (2, 3, 5, 6)
