@@ -61,8 +61,8 @@ def show(page: Page, *, command: str, as_json: bool) -> None:
 
 
 def raw(text: str) -> None:
-    """Writes text to stdout as it is: a document that another program made."""
-    print(text)
+    """Writes a document that another program made to stdout: as it is in a pipe, made safe on a terminal."""
+    print(clean(text) if is_for_people(sys.stdout) else text)
     sys.stdout.flush()
 
 

@@ -16,6 +16,8 @@ Every error says what happened (`message`), why with the values that differ (`ca
 
 from pathlib import Path
 
+MOST_CHARACTERS = 2000  # of a message or cause: what a hostile file holds is quoted, and may be megabytes
+
 
 class LoraryError(Exception):
     """Base of all errors that a user can cause and fix."""
@@ -23,9 +25,9 @@ class LoraryError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, cause: str | None = None, fix: str | None = None):
-        super().__init__(message)
-        self.message = message
-        self.cause = cause
+        super().__init__(_cut(message))
+        self.message = _cut(message)
+        self.cause = None if cause is None else _cut(cause)
         self.fix = fix
 
     def __str__(self) -> str:
@@ -35,6 +37,10 @@ class LoraryError(Exception):
         if self.fix:
             lines.append(f"Fix: {self.fix}")
         return "\n".join(lines)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "..."
 
 
 class InputError(LoraryError):

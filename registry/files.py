@@ -19,6 +19,7 @@ TEMPORARY_PREFIX: Final = ".tmp-"
 
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN: Final = {errno.EACCES, errno.EPERM, errno.EROFS}
+_FAILED: Final = {errno.EIO, errno.EINTR, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ESTALE}
 _NO_HARD_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
@@ -77,8 +78,13 @@ def make_folder(path: Path) -> None:
 
 
 def touch(path: Path) -> None:
-    """Set a file's time to now, which restarts the grace period before unreachable blobs are deleted."""
-    os.utime(path)
+    """Set a file's time to now, which restarts the grace period before unreachable blobs are deleted.
+
+    Raises:
+        FileNotFoundError, PermissionError: It is not there, or somebody else's; the caller knows what that means.
+    """
+    with _explained(path, but=PermissionError):
+        os.utime(path)
 
 
 def fsync_folder(path: Path) -> None:
@@ -103,7 +109,8 @@ def folder_lock(path: Path) -> Iterator[None]:
     except ImportError:  # Windows
         yield
         return
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    with _explained(path):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         with suppress(OSError):  # NFS and others refuse locks on folders
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -153,10 +160,12 @@ def _link(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Turn what a person can repair, a full or protected disk, into an error that says so."""
+def _explained(path: Path, *, but: type[OSError] = FileExistsError) -> Iterator[None]:
+    """Turn what a person can repair, a full, protected or failing disk, into an error that says so, all but `but`."""
     try:
         yield
+    except but:
+        raise
     except OSError as error:
         if error.errno in _FULL:
             raise StorageFullError(
@@ -164,10 +173,11 @@ def _explained(path: Path) -> Iterator[None]:
                 cause=os.strerror(error.errno),
                 fix="Free some space on that disk, for example: registry gc",
             ) from error
-        if error.errno in _FORBIDDEN:
+        fixes = dict.fromkeys(
+            _FORBIDDEN, f"Get the right to write there, or choose another store: ls -ld {path.parent}"
+        ) | dict.fromkeys(_FAILED, "Repeat the command; if it fails again, look at the disk: registry doctor")
+        if error.errno in fixes:
             raise LoraryError(
-                f"Cannot write {path}.",
-                cause=os.strerror(error.errno),
-                fix=f"Get the right to write there, or choose another store: ls -ld {path.parent}",
+                f"Cannot write {path}.", cause=os.strerror(error.errno), fix=fixes[error.errno]
             ) from error
         raise

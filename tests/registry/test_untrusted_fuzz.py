@@ -179,7 +179,8 @@ def files_among_themselves(draw: random.Random, manifest: dict[str, Any], files:
 
 def the_same_lie_everywhere(draw: random.Random, manifest: dict[str, Any], files: Files) -> None:
     """What an attacker who knows the format does: record and config agree; the whole-bank adapter is forgotten."""
-    expert = draw.choice(manifest["experts"]) if manifest.get("experts") else None
+    experts = manifest.get("experts")
+    expert = draw.choice(experts) if isinstance(experts, list) and experts else None
     path = f"experts/{expert.get('id')}/adapter_config.json" if isinstance(expert, dict) else ""
     if not isinstance(expert, dict) or path not in files:
         return
@@ -308,6 +309,7 @@ def judged(data: bytes, files: Files) -> LoraryError | tuple[PackManifest, Domai
 def judge(whole: Registry, loose: Any) -> Any:
     """`judge(seed)` makes a mutant, lets the reader judge it, and judges the reader."""
     from lorary.cli.look_commands import files_page, show_page
+    from lorary.registry.model_card import model_card
 
     packs = [loose(name) for name in ("cooking", "sailing")]
     verdicts: Counter[str] = Counter()
@@ -326,6 +328,7 @@ def judge(whole: Registry, loose: Any) -> Any:
         audit(data, files, pack)
         assert show_page(whole, manifest).blocks
         assert files_page(manifest).blocks
+        assert model_card(manifest, repo="acme/lorary-cooking")
         verdicts["accepted"] += 1
 
     decide.verdicts = verdicts  # type: ignore[attr-defined]
