@@ -14,6 +14,7 @@ from .manifest import ADAPTER_CONFIG, ADAPTER_TENSORS, ROUTER_CONFIG, ROUTER_TEN
 MAX_TEXT: Final = 4096  # characters of a description, a license, a name
 MAX_LAYERS: Final = 4096  # decoder layers
 MAX_EXPERTS: Final = 4096
+MAX_ALPHA: Final = 1e6
 MAX_RECORD: Final = 100_000  # values in one of the free records
 MAX_TENSOR_FILE: Final = 8 << 30  # bytes; a file is read whole
 MAX_JSON_FILE: Final = 4 << 20
@@ -93,6 +94,8 @@ def check_manifest(manifest: PackManifest) -> None:
         if not 1 <= len(counts) <= MAX_LAYERS or not all(0 <= count <= MAX_EXPERTS for count in counts):
             raise ValueError(f"allocation.counts has {len(counts)} layers, from {min(counts, default=0)} experts")
         for expert in manifest.experts:
+            if expert.alpha > MAX_ALPHA:
+                raise ValueError(f"expert {expert.id} has alpha {expert.alpha:g}; at most {MAX_ALPHA:g} is read")
             if not expert.layers or max(expert.layers) >= len(counts):
                 raise ValueError(f"expert {expert.id} is in {_short(expert.layers)} of {len(counts)} layers")
     except ValueError as error:

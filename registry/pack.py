@@ -144,7 +144,7 @@ def _routing_fields(router: dict[str, Tensor], config: dict[str, Any], source: s
     return {
         "statistics": _read_statistics(router, features=config["features"], source=source),
         "prototypes": router["prototypes"],
-        "tempers": Tempers(**config["tempers"]),
+        "tempers": Tempers(**{term: float(temper) for term, temper in config["tempers"].items()}),
         "feature_layer": config["feature_layer"],
     }
 
@@ -290,7 +290,9 @@ def _add_gates(bank: ExpertBank, router: dict[str, Tensor], *, width: int, sourc
         has_experts = expert_gate is not None and expert_gate.shape == (len(layer.experts), width)
         has_ranks = layer.rank_gate is None or layer.rank_gate.shape == (layer.rank, width)
         has_mean = layer.mean_gate is None or layer.mean_gate.shape == (layer.rank,)
-        if expert_gate is None or not (has_experts and has_ranks and has_mean):
+        gates = (expert_gate, layer.rank_gate, layer.mean_gate)
+        are_real = all(gate is None or gate.is_floating_point() for gate in gates)
+        if expert_gate is None or not (has_experts and has_ranks and has_mean and are_real):
             cause = f"layer {index} has {len(layer.experts)} experts on {layer.rank} ranks"
             raise IntegrityError(f"The gates of {source} do not fit its experts.", cause=cause)
         layer.expert_gate = expert_gate

@@ -205,6 +205,7 @@ ROUTER_CHANGES = {
     "a negative mean gate": set_to("layers.2.mean_gate", lambda t: -t),
     "a large mean gate": set_to("layers.2.mean_gate", lambda t: t + 3),
     "another mean gate than the bank's": set_to("layers.2.mean_gate", lambda t: t * 0.5),
+    "gates as whole numbers": set_to("layers.2.expert_gate", lambda t: t.long()),
     "gates as float64": set_to("layers.2.expert_gate", lambda t: t.double()),
     "a rank gate less": without("layers.2.mean_gate"),
 }
@@ -299,6 +300,7 @@ def assign(*path: Any, value: Any) -> Callable[[dict[str, Any]], None]:
 
 MANIFEST_CHANGES = {
     "alpha": assign("experts", 0, "alpha", value=800.0),
+    "alpha bomb": assign("experts", 0, "alpha", value=1e308),
     "rank": assign("experts", 0, "rank", value=4),
     "rank bomb": assign("experts", 0, "rank", value=1 << 62),
     "method": assign("experts", 0, "method", value="rslora"),

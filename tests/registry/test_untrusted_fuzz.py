@@ -128,7 +128,8 @@ def change_tensor(draw: random.Random, tensors: dict[str, torch.Tensor], name: s
         case 1:
             tensors[draw.choice(["more", name + ".x", name.replace("2", "02"), name.replace("q_", "z_")])] = tensor
         case 2 if tensor.numel():
-            tensor.view(-1)[draw.randrange(tensor.numel())] = draw.choice([0, 1, -1, math.nan, math.inf, 1e30, 300])
+            values = [0, 1, -1, 100] + [math.nan, math.inf, 1e30] * tensor.is_floating_point()
+            tensor.view(-1)[draw.randrange(tensor.numel())] = draw.choice(values)
             tensors[name] = tensor
         case 3:
             tensors[name] = tensor * draw.choice([0, -1, 2, 1e6, 1.0000001])
