@@ -23,7 +23,8 @@ def failures() -> tuple[type[Exception], ...]:
     """What the client raises when something is wrong with the Hub, the network, the cache or a request."""
     from huggingface_hub.errors import XetDownloadError
 
-    return (_http_error(), XetDownloadError, OSError, RuntimeError, ValueError)
+    # the client trusts the form of an answer, so one that is garbled may end in any of the last three
+    return (_http_error(), XetDownloadError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def explained(error: BaseException, *, repo: str, endpoint: str) -> LoraryError:
@@ -175,8 +176,8 @@ def is_truncated(error: BaseException) -> bool:
 
 
 def is_garbled(error: BaseException) -> bool:
-    """Whether an answer that should be JSON is something else, or only its beginning."""
-    return type(error).__name__ == "JSONDecodeError"
+    """Whether an answer is no JSON, or not of the form that the client expects."""
+    return type(error).__name__ == "JSONDecodeError" or isinstance(error, KeyError | TypeError | AttributeError)
 
 
 def said(error: BaseException) -> str:

@@ -67,6 +67,7 @@ def test_an_answer_becomes_our_error(failed, status, code, kind, said):
         (OSError("Consistency check failed: file should be of size 9 but has size 5"), IntegrityError, "incomplete"),
         (OSError(errno.ENOSPC, "No space left on device"), StorageFullError, "No space"),
         (XetDownloadError("x"), RemoteError, "cannot be reached"),
+        (KeyError("ref"), RemoteError, "does not answer like a Hub"),
         (ValueError("odd"), RemoteError, "client of the Hub failed"),
     ],
 )
