@@ -235,8 +235,8 @@ from lorary.registry.store import Store
 store, draw = Store.open(sys.argv[1]), random.Random(int(sys.argv[3]))
 draft = PackManifest.from_json(Path(sys.argv[2]).read_bytes(), source="draft")
 for _ in range(int(sys.argv[4])):
-    # from few contents, so that blobs are shared, left and taken up again
-    store.commit(draft, {f"f{i}": (b"%d" % draw.randrange(60), "expert") for i in range(3)})
+    # from contents that come again after seconds, so that blobs are shared, left and taken up again
+    store.commit(draft, {f"f{i}": (b"%d" % draw.randrange(2000), "expert") for i in range(3)})
     versions = store.versions("legal")
     if len(versions) > 3:
         try:
