@@ -16,6 +16,8 @@ import torch
 from timing import measure, ratios, report
 from transformers import DynamicCache
 
+from lorary.adapters.merge import merge_experts, unmerge_experts
+
 torch.set_num_threads(1)
 PROMPT = 512  # tokens
 
@@ -58,14 +60,19 @@ def bench_prefill_decode(base: Any, args: argparse.Namespace) -> None:
     for experts in (8, 16):
         ours = models.compose(base, slots=experts // 2, experts=2)
         ids = models.text_of(0, 1, PROMPT)
-        floor = models.flop_floor(experts)
         with tempfile.TemporaryDirectory() as folder:
             others = {} if args.quick else peers(base, experts, Path(folder), with_all=experts == 8)
             variants = {"base": base, "ours": ours, **others}
             if "prefill" in args.only:
                 times = measure({name: prefill(model, ids) for name, model in variants.items()}, rounds=args.rounds)
                 rows.append(
-                    {"what": "prefill", "E": experts, "floor": floor, "base ms": times["base"] * 1e3, **ratios(times)}
+                    {
+                        "what": "prefill",
+                        "E": experts,
+                        "floor": models.flop_floor(experts, with_head=False),
+                        "base ms": times["base"] * 1e3,
+                        **ratios(times),
+                    }
                 )
             if "decode" in args.only:
                 variants.pop("X-LoRA", None)  # has no key-value cache
@@ -73,7 +80,13 @@ def bench_prefill_decode(base: Any, args: argparse.Namespace) -> None:
                     {name: decode(model, ids[:, :64]) for name, model in variants.items()}, rounds=3 * args.rounds
                 )
                 rows.append(
-                    {"what": "decode", "E": experts, "floor": floor, "base ms": times["base"] * 250, **ratios(times)}
+                    {
+                        "what": "decode",
+                        "E": experts,
+                        "floor": models.flop_floor(experts, with_head=True),
+                        "base ms": times["base"] * 250,
+                        **ratios(times),
+                    }
                 )
     report("Prefill of 512 tokens, and decoding, one sequence", rows, args.out)
 
@@ -88,9 +101,28 @@ def bench_sparse(base: Any, args: argparse.Namespace) -> None:
         for name, run in (("prefill", prefill), ("decode", decode)):
             variants = {"base": run(base, ids), "ours": run(ours, ids)}
             times = measure(variants, rounds=args.rounds * (1 if name == "prefill" else 3))
-            dense = models.flop_floor(slots)
+            dense = models.flop_floor(slots, with_head=name == "decode")
             rows.append({"what": what, "phase": name, "floor of all 32": dense, **ratios(times)})
     report("32 composed domains, few of them active", rows, args.out)
+
+
+def bench_merged(base: Any, args: argparse.Namespace) -> None:
+    ids = models.text_of(0, 1, 64)
+    ours = models.compose(base, slots=4, experts=2, static=True)
+    unmerged = models.compose(base, slots=4, experts=2, static=True)
+    merged = merge_experts(ours)
+    times = measure(
+        {name: decode(model, ids) for name, model in {"base": base, "merged": merged, "static": unmerged}.items()},
+        rounds=3 * args.rounds,
+    )
+
+    def merge_and_unmerge() -> None:
+        unmerge_experts(ours)
+        merge_experts(ours)
+
+    merging = measure({"merge": merge_and_unmerge}, rounds=args.rounds)["merge"]
+    row = {"E": 8, **ratios(times), "merge, in decode steps": merging / (times["base"] / 4)}
+    report("Decoding with merged experts", [row], args.out)
 
 
 def bench_training(base: Any, args: argparse.Namespace) -> None:
@@ -161,6 +193,7 @@ PARTS = {
     "prefill": bench_prefill_decode,
     "decode": bench_prefill_decode,
     "sparse": bench_sparse,
+    "merged": bench_merged,
     "training": bench_training,
 }
 

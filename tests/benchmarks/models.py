@@ -137,10 +137,13 @@ def peft_arrow(base: Any, paths: list[str]) -> Any:
     return model.eval()
 
 
-def flop_floor(experts: int) -> float:
-    """Multiplications of base plus experts over those of the base, output head included; the gates' left out."""
+def flop_floor(experts: int, *, with_head: bool) -> float:
+    """Multiplications of the linears with experts over those without; attention's and the gates' are left out.
+
+    The same is the floor of bytes read while one token is decoded, which takes the output head along.
+    """
     shapes = [(WIDTH, WIDTH), *[(WIDTH, WIDTH * KEY_HEADS // HEADS)] * 2, (WIDTH, WIDTH)]
     shapes += [(WIDTH, INNER)] * 2 + [(INNER, WIDTH)]
     linears = LAYERS * sum(math.prod(shape) for shape in shapes)
     added = LAYERS * experts * RANK * sum(map(sum, shapes))
-    return 1 + added / (linears + VOCABULARY * WIDTH)
+    return 1 + added / (linears + VOCABULARY * WIDTH * with_head)
