@@ -9,14 +9,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class GroupWeights:
     """A and B of every expert, for all modules of one group."""
 
@@ -24,15 +23,10 @@ class GroupWeights:
     Bt: tuple[Float[Tensor, "_ _"], ...]  # by module: (its ranks, its d_out), scales folded in
     columns: Int[Tensor, " columns"] | None = None  # which gate a column has; None: every module has all, in order
 
-    @cached_property
-    def transposed(self) -> Float[Tensor, "d_in columns"]:
-        """A as the product with x takes it, a view."""
-        return self.A.t()
-
-    @cached_property
-    def ranks(self) -> list[int]:
-        """How many columns each module has."""
-        return [len(Bt) for Bt in self.Bt]
+    def __post_init__(self) -> None:
+        # once, not in every call; torch.compile does not follow a cached_property
+        self.transposed = self.A.t()  # A as the product with x takes it, a view
+        self.ranks = [len(Bt) for Bt in self.Bt]  # how many columns each module has
 
 
 @dataclass(frozen=True, kw_only=True)
