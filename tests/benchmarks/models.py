@@ -11,6 +11,7 @@ from peft import LoraConfig, XLoraConfig, create_arrow_model, get_peft_model
 from peft.tuners.lora.config import ArrowConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from lorary.adapters.active import SLOT_THRESHOLD
 from lorary.adapters.attach import attach
 from lorary.adapters.bank import new_bank
 from lorary.adapters.config import BankConfig
@@ -79,12 +80,12 @@ def make_router(slots: int) -> DomainRouter:
     return DomainRouter(statistics, prior=prior, tempers=Tempers(), width=WIDTH)
 
 
-def compose(base: Any, **options: Any) -> Any:
-    """Ours."""
+def compose(base: Any, *, threshold: float = SLOT_THRESHOLD, **options: Any) -> Any:
+    """Ours; a threshold of 0 computes every slot, whatever its gate."""
     stack = make_stack(base, **options)
     if stack.static:
         return attach(base, stack, router=None, fixed=torch.full((len(stack.names),), 1 / len(stack.names)))
-    return attach(base, stack, router=make_router(len(stack.names)))
+    return attach(base, stack, router=make_router(len(stack.names)), threshold=threshold)
 
 
 def text_of(slot: int, slots: int, tokens: int, *, seed: int = 0) -> torch.Tensor:
