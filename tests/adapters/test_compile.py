@@ -39,7 +39,8 @@ def composed(trainable=False, static=False):
     if static:
         return attach(base, stack, router=None, fixed=torch.tensor([0.2, 0.3, 0.5]))
     eye = torch.eye(32, dtype=torch.float64)
-    statistics = [DomainStatistics(torch.randint(5, 90, (64,), generator=generator), 50.0, eye[i], eye * 50) for i in range(3)]
+    counts = [torch.randint(5, 90, (64,), generator=generator) for _ in range(3)]
+    statistics = [DomainStatistics(counts[i], 50.0, eye[i], eye * 50) for i in range(3)]
     router = DomainRouter(statistics, prior=torch.ones(3), tempers=Tempers(), width=32)
     return attach(base, stack, router=router)
 
