@@ -15,6 +15,7 @@ from .init_command import init
 from .look_commands import list_domains, show, version
 from .measure_commands import evaluate, route
 from .quickstart_command import quickstart
+from .report_command import report
 from .retrain_command import retrain
 from .version_commands import alias, log, remove, restore
 
@@ -43,6 +44,7 @@ COMMANDS = {
     "generate": generate,
     "route": route,
     "evaluate": evaluate,
+    "report": report,
     "push": push,
     "pull": pull,
     "search": search,

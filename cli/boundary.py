@@ -20,7 +20,7 @@ from . import output
 
 INTERRUPTED = 130
 DEBUG = "LORARY_DEBUG"  # set to 1: errors come with their traceback
-_RESUMING = ("init", "add-domain", "retrain", "quickstart")  # commands that go on where they were interrupted
+_RESUMING = ("init", "add-domain", "retrain", "quickstart", "report")  # commands that go on where they were interrupted
 
 
 class ReportingGroup(TyperGroup):

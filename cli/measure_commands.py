@@ -89,7 +89,7 @@ def evaluate(
 
 def evaluation_page(plan: "Plan", scores: "dict[str, DomainScores]") -> Page:
     """The scores of a composition."""
-    columns = (*of.SCORES, "ROUTED RIGHT")
+    columns = (*of.SCORES, "95 % OF GAIN", "ROUTED RIGHT")
     listed = table(columns, [_row(name, found) for name, found in scores.items()], right=columns[1:], tight=columns)
     asked = {name: found.accuracy for name, found in scores.items() if found.accuracy}
     text = sum(found.bytes for found in scores.values())
@@ -104,23 +104,34 @@ def evaluation_page(plan: "Plan", scores: "dict[str, DomainScores]") -> Page:
 
 def _row(name: str, found: "DomainScores") -> list[Cell]:
     scores = found.as_json()
-    return [*of.score_row(name, scores), cell(percent(found.routed_right), exact(found.routed_right))]
+    return [
+        *of.score_row(name, scores),
+        _shares(found.share_interval),
+        cell(percent(found.routed_right), exact(found.routed_right)),
+    ]
+
+
+def _shares(interval: "tuple[float, float] | None") -> Cell:
+    """An interval of shares of 1."""
+    if interval is None:
+        return cell("-", "")
+    low, high = interval
+    return cell(f"{low * 100:.0f}–{high * 100:.0f} %", f"{exact(low)} {exact(high)}")
 
 
 def _questions(asked: dict[str, dict[str, Any]]) -> Table:
-    """How many questions are answered right, by the base and routed, with the interval of the latter."""
+    """How many questions are answered right: by the base, the own experts alone, and routed with its interval."""
     rows = []
     for name, accuracy in asked.items():
-        before, after = accuracy["base"], accuracy["routed"]
-        low, high = after["interval"]
+        routed = accuracy["routed"]
+        shares = [accuracy[model]["accuracy"] for model in ("base", "alone", "routed")]
         rows.append(
             [
                 cell(name),
-                cell(percent(before["accuracy"]), exact(before["accuracy"])),
-                cell(percent(after["accuracy"]), exact(after["accuracy"])),
-                cell(f"{low * 100:.0f}–{high * 100:.0f} %", f"{exact(low)} {exact(high)}"),
-                cell(f"{after['correct']} of {after['total']}"),
+                *(cell(percent(share), exact(share)) for share in shares),
+                _shares(routed["interval"]),
+                cell(f"{routed['correct']} of {routed['total']}"),
             ]
         )
-    columns = ("QUESTIONS", "BASE", "ROUTED", "95 %", "RIGHT")
+    columns = ("QUESTIONS", "BASE", "OWN EXPERTS", "ROUTED", "95 %", "RIGHT")
     return table(columns, rows, right=columns[1:], tight=columns)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..registry.composing import Plan
     from ..registry.generation import Answer
     from ..registry.manifest import PackManifest
-    from ..registry.retention import RetentionMatrix
+    from ..registry.retention_report import RetentionReport
 
 DOMAINS = ("medicine", "legal")
 COMPOSITION = "+".join(DOMAINS)
@@ -36,7 +36,7 @@ class Tour:
     manifests: "tuple[PackManifest, ...]"  # KP first, in the order in which they were added
     plan: "Plan"
     answer: "Answer"
-    retention: "RetentionMatrix"
+    retention: "RetentionReport"
     seconds: float
 
 
@@ -61,7 +61,7 @@ def take_tour(folder: Path, *, on_progress: OnProgress, on_step: OnStep) -> Tour
     with _step(f"{COMPOSITION}: composed and asked", on_step):
         answer = registry.generate(registry.compose(COMPOSITION), PROMPT, temperature=0.5)
     with _step("retention: every step measured on every domain", on_step):
-        retention = registry.retention(DOMAINS, on_progress=on_progress)
+        retention = registry.retention(DOMAINS, questions=False, on_progress=on_progress)
     marker.unlink(missing_ok=True)
     return Tour(
         registry=registry,

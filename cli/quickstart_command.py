@@ -1,23 +1,20 @@
 """`registry quickstart`: the whole of it in one command."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from . import manifest_facts as of
 from . import output
-from .charts import heat
-from .numbers import bits, duration, exact
+from .numbers import duration, exact
 from .opening import quiet_libraries
 from .options import Json
-from .page import Page, Span, Table, Words, cell, facts, faint, line, table, title
+from .page import Page, Span, Words, cell, facts, faint, line, title
 from .quickstart import COMPOSITION, PROMPT, Tour, take_tour
+from .retention_views import heat_table
 from .slot_views import answer_data
 from .watch import watch
-
-if TYPE_CHECKING:
-    from ..registry.retention import RetentionMatrix
 
 
 def quickstart(
@@ -58,7 +55,7 @@ def tour_page(tour: Tour, path: Path) -> Page:
             title(f"{COMPOSITION} answers"),
             Words(line(faint(PROMPT), Span(" " + tour.answer.text.strip(), "strong"))),
             title("What is kept", faint("   bits per byte after each step, lower is better")),
-            heat_table(tour.retention),
+            heat_table(tour.retention.bits),
             title("What routing keeps", faint("   of what a domain's own experts gain")),
             of.score_table(row for manifest in tour.manifests[1:] for row in of.scores(manifest).rows[:1]),
             facts(rows),
@@ -69,23 +66,9 @@ def tour_page(tour: Tour, path: Path) -> Page:
             f"  registry list{where}",
             f'  registry route "The tenant shall pay the landlord the rent due under this agreement."{where}',
             f'  registry generate {COMPOSITION} "The patient was given" --show-route{where}',
+            f"  registry report{where}",
         ),
     )
-
-
-def heat_table(matrix: "RetentionMatrix") -> Table:
-    """The retention matrix: a row for each step, a column for each domain, dark where it is predicted best."""
-    columns = list(zip(*matrix.bits_per_byte, strict=True))
-    rows = [
-        [
-            cell(f"{'' if i == 0 else '+ '}{step}", step),
-            *(cell(Span(f" {bits(v)} ", f"heat{heat(v, columns[j])}"), exact(v)) for j, v in enumerate(values)),
-        ]
-        for i, (step, values) in enumerate(zip(matrix.steps, matrix.bits_per_byte, strict=True))
-    ]
-    forgotten = [cell("forgotten"), *(cell(f" {bits(f)} ", exact(f)) for f in map(matrix.forgetting, matrix.domains))]
-    headings = ("STEP", *matrix.domains)
-    return table(headings, [*rows, forgotten], right=matrix.domains, tight=headings)
 
 
 def _data(tour: Tour) -> dict[str, object]:

@@ -89,6 +89,18 @@ def split(examples: Iterable[Example], fraction: float) -> tuple[list[Example], 
     return train, [example for example, digest in keyed if digest in held_out]
 
 
+def first_within(examples: Iterable[Example], max_bytes: int | None) -> list[Example]:
+    """The first examples whose target bytes together stay within a limit; at least one."""
+    chosen: list[Example] = []
+    total = 0
+    for example in examples:
+        total += example.target_bytes
+        if chosen and max_bytes is not None and total > max_bytes:
+            break
+        chosen.append(example)
+    return chosen
+
+
 def corpus_digest(examples: Iterable[Example]) -> str:
     """`sha256:` and the SHA-256 of the sorted digests of the examples: the same for any order, files and ids."""
     whole = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""Scores on held-out data: bits per byte of text, and accuracy on questions with choices.
+"""Scores on held-out text: bits per byte. Questions with choices are in choices.py.
 
 The model is any causal language model of transformers, called as `model(input_ids=..., attention_mask=...).logits`. It
 stays on its device and is read in evaluation mode; afterwards each of its modules is in the mode it was in.
@@ -12,13 +12,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .blocks import begin_ids, encode, end_ids
+from .corpus import first_within
 from .errors import InputError
 from .example import Example
-from .intervals import DRAWS, percentile_interval, ratio_draws, wilson_interval
+from .intervals import DRAWS, percentile_interval, ratio_draws
+
+# the texts that the rows of a batch belong to, and which positions predicted a counted token: (rows, length)
+OnBatch = Callable[[Sequence[int], Bool[Tensor, "rows length"]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +37,6 @@ class LanguageScore:
     texts: int  # examples
     text_nats: tuple[float, ...]  # of each example, in the given order
     text_bytes: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ChoiceScore:
-    """How often a model prefers the right choice; higher is better."""
-
-    accuracy: float  # correct / total
-    correct: int
-    total: int
-    interval: tuple[float, float]  # Wilson, 95 %
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,7 @@ def score_language(
     batch: int = 8,
     max_bytes: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_batch: OnBatch | None = None,
 ) -> LanguageScore:
     """Bits per UTF-8 byte of the target text: total nats / ln 2 / total bytes.
 
@@ -82,14 +78,15 @@ def score_language(
         batch: Windows that are read at once.
         max_bytes: Only the first examples are read whose bytes together stay within this; at least one is.
         on_progress: Told how many windows are done, of how many.
+        on_batch: Called after each forward pass of the model, while whatever it left behind can still be read.
 
     Raises:
         InputError: There is nothing to score.
     """
-    chosen = _within(examples, max_bytes)
+    chosen = first_within(examples, max_bytes)
     windows = [window for i, example in enumerate(chosen) for window in _windows(example, i, tokenizer, block)]
     nats = [0.0] * len(chosen)
-    for window, value in _window_nats(model, windows, batch, on_progress):
+    for window, value in _window_nats(model, windows, batch, on_progress, on_batch):
         nats[window.text] += value
     text_bytes = [example.target_bytes for example in chosen]
     if not windows or not sum(text_bytes):
@@ -113,54 +110,9 @@ def confidence_interval(score: LanguageScore, *, draws: int = DRAWS, seed: int =
     return interval
 
 
-def score_choices(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, examples: Iterable[Example], *, batch: int = 16
-) -> ChoiceScore:
-    """The share of questions whose right choice gets the highest score; examples without choices are passed over.
-
-    The score of a choice is the sum of the log-probabilities of its tokens after the prompt (one space between the two
-    unless the prompt ends in white space; no end token), divided by the UTF-8 bytes of the choice. The first of equal
-    scores wins.
-
-    Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer.
-        examples: Questions.
-        batch: Choices that are read at once.
-
-    Raises:
-        InputError: No example has choices.
-    """
-    questions = [example for example in examples if example.choices]
-    if not questions:
-        raise InputError("There are no questions to score.", cause="no row has 'choices'")
-    scores = [[0.0] * len(question.choices) for question in questions]
-    place = [(i, j) for i, question in enumerate(questions) for j in range(len(question.choices))]
-    windows = [_choice_window(questions[i], j, text, tokenizer) for text, (i, j) in enumerate(place)]
-    for window, nats in _window_nats(model, windows, batch, None):
-        i, j = place[window.text]
-        scores[i][j] = -nats / len(questions[i].choices[j].encode())
-    preferred = [question.choices[row.index(max(row))] for question, row in zip(questions, scores, strict=True)]
-    correct = sum(choice == question.completion for choice, question in zip(preferred, questions, strict=True))
-    total = len(questions)
-    interval = wilson_interval(correct, total)
-    return ChoiceScore(accuracy=correct / total, correct=correct, total=total, interval=interval)
-
-
-def _within(examples: Iterable[Example], max_bytes: int | None) -> list[Example]:
-    chosen: list[Example] = []
-    total = 0
-    for example in examples:
-        total += example.target_bytes
-        if chosen and max_bytes is not None and total > max_bytes:
-            break
-        chosen.append(example)
-    return chosen
-
-
 def _windows(example: Example, text: int, tokenizer: PreTrainedTokenizerBase, block: int) -> Iterator[_Window]:
     """The windows of an example in which something counts."""
-    start = _start_ids(tokenizer)
+    start = start_ids(tokenizer)
     room = block - len(start)
     if room < 1:
         raise ValueError(f"block is {block}, expected more than {len(start)}")
@@ -173,7 +125,8 @@ def _windows(example: Example, text: int, tokenizer: PreTrainedTokenizerBase, bl
             yield _Window(text, start + ids[first : first + room], [False] * len(start) + counts[first : first + room])
 
 
-def _start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a window begins with: what the tokenizer puts before a text, else its begin token, else its end token."""
     return begin_ids(tokenizer) or _bos_ids(tokenizer) or end_ids(tokenizer)
 
 
@@ -182,21 +135,23 @@ def _bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if token is None else [token]
 
 
-def _choice_window(question: Example, choice: int, text: int, tokenizer: PreTrainedTokenizerBase) -> _Window:
-    ids, is_target = encode(Example(question.prompt, question.choices[choice]), tokenizer)
-    size = len(ids) - len(end_ids(tokenizer))
-    return _Window(text, ids[:size], is_target[:size])
-
-
 def _window_nats(
-    model: nn.Module, windows: Sequence[_Window], batch: int, on_progress: Callable[[int, int], None] | None
+    model: nn.Module,
+    windows: Sequence[_Window],
+    batch: int,
+    on_progress: Callable[[int, int], None] | None,
+    on_batch: OnBatch | None,
 ) -> Iterator[tuple[_Window, float]]:
     """Each window with the nats of its counted tokens; longest first, so that too big a batch fails at once."""
     by_length = sorted(windows, key=lambda window: -len(window.ids))
     for first in range(0, len(by_length), batch):
         rows = by_length[first : first + batch]
-        with _evaluation_mode(model), torch.inference_mode():
+        with evaluation_mode(model), torch.inference_mode():
             nats = _batch_nats(model, rows)
+            if on_batch:
+                # position t predicts token t + 1
+                predicts = padded([row.counts[1:] for row in rows]).bool()
+                on_batch([row.text for row in rows], predicts)
         yield from zip(rows, nats, strict=True)
         if on_progress:
             on_progress(first + len(rows), len(by_length))
@@ -204,8 +159,8 @@ def _window_nats(
 
 def _batch_nats(model: nn.Module, rows: Sequence[_Window]) -> list[float]:
     device = next(model.parameters()).device
-    ids, counts = _padded([row.ids for row in rows]), _padded([row.counts for row in rows]).bool()
-    mask = _padded([[1] * len(row.ids) for row in rows])
+    ids, counts = padded([row.ids for row in rows]), padded([row.counts for row in rows]).bool()
+    mask = padded([[1] * len(row.ids) for row in rows])
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
     counted = counts[:, 1:]
     picked = logits[:, :-1][counted.to(logits.device)].float()
@@ -213,12 +168,14 @@ def _batch_nats(model: nn.Module, rows: Sequence[_Window]) -> list[float]:
     return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, counted.nonzero()[:, 0], nats).tolist()
 
 
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+def padded(rows: Sequence[Sequence[int]]) -> Int64[Tensor, "rows length"]:
+    """Rows of different lengths as one tensor, zeros behind."""
     return nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
 
 
 @contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """While it is open, every module is in evaluation mode; afterwards each is as it was."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -6,21 +6,26 @@ Nothing heavy is imported here, so that a command can refuse a name or a row bef
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..domains.catalog import builtin_domains, find_domain
-from ..domains.corpus import Source, check_corpus, corpus_counts, corpus_digest, read_examples, split
+from ..domains.corpus import Source, check_corpus, corpus_counts, corpus_digest, first_within, read_examples, split
 from ..domains.errors import ConflictError, InputError, LoraryError
 from ..domains.example import Example
 from ..domains.names import check_name
+from ..domains.questions import find_labels, find_questions
 from ..domains.spec import DomainSpec
 from .composing import GENERAL
+from .digest import sha256_of
 from .manifest import PackManifest
 from .store import Store
 
 HELD_OUT = 0.15  # share of the rows that is never trained on
 FRESH = "fresh"  # the mode of retraining that takes nothing from the parent
+MOST_BYTES = 120_000  # of held-out text that is scored
+MOST_QUESTIONS = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +36,21 @@ class DomainData:
     held_out: list[Example]
     record: dict[str, Any]
     sources: list[str]  # where it was read, for this machine only
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What a domain is measured on."""
+
+    name: str
+    texts: tuple[Example, ...]
+    questions: tuple[Example, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the content in this order."""
+        parts = [b"".join(example.digest() for example in part) for part in (self.texts, self.questions)]
+        return sha256_of(b"".join(sha256_of(part).encode() for part in parts))
 
 
 def check_new_name(store: Store, name: str) -> None:
@@ -121,11 +141,8 @@ def stored_held_out(store: Store, manifest: PackManifest) -> list[Example]:
     Raises:
         InputError: It is not on this machine any more, or has changed; asks for --data.
     """
-    own = _own_held_out(store, manifest)
-    if manifest.parent is None or manifest.lineage.get("mode") == FRESH:
-        return own
-    parents = [older for older in store.history(manifest.name) if older.version == manifest.parent]
-    return together(*(stored_held_out(store, parent) for parent in parents), own)
+    versions = _learned_from(store, manifest)
+    return together(*(split(_own_examples(store, one), one.train["data"]["held_out_share"])[1] for one in versions))
 
 
 def together(*parts: list[Example]) -> list[Example]:
@@ -133,7 +150,15 @@ def together(*parts: list[Example]) -> list[Example]:
     return list({example.digest(): example for part in parts for example in part}.values())
 
 
-def _own_held_out(store: Store, manifest: PackManifest) -> list[Example]:
+def _learned_from(store: Store, manifest: PackManifest) -> list[PackManifest]:
+    """The versions whose data a version knows, the oldest first: its own and, unless it started over, its parent's."""
+    if manifest.parent is None or manifest.lineage.get("mode") == FRESH:
+        return [manifest]
+    parents = [older for older in store.history(manifest.name) if older.version == manifest.parent]
+    return [one for parent in parents for one in _learned_from(store, parent)] + [manifest]
+
+
+def _own_examples(store: Store, manifest: PackManifest) -> list[Example]:
     data = manifest.train.get("data") or {"digest": "unknown", "files": ["unknown"]}
     for sources in _known_sources(store, manifest):
         try:
@@ -141,12 +166,45 @@ def _own_held_out(store: Store, manifest: PackManifest) -> list[Example]:
         except LoraryError:
             continue
         if corpus_digest(examples) == data["digest"]:
-            return split(examples, data["held_out_share"])[1]
+            return examples
     raise InputError(
         f"The data of {manifest.name}@{manifest.version} is not on this machine, or has changed.",
         cause=f"its digest is {data['digest']}, its files were {', '.join(data['files'])}",
         fix=f"give held-out text: registry evaluate {manifest.name} --data FILE",
     )
+
+
+def measured_on(
+    store: Store, manifest: PackManifest, *, data: Sequence[Source] = (), max_bytes: int, with_questions: bool
+) -> HeldOut:
+    """What a stored version is measured on: its held-out rows, and the questions among them or its spec's.
+
+    Args:
+        data: Held-out rows to be used instead.
+        max_bytes: At most so much text.
+    """
+    held_out = read_checked(data) if data else stored_held_out(store, manifest)
+    questions: list[Example] = []
+    if with_questions:
+        # all of the data: not every label need be among the held-out rows
+        known = held_out if data else together(*(_own_examples(store, one) for one in _learned_from(store, manifest)))
+        questions = find_questions(held_out, find_labels(known)) or domain_questions(manifest.name)
+    return HeldOut(
+        name=manifest.name,
+        texts=tuple(first_within(held_out, max_bytes)),
+        questions=tuple(questions[:MOST_QUESTIONS]),
+    )
+
+
+def general_text(*, max_bytes: int) -> HeldOut:
+    """The general text that every composition is measured on."""
+    return HeldOut(name=GENERAL, texts=tuple(first_within(general_examples(), max_bytes)))
+
+
+def domain_questions(name: str) -> list[Example]:
+    """The questions of a built-in domain; none for others."""
+    spec = builtin_domains().get(name)
+    return list(read_examples([spec.questions])) if spec and spec.questions else []
 
 
 def _known_sources(store: Store, manifest: PackManifest) -> list[list[Source]]:

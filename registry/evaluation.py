@@ -16,20 +16,20 @@ from transformers import PreTrainedModel
 from ..adapters.attach import attach, fixed_slots, routing_of
 from ..adapters.stack import Stack
 from ..domains.blocks import encode
-from ..domains.catalog import builtin_domains
-from ..domains.corpus import Source, read_examples
+from ..domains.choices import ChoiceScore, score_choices
+from ..domains.corpus import Source
 from ..domains.errors import InputError
-from ..domains.evaluation import ChoiceScore, LanguageScore, confidence_interval, score_choices, score_language
+from ..domains.evaluation import LanguageScore, confidence_interval, score_language
 from ..domains.example import Example
+from ..domains.intervals import percentile_interval, ratio_draws
 from ..domains.progress import OnProgress, Progress
 from .compose import build_router
 from .composing import GENERAL, Plan, prior_shares
-from .domain_data import stored_held_out
+from .domain_data import MOST_BYTES, measured_on
 from .loaded_base import LoadedBase
 from .pack import DomainPack
 from .store import Store
 
-MOST_BYTES = 120_000  # of held-out text that is scored when a domain is added
 ROUTED_TOKENS = 256  # of each text, for routing accuracy
 
 
@@ -45,6 +45,7 @@ class DomainScores:
     general_base: float | None = None  # the bundled general text
     general_routed: float | None = None
     routed_right: float | None = None  # share of positions whose largest slot gate is the domain's
+    share_interval: tuple[float, float] | None = None  # 95 %, of the share of the oracle's gain
     accuracy: dict[str, Any] = field(default_factory=dict)  # questions, if there are any
 
     @property
@@ -59,6 +60,7 @@ class DomainScores:
         share = self.share_of_oracle_gain
         return values | {
             "interval": [round(bound, 5) for bound in self.interval],
+            "share_interval": self.share_interval and [round(bound, 4) for bound in self.share_interval],
             "metric": "bits per byte",
             "share_of_oracle_gain": round(share, 4) if share == share else None,
         }
@@ -122,19 +124,22 @@ def score_in_composition(
 ) -> DomainScores:
     """One domain's held-out text under the base, its own experts, and the composition's routing."""
     before = _language(base.model, base, held_out, f"{name}, base", on_progress)
-    with fixed_slots(composed, {name: 1.0}):
-        alone = _language(composed, base, held_out, f"{name}, own experts", on_progress)
-    routed = _language(composed, base, held_out, f"{name}, routed", on_progress)
     accuracy: dict[str, Any] = {}
     if questions:
-        accuracy["base"] = _choices(score_choices(base.model, base.tokenizer, questions))
-        accuracy["routed"] = _choices(score_choices(composed, base.tokenizer, questions))
+        accuracy["base"] = _answers(base.model, base, questions, f"{name}, base", on_progress)
+        accuracy["routed"] = _answers(composed, base, questions, f"{name}, routed", on_progress)
+    with fixed_slots(composed, {name: 1.0}):
+        alone = _language(composed, base, held_out, f"{name}, own experts", on_progress)
+        if questions:
+            accuracy["alone"] = _answers(composed, base, questions, f"{name}, own experts", on_progress)
+    routed = _language(composed, base, held_out, f"{name}, routed", on_progress)
     return DomainScores(
         base=before.bits_per_byte,
         alone=alone.bits_per_byte,
         routed=routed.bits_per_byte,
         interval=confidence_interval(routed),
         bytes=routed.bytes,
+        share_interval=_share_interval(before, alone, routed),
         routed_right=routed_right(composed, base, name, held_out),
         accuracy=accuracy,
     )
@@ -156,12 +161,6 @@ def routed_right(composed: PreTrainedModel, base: LoadedBase, name: str, example
     return right / total
 
 
-def domain_questions(name: str) -> list[Example]:
-    """The questions of a built-in domain; none for others."""
-    spec = builtin_domains().get(name)
-    return list(read_examples([spec.questions])) if spec and spec.questions else []
-
-
 def _language(
     model: PreTrainedModel, base: LoadedBase, examples: Sequence[Example], what: str, on_progress: OnProgress
 ) -> LanguageScore:
@@ -174,13 +173,29 @@ def _language(
     )
 
 
-def _choices(score: ChoiceScore) -> dict[str, Any]:
+def _answers(
+    model: PreTrainedModel, base: LoadedBase, questions: Sequence[Example], what: str, on_progress: OnProgress
+) -> dict[str, Any]:
+    score: ChoiceScore = score_choices(
+        model,
+        base.tokenizer,
+        questions,
+        on_progress=lambda done, total: on_progress(Progress(f"asking {what}", done, total)),
+    )
     return {
         "accuracy": round(score.accuracy, 4),
         "correct": score.correct,
         "total": score.total,
         "interval": [round(bound, 4) for bound in score.interval],
     }
+
+
+def _share_interval(before: LanguageScore, alone: LanguageScore, routed: LanguageScore) -> tuple[float, float] | None:
+    """The 95 % interval of the share of the oracle's gain, by the paired bootstrap over texts."""
+    nats = [score.text_nats for score in (before, alone, routed)]
+    base, own, ours = ratio_draws(nats, before.text_bytes).T
+    has_gain = base > own
+    return percentile_interval((base - ours)[has_gain] / (base - own)[has_gain])
 
 
 def _fields(scores: DomainScores) -> dict[str, Any]:
@@ -214,9 +229,8 @@ def evaluate_composition(
     for slot in plan.slots:
         if data and slot.name not in domains:
             continue
-        texts = list(read_examples(list(data))) if data else stored_held_out(store, slot.manifest)
-        questions = domain_questions(slot.name) if with_questions else []
+        found = measured_on(store, slot.manifest, data=data, max_bytes=MOST_BYTES, with_questions=with_questions)
         scores[slot.name] = score_in_composition(
-            model, base, slot.name, texts, questions=questions, on_progress=on_progress
+            model, base, slot.name, found.texts, questions=found.questions, on_progress=on_progress
         )
     return scores

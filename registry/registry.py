@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .pull import Pulled
     from .push import Pushed
     from .remote_terms import Localised
-    from .retention import RetentionMatrix
+    from .retention_report import RetentionReport
     from .retraining import Retrained
     from .routing import RouteReport
 
@@ -354,20 +354,12 @@ class Registry:
             self.store, plan, model, self.base, data=data, with_questions=questions, on_progress=on_progress
         )
 
-    def retention(self, added: Sequence[str], *, on_progress: OnProgress = silent) -> "RetentionMatrix":
-        """The retention matrix of these domains, in the order in which they were added."""
-        from .domain_data import general_examples, stored_held_out
-        from .retention import measure_retention
+    def retention(self, domains: Sequence[str] = (), **options: Any) -> "RetentionReport":
+        """What became of each domain after each step; see `lorary.registry.reporting.report_retention`."""
+        from .reporting import report_retention
 
-        texts = {name: stored_held_out(self.store, self.store.manifest(name)) for name in added}
-        return measure_retention(
-            self.store,
-            self.base,
-            self.base_record,
-            added=added,
-            texts={GENERAL: general_examples(), **texts},
-            on_progress=on_progress,
-        )
+        machine = {"device": self.device, "dtype": self.dtype}
+        return report_retention(self.store, lambda: self.base, self.base_record, domains, machine=machine, **options)
 
     def _train_preservation(
         self,

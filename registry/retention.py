@@ -1,76 +1,215 @@
-"""The retention matrix: how well each domain is predicted after each step.
+"""Measures the cells of the retention matrix: every domain's held-out data after every step.
 
-    R[i][j] = bits per byte on domain j's held-out text after step i        step 0 = the bare base
+    R[i][j] = score on domain j after step i        step 0 = the bare base, step 1 = KP, then the domains as added
 
-Row i is the routed composition of KP and everything that was added up to step i. Lower is better.
-
-    forgetting of j = R[last][j] - min over steps i since j was added of R[i][j]      (Chaudhry et al. 2018, for a loss)
+Row i is the routed composition of KP and everything that was added up to step i. Measured are the base's row, KP's row,
+and of each column the step before its domain was learned and every step from then on: nothing else enters a metric. A
+report after one more domain measures that domain's row and the beginning of its column, and nothing again. Each cell is
+kept in the store's cache as soon as it is measured, so an interrupted report goes on.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from importlib.metadata import version
+from typing import Any, Final
 
-from ..domains.evaluation import score_language
-from ..domains.example import Example
-from ..domains.progress import OnProgress, Progress
-from .compose import compose_model
-from .composing import GENERAL, plan_composition
+from transformers import PreTrainedModel
+
+from ..adapters.attach import fixed_slots
+from ..domains.errors import InputError
+from ..domains.progress import OnProgress
+from .compose import compose_packs
+from .composing import GENERAL, Plan, plan_composition
+from .domain_data import HeldOut
+from .drift import Drift, measure_drift
 from .loaded_base import LoadedBase
-from .manifest import BaseRecord
+from .manifest import BaseRecord, PackManifest
+from .pack import DomainPack, read_pack
+from .score_cache import CellScores, ScoreCache
+from .scoring import BLOCK, score_held_out
 from .store import Store
+
+SCORER: Final = 1  # part of every key: raised when scores come out differently from the same packs and texts
+BASE_STEP: Final = "base"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RetentionMatrix:
-    """Scores by step and domain."""
+class RetentionScores:
+    """Everything that was measured; `retention_report` says what it means."""
 
-    steps: tuple[str, ...]  # what was added: "base", "general", "medicine", ...
-    domains: tuple[str, ...]
-    bits_per_byte: tuple[tuple[float, ...], ...]  # (steps, domains)
+    steps: tuple[str, ...]  # "base", "general", then the domains as added
+    manifests: tuple[PackManifest, ...]  # KP's first, one for each step but the base
+    data: tuple[HeldOut, ...]  # one for each column: general text first
+    cells: Mapping[tuple[int, int], CellScores]  # by step and column
+    alone: tuple[CellScores, ...]  # each column under its own experts alone
+    drift: tuple[Drift, ...]  # of each domain's addition, general's left out
 
-    def forgetting(self, domain: str) -> float:
-        """How much worse the last step is than the best since the domain was added; 0 or more, bits per byte."""
-        column = [row[self.domains.index(domain)] for row in self.bits_per_byte]
-        return column[-1] - min(column[self.steps.index(domain) :])
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns: general text, then the domains."""
+        return self.steps[1:]
 
-    def as_json(self) -> dict[str, Any]:
-        """For --json and for reports."""
-        return {
-            "metric": "bits per byte",
-            "steps": list(self.steps),
-            "domains": list(self.domains),
-            "matrix": [[round(value, 5) for value in row] for row in self.bits_per_byte],
-            "forgetting": {name: round(self.forgetting(name), 5) for name in self.domains},
-        }
+
+def in_order_of_addition(store: Store, manifests: Sequence[PackManifest]) -> list[PackManifest]:
+    """The domains in the order in which they were first added; KP's bank is left out."""
+    return sorted(
+        (manifest for manifest in manifests if manifest.name != GENERAL),
+        key=lambda manifest: (_first_created(store, manifest.name), manifest.name),
+    )
 
 
 def measure_retention(
     store: Store,
-    base: LoadedBase,
+    base: Callable[[], LoadedBase],
     record: BaseRecord,
     *,
-    added: Sequence[str],
-    texts: Mapping[str, Sequence[Example]],
+    added: Sequence[PackManifest],
+    data: Mapping[str, HeldOut],
+    machine: Mapping[str, Any],
     on_progress: OnProgress,
-) -> RetentionMatrix:
-    """Scores the base, then the routed composition after each step.
+) -> RetentionScores:
+    """Measures what the cache does not have.
 
     Args:
-        added: Domains in the order in which they were added, without KP.
-        texts: Held-out text by domain; `general` among them.
+        base: Gives the base model; not called if everything was measured before.
+        added: Versions in the order in which they count as added, without KP.
+        data: Held-out data by domain; `general` among them.
+        machine: What else scores depend on: device and number format.
+
+    Raises:
+        InputError: A domain is named twice, or none is.
     """
-    steps = ["base", GENERAL, *added]
-    columns = [GENERAL, *added]
-    rows = []
-    for i, step in enumerate(steps):
-        model = base.model
-        if i:
-            plan = plan_composition(store, "+".join([GENERAL, *added[: i - 1]]), base=record)
-            model = compose_model(store, plan, base)
-        row = []
-        for j, column in enumerate(columns):
-            row.append(score_language(model, base.tokenizer, texts[column]).bits_per_byte)
-            on_progress(Progress(f"retention after {step}", i * len(columns) + j + 1, len(steps) * len(columns)))
-        rows.append(tuple(row))
-    return RetentionMatrix(steps=tuple(steps), domains=tuple(columns), bits_per_byte=tuple(rows))
+    _check(added)
+    kp = _plan(store, record, [])
+    plans = [None, kp, *(_plan(store, record, added[:i]) for i in range(1, len(added) + 1))]
+    steps = (BASE_STEP, GENERAL, *(manifest.name for manifest in added))
+    columns = tuple(data[name] for name in steps[1:])
+    places = measured_cells(len(added))
+    routed = [_Wanted(plans[i], columns[j], after=steps[i]) for i, j in places]
+    own = [_Wanted(_plan(store, record, [m]), data[m.name], after="its own experts", alone=m) for m in added]
+    shared = {
+        "scorer": SCORER,
+        "programs": {name: version(name) for name in ("lorary", "torch", "transformers")},
+        "base": [record.architecture, record.weights, record.tokenizer],
+        "block": BLOCK,
+        **machine,
+    }
+    cache = ScoreCache(store.cache / "scores", shared)
+    composer = _Composer(store, base)
+    found = _measure_all([*routed, *own], cache, composer, on_progress)
+    cells = dict(zip(places, found[: len(places)], strict=True))
+    preservation = kp.slots[0].manifest
+    return RetentionScores(
+        steps=steps,
+        manifests=(preservation, *added),
+        data=columns,
+        cells=cells,
+        alone=(cells[1, 0], *found[len(places) :]),
+        drift=tuple(_drifts(composer, preservation, added)),
+    )
+
+
+def measured_cells(added: int) -> list[tuple[int, int]]:
+    """Which cells (step, column) are measured for so many domains, row by row; column 0 is general text."""
+    last = added + 1
+    return [(i, j) for i in range(last + 1) for j in range(added + 1) if i <= 1 or i >= j]  # j is learned at step j + 1
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Scores that are needed: of which data, under which model."""
+
+    plan: Plan | None  # None is the bare base
+    data: HeldOut
+    after: str  # for a person
+    alone: PackManifest | None = None  # only this domain's experts, slot gate 1
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """What the scores depend on, besides what all scores depend on."""
+        if self.plan is None:
+            model: object = BASE_STEP
+        elif self.alone is not None:
+            model = {"alone": self.alone.digest}
+        else:
+            model = [[slot.name, slot.manifest.digest, slot.prior] for slot in self.plan.slots]
+        return {"model": model, "data": self.data.digest}
+
+
+class _Composer:
+    """Gives the model of a plan; keeps the packs, and the latest model."""
+
+    def __init__(self, store: Store, base: Callable[[], LoadedBase]):
+        self._store = store
+        self._packs: dict[str, DomainPack] = {}
+        self._latest: tuple[Plan, PreTrainedModel] | None = None
+        self.base = base
+
+    def pack(self, manifest: PackManifest) -> DomainPack:
+        """A pack, read once."""
+        if manifest.digest not in self._packs:
+            self._packs[manifest.digest] = read_pack(self._store, manifest)
+        return self._packs[manifest.digest]
+
+    def model(self, plan: Plan | None) -> PreTrainedModel:
+        """The bare base, or the routed composition."""
+        if plan is None:
+            return self.base().model
+        if self._latest is None or self._latest[0] != plan:
+            self._latest = None  # the old one goes before the new one comes
+            self._latest = plan, compose_packs(plan, [self.pack(slot.manifest) for slot in plan.slots], self.base())
+        return self._latest[1]
+
+
+def _measure_all(
+    wanted: Sequence[_Wanted], cache: ScoreCache, composer: _Composer, on_progress: OnProgress
+) -> list[CellScores]:
+    """The scores of each, from the cache or measured now and kept there at once."""
+    found = [cache.find(one.key) for one in wanted]
+    missing = [i for i, scores in enumerate(found) if scores is None]
+    for number, i in enumerate(missing, start=1):
+        one = wanted[i]
+        what = f"{number} of {len(missing)}: {one.data.name} after {one.after}"
+        model = composer.model(one.plan)
+        with fixed_slots(model, {one.alone.name: 1.0}) if one.alone else nullcontext():
+            scores = score_held_out(model, composer.base(), one.data, what=what, on_progress=on_progress)
+        cache.put(one.key, scores)
+        found[i] = scores
+    return [scores for scores in found if scores is not None]
+
+
+def _plan(store: Store, record: BaseRecord, domains: Sequence[PackManifest]) -> Plan:
+    """The routed composition of KP and these versions."""
+    terms = [GENERAL, *(f"{manifest.name}@{manifest.version}" for manifest in domains)]
+    return plan_composition(store, "+".join(terms), base=record)
+
+
+def _drifts(composer: _Composer, preservation: PackManifest, added: Sequence[PackManifest]) -> Iterator[Drift]:
+    """What each addition did to the routing of the domains before it."""
+    kp = composer.pack(preservation)
+    width = kp.bank.layers[kp.bank.first_layer].expert_gate.shape[1]
+    for i, manifest in enumerate(added):
+        others = {older.name: composer.pack(older) for older in added[:i]}
+        yield measure_drift(kp, others, composer.pack(manifest), width=width)
+
+
+def _first_created(store: Store, name: str) -> str:
+    return min(manifest.created for manifest in store.history(name))
+
+
+def _check(added: Sequence[PackManifest]) -> None:
+    names = [manifest.name for manifest in added]
+    if not names:
+        raise InputError(
+            "There is no domain whose retention could be measured.",
+            cause="the registry has its KP bank only",
+            fix="add one: registry add-domain medicine",
+        )
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated or GENERAL in names:
+        raise InputError(
+            f"{', '.join(repeated) or GENERAL} cannot be among the domains{' twice' if repeated else ''}.",
+            cause=f"asked for {', '.join(names)}; general is the KP slot and always there",
+            fix="name each domain once: registry report --domains medicine,legal",
+        )

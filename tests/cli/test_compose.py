@@ -127,6 +127,6 @@ def test_evaluate_on_other_text_with_questions(run, store, rows, tmp_path, value
     lines = values(run("evaluate", "medicine", "--data", str(data), store=store))
 
     scores = next(line for line in lines if line[0] == "BITS/BYTE")
-    assert scores[-2:] == ["ORACLE GAIN", "ROUTED RIGHT"]
-    assert ["QUESTIONS", "BASE", "ROUTED", "95 %", "RIGHT"] in lines
+    assert scores[-2:] == ["95 % OF GAIN", "ROUTED RIGHT"]
+    assert ["QUESTIONS", "BASE", "OWN EXPERTS", "ROUTED", "95 %", "RIGHT"] in lines
     assert [line[0] for line in lines].count("medicine") == 2

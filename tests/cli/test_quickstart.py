@@ -7,7 +7,8 @@ import pytest
 from lorary.cli import quickstart
 from lorary.cli.page import Page
 from lorary.cli.quickstart import DOMAINS, MARKER, Tour
-from lorary.cli.quickstart_command import heat_table, tour_page
+from lorary.cli.quickstart_command import tour_page
+from lorary.cli.retention_views import heat_table
 from lorary.domains.errors import ConflictError
 
 
@@ -21,7 +22,7 @@ def tour(store) -> Tour:
         manifests=tuple(registry.manifest(name) for name in ("general", *DOMAINS)),
         plan=registry.plan("medicine+legal"),
         answer=registry.generate(registry.compose("medicine+legal"), "The patient", max_new_tokens=4),
-        retention=registry.retention(DOMAINS),
+        retention=registry.retention(DOMAINS, questions=False),
         seconds=12.3,
     )
 
@@ -30,16 +31,16 @@ def test_the_page_has_the_retention_matrix(tour, tmp_path):
     page = tour_page(tour, tmp_path)
 
     assert isinstance(page, Page)
-    assert [row[0].plain for row in heat_table(tour.retention).rows] == [*tour.retention.steps, "forgotten"]
+    assert [row[0].plain for row in heat_table(tour.retention.bits).rows] == list(tour.retention.steps)
     assert any("registry list" in hint for hint in page.hints)
     json.dumps(page.data, allow_nan=False)
 
 
 def test_the_best_of_a_column_is_coldest(tour):
-    table = heat_table(tour.retention)
+    table = heat_table(tour.retention.bits)
 
-    for j, name in enumerate(tour.retention.domains, start=1):
-        column = [row[j] for row in table.rows[:-1]]
+    for j, name in enumerate(tour.retention.columns, start=1):
+        column = [row[j] for row in table.rows]
         best = min(column, key=lambda value: float(value.plain))
         assert best.shown[0].style == "heat0", name
 
@@ -63,5 +64,5 @@ def test_the_real_quickstart(run, tmp_path, document):
 
     assert found["pinned"] == "general@1+legal@1+medicine@1"
     assert found["proof"]["unchanged"] is True
-    assert max(found["retention"]["forgetting"].values()) < 0.05
+    assert found["retention"]["figures"]["forgetting"]["value"] < 0.05
     assert min(found["share_of_oracle_gain"].values()) > 0.5

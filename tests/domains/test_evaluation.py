@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from lorary.domains.errors import InputError
-from lorary.domains.evaluation import confidence_interval, score_choices, score_language
+from lorary.domains.evaluation import confidence_interval, score_language
 from lorary.domains.example import Example
-from lorary.domains.intervals import wilson_interval
 
 TEXTS = [
     Example(completion="The dog ran."),
@@ -16,11 +15,6 @@ TEXTS = [
     Example("The patient was given", "five milligrams twice a day"),
     Example(completion="é"),
     Example(messages=(("user", "What fell?"), ("assistant", "The price of the bond."))),
-]
-QUESTIONS = [
-    Example("Question: What fell?\nAnswer:", "The price", ("The dog", "The price", "A long river in the chest", "é")),
-    Example("The dog ran after", "the ball", ("the ball", "a patient", "contracts")),
-    Example("1 + 1 = ", "2", ("1", "2")),
 ]
 
 
@@ -154,33 +148,3 @@ def test_confidence_interval_of_one_text_is_the_score(model, tiny_tokenizer):
     score = score_language(model, tiny_tokenizer, TEXTS[:1])
 
     assert confidence_interval(score) == pytest.approx((score.bits_per_byte, score.bits_per_byte))
-
-
-def preferred(model, tokenizer, question):
-    space = "" if question.prompt.endswith(" ") else " "
-    context = [1, *plain(question.prompt, tokenizer)]
-
-    def per_byte(choice):
-        return -sum(nats_of(model, context, plain(space + choice, tokenizer))) / len(choice.encode())
-
-    return max(question.choices, key=per_byte)
-
-
-@pytest.mark.parametrize("batch", [1, 4, 16])
-def test_choices_score_as_in_a_plain_loop(model, tiny_tokenizer, batch):
-    winners = [preferred(model, tiny_tokenizer, question) for question in QUESTIONS]
-    answered = [
-        Example(question.prompt, winner, question.choices) for question, winner in zip(QUESTIONS, winners, strict=True)
-    ]
-
-    assert score_choices(model, tiny_tokenizer, answered, batch=batch).correct == 3
-    score = score_choices(model, tiny_tokenizer, QUESTIONS, batch=batch)
-    assert score.correct == sum(q.completion == winner for q, winner in zip(QUESTIONS, winners, strict=True))
-    assert score.accuracy == score.correct / 3
-    assert score.interval == wilson_interval(score.correct, 3)
-
-
-def test_examples_without_choices_are_passed_over(model, tiny_tokenizer):
-    assert score_choices(model, tiny_tokenizer, [*TEXTS, *QUESTIONS]).total == 3
-    with pytest.raises(InputError, match="no questions"):
-        score_choices(model, tiny_tokenizer, TEXTS)

@@ -13,7 +13,7 @@ from lorary.domains.errors import CorpusError, InputError
 from lorary.domains.evaluation import score_language
 from lorary.registry import Registry
 from lorary.registry.domain_data import HELD_OUT, stored_held_out
-from lorary.registry.evaluation import DomainScores, domain_questions, routed_right
+from lorary.registry.evaluation import DomainScores, routed_right
 
 
 def scores(**changes: Any) -> DomainScores:
@@ -122,12 +122,6 @@ def test_bad_text_is_named_by_its_line(whole: Registry, tmp_path: Path) -> None:
 
     with pytest.raises(CorpusError, match=":2"):
         whole.evaluate("cooking", data=[tmp_path / "bad.jsonl"])
-
-
-def test_only_built_in_domains_have_questions() -> None:
-    assert all(question.choices for question in domain_questions("medicine"))
-    assert domain_questions("medicine")
-    assert domain_questions("cooking") == []
 
 
 def test_a_static_composition_has_no_routing_to_be_right_about(whole: Registry, texts: Any) -> None:

@@ -1,76 +1,153 @@
-"""The retention matrix: its shape, its numbers, and the formula of forgetting."""
+"""The cells of the retention matrix: what each is, which are measured, and that none is measured twice."""
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorary.domains.errors import NotFoundError
+from lorary.adapters.attach import fixed_slots
+from lorary.domains.errors import InputError, NotFoundError
 from lorary.domains.evaluation import score_language
 from lorary.domains.progress import Progress
 from lorary.registry import Registry
 from lorary.registry.domain_data import general_examples, stored_held_out
-from lorary.registry.retention import RetentionMatrix
-
-MATRIX = RetentionMatrix(
-    steps=("base", "general", "medicine", "legal"),
-    domains=("general", "medicine", "legal"),
-    bits_per_byte=((3.0, 4.0, 5.0), (2.0, 3.5, 4.5), (2.25, 2.0, 4.25), (2.5, 2.125, 2.5)),
-)
+from lorary.registry.retention import in_order_of_addition, measured_cells
 
 
-@pytest.mark.parametrize(("domain", "expected"), [("general", 0.5), ("medicine", 0.125), ("legal", 0.0)])
-def test_forgetting_is_the_last_score_minus_the_best_since_the_domain_was_added(domain: str, expected: float) -> None:
-    assert MATRIX.forgetting(domain) == expected
-
-
-def test_scores_from_before_a_domain_was_added_do_not_count() -> None:
-    matrix = RetentionMatrix(
-        steps=("base", "general", "legal"),
-        domains=("general", "legal"),
-        bits_per_byte=((1.0, 1.0), (2.0, 1.5), (2.0, 3.0)),
-    )
-
-    assert matrix.forgetting("legal") == 0
-    assert matrix.forgetting("general") == 0
-
-
-def test_it_is_written_with_its_metric() -> None:
-    assert MATRIX.as_json() == {
-        "metric": "bits per byte",
-        "steps": ["base", "general", "medicine", "legal"],
-        "domains": ["general", "medicine", "legal"],
-        "matrix": [[3.0, 4.0, 5.0], [2.0, 3.5, 4.5], [2.25, 2.0, 4.25], [2.5, 2.125, 2.5]],
-        "forgetting": {"general": 0.5, "medicine": 0.125, "legal": 0.0},
-    }
-
-
-def test_each_entry_is_a_domain_under_the_composition_of_its_step(whole: Registry) -> None:
+def measured_now(registry: Registry, *domains: str) -> list[str]:
+    """The cells that a report measures now, as "legal after medicine"."""
     told: list[Progress] = []
+    registry.retention(domains, on_progress=told.append)
+    return list(dict.fromkeys(progress.stage.partition(": ")[2] for progress in told))
 
-    matrix = whole.retention(["cooking", "sailing"], on_progress=told.append)
 
-    assert matrix.steps == ("base", "general", "cooking", "sailing")
-    assert matrix.domains == ("general", "cooking", "sailing")
+@pytest.fixture(scope="module")
+def reported(whole: Registry) -> Any:
+    return whole.retention()
+
+
+def test_each_cell_is_a_domain_under_the_composition_of_its_step(whole: Registry, reported: Any) -> None:
     texts = {"general": general_examples()}
     texts |= {name: stored_held_out(whole.store, whole.manifest(name)) for name in ("cooking", "sailing")}
     models: dict[str, Any] = {"base": whole.base.model}
     models |= {"general": whole.compose("general"), "cooking": whole.compose("cooking")}
     models["sailing"] = whole.compose("cooking+sailing")
-    for i, step in enumerate(matrix.steps):
-        for j, domain in enumerate(matrix.domains[1:], start=1):
-            expected = score_language(models[step], whole.tokenizer, texts[domain]).bits_per_byte
-            assert matrix.bits_per_byte[i][j] == expected, (step, domain)
-    assert [(p.done, p.total) for p in told] == [(i + 1, 12) for i in range(12)]
+
+    assert reported.steps == ("base", "general", "cooking", "sailing")
+    assert reported.columns == ("general", "cooking", "sailing")
+    for i, step in enumerate(reported.steps):
+        for j, domain in enumerate(reported.columns):
+            expected = score_language(models[step], whole.tokenizer, texts[domain], max_bytes=120_000).bits_per_byte
+            assert reported.bits.value(i, j) == pytest.approx(expected, rel=1e-5), (step, domain)
 
 
-def test_learning_a_domain_lowers_its_own_column(whole: Registry) -> None:
-    matrix = whole.retention(["cooking"])
+def test_the_oracle_is_the_domain_under_its_own_experts_alone(whole: Registry, reported: Any) -> None:
+    composed = whole.compose("cooking")
 
-    before, after = matrix.bits_per_byte[1][1], matrix.bits_per_byte[2][1]
-    assert after < before
-    assert matrix.forgetting("cooking") == 0
+    with fixed_slots(composed, {"cooking": 1.0}):
+        text = stored_held_out(whole.store, whole.manifest("cooking"))
+        expected = score_language(composed, whole.tokenizer, text).bits_per_byte
+
+    assert reported.bits.matrix.oracle[1] == pytest.approx(expected, rel=1e-5)
 
 
-def test_an_unknown_domain_is_not_found(whole: Registry) -> None:
+def test_learning_a_domain_lowers_its_own_column(reported: Any) -> None:
+    for j, learned in ((1, 2), (2, 3)):
+        assert reported.bits.value(learned, j) < reported.bits.value(learned - 1, j)
+
+
+@pytest.mark.parametrize("added", [1, 2, 7])
+def test_what_no_metric_needs_is_not_measured(added: int) -> None:
+    cells = measured_cells(added)
+
+    assert len(set(cells)) == len(cells)
+    for i in range(added + 2):
+        for j in range(added + 1):
+            learned = j + 1
+            assert ((i, j) in cells) == (i <= 1 or i >= learned - 1)
+
+
+def test_one_more_domain_measures_its_row_and_the_beginning_of_its_column(
+    whole: Registry, reported: Any, fresh_copy: Any
+) -> None:
+    registry = fresh_copy(whole.store.path)
+    shutil.rmtree(registry.store.cache / "scores")
+    registry.retention(["cooking"])
+
+    assert measured_now(registry, "cooking") == []
+    assert measured_now(registry, "cooking", "sailing") == [
+        "sailing after base",
+        "sailing after general",
+        "sailing after cooking",
+        "general after sailing",
+        "cooking after sailing",
+        "sailing after sailing",
+        "sailing after its own experts",
+    ]
+
+
+def test_an_interrupted_report_goes_on(whole: Registry, reported: Any, fresh_copy: Any) -> None:
+    registry = fresh_copy(whole.store.path)
+    shutil.rmtree(registry.store.cache / "scores")
+
+    def interrupt(progress: Progress) -> None:
+        if progress.stage.startswith("4 of"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        registry.retention(["cooking"], on_progress=interrupt)
+
+    assert len(measured_now(registry, "cooking")) == 3 * 2 + 1 - 3
+
+
+def test_what_was_measured_needs_no_base_model(whole: Registry, reported: Any, monkeypatch: Any) -> None:
+    again = Registry.open(whole.store.path)
+
+    found = again.retention()
+
+    assert again._base is None
+    assert found.as_json() == reported.as_json()
+
+
+def test_domains_come_in_the_order_in_which_they_were_added(whole: Registry) -> None:
+    manifests = [whole.manifest(name) for name in ("sailing", "general", "cooking")]
+
+    assert [m.name for m in in_order_of_addition(whole.store, manifests)] == ["cooking", "sailing"]
+    assert whole.retention(["sailing", "cooking"]).steps == ("base", "general", "sailing", "cooking")
+
+
+def test_a_domain_whose_data_is_gone_is_left_out_unless_it_is_named(
+    cooking_store: Path, fresh_copy: Any, texts: Any, short_run: Any, tmp_path: Path
+) -> None:
+    registry, file = fresh_copy(cooking_store), tmp_path / "boats.jsonl"
+    file.write_bytes(texts["sailing"].read_bytes())
+    registry.add_domain("boats", data=[file], **short_run(steps=1))
+    file.unlink()
+
+    found = registry.retention()
+
+    assert found.domains == ("cooking",)
+    assert "not on this machine" in found.left_out["boats"]
+    assert found.as_json()["left_out"] == found.left_out
+    with pytest.raises(InputError, match="not on this machine"):
+        registry.retention(["boats"])
+
+
+def test_odd_choices_of_domains_are_refused(whole: Registry, kp_store: Path) -> None:
     with pytest.raises(NotFoundError):
         whole.retention(["boating"])
+    with pytest.raises(InputError, match="twice"):
+        whole.retention(["cooking", "cooking@1"])
+    with pytest.raises(InputError, match="general cannot"):
+        whole.retention(["general"])
+    with pytest.raises(InputError, match="no domain"):
+        Registry.open(kp_store).retention()
+
+
+def test_less_text_is_another_text(whole: Registry) -> None:
+    few = whole.retention(["cooking"], max_bytes=100)
+
+    assert few.bits.counts["cooking"] < whole.retention(["cooking"]).bits.counts["cooking"]
+    assert replace(few.scores.data[1], texts=()).digest != few.scores.data[1].digest

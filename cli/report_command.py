@@ -1,0 +1,115 @@
+"""`registry report`: what is kept of every domain, step by step, with formulas, intervals and gates."""
+
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import output
+from .opening import open_registry
+from .options import Device, Dtype, Json, StorePath
+from .page import Block, Page, Words, faint, line, title
+from .retention_views import WIDE, confusion_table, domains_table, figures_table, heat_table, verdict_lines
+from .watch import watch
+
+if TYPE_CHECKING:
+    from ..registry.retention_report import RetentionReport
+    from ..registry.thresholds import Verdict
+
+SYMBOLS = "R score, G gain over the base, i step, j domain, T last step, L(j) step at which j was learned"
+
+
+def report(
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GATE",
+            help='A threshold such as "retention>=0.98": exit 9 unless every domain holds it; repeat it for several.',
+            show_default=False,
+        ),
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every cell with its interval.", show_default=False)
+    ] = None,
+    domains: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="medicine,legal@2: these, as if added in this order.", show_default="all"),
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Most held-out text of a domain.", show_default="120000")
+    ] = None,
+    no_questions: Annotated[bool, typer.Option("--no-questions", metavar="", help="Leave out the questions.")] = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    store: StorePath = None,
+    as_json: Json = False,
+) -> None:
+    """Report what is kept of every domain after every step: scores, forgetting, transfer, routing, drift.
+
+    Scores are kept in the registry's cache: after one more domain only its row is measured, and an interrupted report
+    goes on where it was.
+
+    Example: registry report --gate "retention>=0.98"
+    """
+    from ..registry.thresholds import check_verdicts, judge, parse_threshold
+
+    thresholds = [parse_threshold(text) for text in gate or []]
+    registry = open_registry(store, device=device, dtype=dtype)
+    named = [name.strip() for name in (domains or "").split(",") if name.strip()]
+    with watch("reading held-out text", as_json=as_json) as watching:
+        found = registry.retention(
+            named, questions=not no_questions, max_bytes=max_bytes, on_progress=watching.on_progress
+        )
+    verdicts = judge(found, thresholds)
+    if csv:
+        _write(csv, cells_csv(found).encode())
+    output.show(retention_page(found, verdicts), command="report", as_json=as_json)
+    check_verdicts(verdicts)
+
+
+def retention_page(report: "RetentionReport", verdicts: "list[Verdict]") -> Page:
+    """The report in a terminal."""
+    blocks: list[Block] = [
+        title("What is kept", faint("   bits per byte after each step, lower is better")),
+        heat_table(report.bits),
+    ]
+    if len(report.columns) > WIDE:
+        blocks.append(Words(line(faint("0 is a column's best score, 5 its worst")), in_pipes=False))
+    if report.accuracy:
+        blocks += [
+            title("Questions answered right", faint("   by likelihood, higher is better")),
+            heat_table(report.accuracy),
+        ]
+    blocks += [title("Domains"), domains_table(report)]
+    blocks += [title("Where texts go", faint("   held-out texts by the slot that takes most of them"))]
+    blocks += [confusion_table(report), title("Figures", faint("   " + SYMBOLS)), figures_table(report.figures)]
+    blocks += verdict_lines(verdicts)
+    hints = [f"Left out: {name}: {why}" for name, why in report.left_out.items()]
+    data = report.as_json() | {"gates": [verdict.as_json() for verdict in verdicts]}
+    return Page(data=data, blocks=tuple(blocks), hints=tuple(hints))
+
+
+def cells_csv(report: "RetentionReport") -> str:
+    """Every measured cell on a line, for spreadsheets and plots."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["step", "after", "domain", "metric", "value", "low", "high", "n"])
+    for metric, scores in (("bits_per_byte", report.bits), ("accuracy", report.accuracy)):
+        if scores is None:
+            continue
+        for i, step in enumerate(scores.matrix.steps):
+            for j, name in enumerate(scores.matrix.domains):
+                value, interval = scores.value(i, j), scores.intervals[i][j]
+                if value is not None and interval is not None:
+                    numbers = [f"{x:.6g}" for x in (value, *interval)]
+                    writer.writerow([i, step, name, metric, *numbers, scores.counts[name]])
+    return text.getvalue()
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A file the user asked for; a failure is theirs to fix."""
+    from ..registry.files import write_atomic
+
+    write_atomic(path.absolute(), data)

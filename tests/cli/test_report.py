@@ -1,0 +1,79 @@
+"""`registry report`: tables, one JSON document, CSV, and exit 9 when a gate fails."""
+
+import csv
+import json
+
+import pytest
+
+from lorary.cli.report_command import cells_csv
+
+
+@pytest.fixture(scope="module")
+def reported(run, store, document):
+    return document(run("report", "--json", store=store))
+
+
+def test_the_document_has_matrix_intervals_and_figures(reported):
+    assert reported["steps"] == ["base", "general", "medicine", "legal"]
+    assert [len(row) for row in reported["matrix"]] == [3, 3, 3, 3]
+    low, high = reported["intervals"][3][1]
+    assert low <= reported["matrix"][3][1] <= high
+    assert reported["figures"]["retention"]["formula"]
+    assert reported["accuracy"]["counts"] == {"medicine": 76, "legal": 76}
+    assert reported["gates"] == []
+
+
+def test_people_get_heat_maps_and_formulas(run, store, reported):
+    shown = run("report", store=store, tty=True, env={"COLUMNS": "200"}).stdout
+
+    for words in ("What is kept", "+ medicine", "Questions answered right", "Where texts go", "Chaudhry et al. 2018"):
+        assert words in shown
+
+
+def test_a_pipe_gets_exact_numbers(run, store, reported, values):
+    lines = values(run("report", store=store))
+
+    assert lines[0] == ["STEP", "general", "medicine", "legal"]
+    assert float(lines[1][2]) == pytest.approx(reported["matrix"][0][1], abs=1e-5)
+
+
+def test_a_gate_that_fails_ends_with_9_after_the_report(run, store, reported):
+    result = run("report", "--gate", "retention>=-100", "--gate", "average_score<0.001", "--json", store=store)
+
+    assert result.exit_code == 9
+    gates = json.loads(result.stdout)["gates"]
+    assert gates[0]["failed"].keys() <= {"medicine", "legal"}
+    assert set(gates[1]["failed"]) == {"medicine", "legal"}
+    assert "average_score of medicine is" in json.loads(result.stderr.splitlines()[-1])["error"]["cause"]
+
+
+def test_a_gate_that_holds_is_shown(run, store, reported):
+    result = run("report", "--gate", "general_delta<=100", store=store, tty=True)
+
+    assert result.exit_code == 0
+    assert "general_delta<=100" in result.stdout
+    assert "holds" in result.stdout
+
+
+def test_a_bad_gate_is_refused_before_anything_is_measured(run, store):
+    result = run("report", "--gate", "retention=1", store=store)
+
+    assert result.exit_code == 2
+    assert result.stdout == ""
+
+
+def test_domains_and_questions_can_be_chosen(run, store, document):
+    found = document(run("report", "--domains", "legal", "--no-questions", "--json", store=store))
+
+    assert found["steps"] == ["base", "general", "legal"]
+    assert found["accuracy"] is None
+
+
+def test_every_cell_is_a_line_of_csv(run, store, reported, tmp_path):
+    run("report", "--csv", "cells.csv", store=store)
+
+    rows = list(csv.DictReader((tmp_path / "cells.csv").open()))
+    assert len(rows) == 4 * 3 + 4 * 2
+    found = next(row for row in rows if (row["step"], row["domain"], row["metric"]) == ("3", "legal", "bits_per_byte"))
+    assert float(found["value"]) == pytest.approx(reported["matrix"][3][2], abs=1e-5)
+    assert cells_csv
