@@ -171,7 +171,13 @@ def typical_gates(router: DomainRouter, statistics: Sequence[DomainStatistics]) 
     return router.slot_gates(torch.stack(sums).unsqueeze(0))[0]
 
 
-def calibrate(untempered: DomainRouter, sums: Sequence[Float[Tensor, "_ _ sums"]], slots: Sequence[int]) -> Tempers:
+def calibrate(
+    untempered: DomainRouter,
+    sums: Sequence[Float[Tensor, "_ _ sums"]],
+    slots: Sequence[int],
+    *,
+    hidden_tempers: Sequence[float] = HIDDEN_TEMPERS,
+) -> Tempers:
     """The tempers under which held-out text of known slots is most likely put into its slot, over all positions.
 
     With two slots the gate is the softmax over both.
@@ -180,13 +186,14 @@ def calibrate(untempered: DomainRouter, sums: Sequence[Float[Tensor, "_ _ sums"]
         untempered: A router with both tempers 1.
         sums: Running sums of held-out windows, one tensor for each slot named in `slots`.
         slots: The slot that each tensor's text belongs to.
+        hidden_tempers: What may be chosen; only 0 where hidden states say nothing.
 
     Returns:
         The best pair of a fixed grid; capped, because held-out text is little.
     """
     best, chosen = float("inf"), Tempers()
     for token in TOKEN_TEMPERS:
-        for hidden in HIDDEN_TEMPERS:
+        for hidden in hidden_tempers:
             loss = 0.0
             for windows, slot in zip(sums, slots, strict=True):
                 scaled = windows.clone()

@@ -11,6 +11,7 @@ from .care_commands import doctor, gc, verify
 from .compose_commands import compose, generate
 from .diff_command import diff
 from .hub_commands import pull, push, search
+from .import_command import import_adapter
 from .init_command import init
 from .look_commands import list_domains, show, version
 from .measure_commands import evaluate, route
@@ -33,6 +34,7 @@ COMMANDS = {
     "init": init,
     "add-domain": add_domain,
     "retrain": retrain,
+    "import": import_adapter,
     "list": list_domains,
     "show": show,
     "log": log,

@@ -114,13 +114,23 @@ def loss(manifest: "PackManifest") -> Cell | None:
 
 
 def training(manifest: "PackManifest") -> Cell:
-    """Steps, tokens and seconds."""
+    """Steps, tokens and seconds; or where it was imported from."""
     train = manifest.train
+    if "imported" in train:
+        return imported(train["imported"])
     settings = train.get("settings", {})
     parts = [plural(train.get("steps", 0), "step"), f"{short(train.get('tokens', 0))} tokens"]
     parts += [duration(train["seconds"])] if "seconds" in train else []
     parts += [f"learning rate {settings['learning_rate']:.3g}, seed {settings['seed']}"] if settings else []
     return cell(", ".join(parts))
+
+
+def imported(record: dict[str, Any]) -> Cell:
+    """Where an adapter was trained, as far as its files tell."""
+    commit = f" at {record['commit'][:12]}" if record["commit"] else ""
+    digests = [digest for _, digest in sorted(record["files"].items())]
+    text = f"none here, imported from {record['from']}{commit}: "
+    return cell(line(text, faint(", ".join(map(brief, digests)))), text + ", ".join(digests))
 
 
 def data(manifest: "PackManifest") -> Cell | None:

@@ -18,7 +18,6 @@ from typing import Any, Final
 from ..domains.errors import IncompatibleError, IntegrityError
 from .canonical import JsonObject, parse_json
 
-CONFIG_FILE: Final = "adapter_config.json"
 ALL_LINEAR: Final = "all-linear"
 MATCHING_S: Final = 5.0  # for all patterns of one adapter
 
@@ -88,7 +87,7 @@ def read_config(data: bytes, *, source: str) -> AdapterConfig:
     """
     found = parse_json(data, source=source)
     if not isinstance(found, dict):
-        raise IntegrityError(f"{source} is no object.", fix=f"give a folder that PEFT saved, with {CONFIG_FILE}")
+        raise IntegrityError(f"{source} is no object.", fix="give a folder that PEFT saved")
     _check_kind(found, source)
     _check_initialisation(found.get("init_lora_weights", True), source)
     for key, value in found.items():

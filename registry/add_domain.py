@@ -48,8 +48,8 @@ def train_preservation(
     record: BaseRecord,
     *,
     data: Sequence[Source],
-    bank: BankConfig,
-    training: TrainingConfig,
+    bank: BankConfig | None = None,
+    training: TrainingConfig | None = None,
     on_progress: OnProgress,
 ) -> PackManifest:
     """Trains the KP bank on general text and stores it; it is frozen for good.
@@ -57,6 +57,7 @@ def train_preservation(
     Raises:
         ConflictError: There is one already.
     """
+    bank, training = bank or BankConfig(), training or TrainingConfig()
     spec = find_domain(GENERAL)
     if store.versions(GENERAL):
         raise ConflictError(

@@ -16,7 +16,7 @@ from ..domains.errors import IntegrityError, LoraryError, RemoteError
 from ..domains.progress import OnProgress, Progress, silent
 from ..domains.remote_ref import RemoteRef
 from .canonical import MAX_BYTES
-from .digest import PREFIX
+from .digest import PREFIX, sha256_of
 from .hub_errors import (
     LOGIN,
     MAX_WAIT_S,
@@ -45,6 +45,11 @@ class RemoteFile:
     size: int  # bytes
     sha256: str | None  # digest, of LFS files
     oid: str | None  # git's digest, of the others
+
+    def fits(self, data: bytes) -> bool:
+        """Whether these are the bytes."""
+        has_size = len(data) == self.size
+        return has_size and (self.sha256 in (None, sha256_of(data))) and (self.oid in (None, git_oid(data)))
 
 
 @dataclass(frozen=True)
@@ -77,15 +82,18 @@ class Hub:
 
     # --- reading ---
 
-    def snapshot(self, ref: RemoteRef) -> Snapshot:
+    def snapshot(self, ref: RemoteRef, *, marker: str = MANIFEST_FILE) -> Snapshot:
         """The commit that the reference means now, with the files of it.
+
+        Args:
+            marker: A file that the repository must have; offline, the cache is looked through for it.
 
         Raises:
             RemoteError: There is no such thing, or the Hub cannot be asked; offline, it is not in the cache.
         """
         if self.offline:
-            path = self._cached_or_fetched(ref.repo, MANIFEST_FILE, ref.revision)
-            return Snapshot(ref.repo, path.parent.name, None)
+            path = self._cached_or_fetched(ref.repo, marker, ref.revision)
+            return Snapshot(ref.repo, path.parents[marker.count("/")].name, None)
         info = self.ask(ref.repo, lambda: self.api.model_info(ref.repo, revision=ref.revision, files_metadata=True))
         files = {row.rfilename: _remote_file(row) for row in info.siblings or []}
         return Snapshot(ref.repo, str(info.sha), files, is_private=bool(info.private))

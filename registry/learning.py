@@ -19,7 +19,7 @@ from ..adapters.attach import attach, routing_of, trained_bank
 from ..adapters.bank import Expert, ExpertBank, extended, new_bank
 from ..adapters.config import BankConfig
 from ..adapters.gates import LayerGates
-from ..adapters.router import DomainRouter, Tempers, calibrate
+from ..adapters.router import HIDDEN_TEMPERS, DomainRouter, Tempers, calibrate
 from ..adapters.stack import Stack
 from ..adapters.training import TrainingConfig, discard_checkpoints, train_bank
 from ..adapters.warm_start import CLOSE, activation_weights, can_lend, lend, seed_expert_gates
@@ -164,7 +164,7 @@ def _learn(lesson: Lesson, ground: Ground, start: Start, blocks: Blocks) -> Lear
     """Trains a bank under the gates that the composition of KP and its domain will have."""
     base, preservation = ground.base, ground.preservation
     slots = [preservation.statistics, start.statistics]
-    tempers = _calibrated(
+    tempers = calibrated_tempers(
         slots,
         [ground.general, lesson.held_out],
         layer=preservation.feature_layer,
@@ -262,8 +262,14 @@ def _warm_start(
 
 
 @torch.inference_mode()
-def _calibrated(
-    slots: Sequence[DomainStatistics], texts: Sequence[Sequence[Example]], *, layer: int, block: int, base: LoadedBase
+def calibrated_tempers(
+    slots: Sequence[DomainStatistics],
+    texts: Sequence[Sequence[Example]],
+    *,
+    layer: int,
+    block: int,
+    base: LoadedBase,
+    hidden_tempers: Sequence[float] = HIDDEN_TEMPERS,
 ) -> Tempers:
     """Tempers of the two-slot router, measured on held-out text of both; the defaults if one side has none."""
     router = DomainRouter(
@@ -278,7 +284,9 @@ def _calibrated(
             mask = torch.ones_like(window, dtype=torch.bool)
             sums.append(router.increments(window, hidden, mask).cumsum(1))
             owners.append(slot)
-    return calibrate(router, sums, owners) if len(set(owners)) == len(slots) else Tempers()
+    return (
+        calibrate(router, sums, owners, hidden_tempers=hidden_tempers) if len(set(owners)) == len(slots) else Tempers()
+    )
 
 
 def _train_and_prove(

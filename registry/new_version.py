@@ -82,14 +82,19 @@ def draft_of(
         evaluation=evaluation,
         proof=learned.proof,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        tool={
-            "name": TOOL,
-            "version": version(TOOL),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        },
+        tool=tool_record(),
     )
+
+
+def tool_record() -> dict[str, str]:
+    """The programs that make a version."""
+    return {
+        "name": TOOL,
+        "version": version(TOOL),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "python": platform.python_version(),
+    }
 
 
 def store_version(

@@ -18,7 +18,7 @@ from ..adapters.composition import parse_reference
 from ..domains.errors import ConflictError, IntegrityError
 from ..domains.progress import OnProgress, silent
 from .composing import GENERAL, Plan, plan_composition
-from .fingerprint import POCKET, check_same_base, find_base, fingerprint
+from .fingerprint import POCKET, find_base, fingerprint
 from .manifest import BaseRecord, PackManifest
 from .removal import remove_version, restore_version
 from .saved_composition import is_saved_composition, open_plan, save_composition
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..adapters.config import BankConfig
     from ..adapters.training import TrainingConfig
     from ..domains.corpus import Source
+    from .adapter_import import ImportedAdapter
     from .add_domain import AddedDomain
     from .evaluation import DomainScores
     from .generation import Answer
@@ -91,7 +92,11 @@ class Registry:
             if store.versions(GENERAL) or store.settings != settings:
                 raise
         registry = cls(store, device=device, dtype=dtype)
-        registry._train_preservation(record, data=data, bank=bank, training=training, on_progress=on_progress)
+        from .add_domain import train_preservation
+
+        train_preservation(
+            store, registry.base, record, data=data, bank=bank, training=training, on_progress=on_progress
+        )
         return registry
 
     @classmethod
@@ -116,17 +121,9 @@ class Registry:
             IncompatibleError: The files are not those that the registry was made for.
         """
         if self._base is None:
-            from ..domains.base_model import check_device
-            from .loaded_base import LoadedBase
+            from .loaded_base import open_base
 
-            check_device(self.device)
-            record = self.base_record
-            source = self.store.settings["source"]
-            folder = find_base(source, revision=record.revision)
-            cache = self.store.cache / "fingerprints.json" if os.access(self.store.cache, os.W_OK) else None
-            found = fingerprint(folder, source=source, revision=record.revision, cache=cache)
-            check_same_base(wanted=record, found=found, what=f"The registry {self.store.path}")
-            self._base = LoadedBase(folder, device=self.device, dtype=self.dtype)
+            self._base = open_base(self.store, self.base_record, device=self.device, dtype=self.dtype)
         return self._base
 
     @property
@@ -314,6 +311,23 @@ class Registry:
         ref, hub = parse_source(source, revision), Hub(offline=offline, on_progress=on_progress)
         return pull(self.store, self.base_record, ref, hub=hub, name=name, on_progress=on_progress)
 
+    def import_adapter(
+        self,
+        name: str,
+        adapter: str | Path,
+        *,
+        data: "Sequence[Source]" = (),
+        same_base: bool = False,
+        on_progress: OnProgress = silent,
+    ) -> "ImportedAdapter":
+        """Makes a LoRA adapter that PEFT saved a new domain, exactly; see `lorary.registry.adapter_import`."""
+        from .adapter_source import read_import
+
+        what = read_import(self.store, name, str(adapter), data, base=None if same_base else self.base_record)
+        from .adapter_import import import_adapter
+
+        return import_adapter(self.store, self.base, self.base_record, what, on_progress=on_progress)
+
     def generate(self, model: "PreTrainedModel", prompt: str, **options: Any) -> "Answer":
         """The model's continuation of a prompt, with the route it took; see `lorary.registry.generation.generate`."""
         from .generation import generate
@@ -360,29 +374,6 @@ class Registry:
 
         machine = {"device": self.device, "dtype": self.dtype}
         return report_retention(self.store, lambda: self.base, self.base_record, domains, machine=machine, **options)
-
-    def _train_preservation(
-        self,
-        record: BaseRecord,
-        *,
-        data: "Sequence[Source]",
-        bank: "BankConfig | None",
-        training: "TrainingConfig | None",
-        on_progress: OnProgress,
-    ) -> None:
-        from ..adapters.config import BankConfig
-        from ..adapters.training import TrainingConfig
-        from .add_domain import train_preservation
-
-        train_preservation(
-            self.store,
-            self.base,
-            record,
-            data=data,
-            bank=bank or BankConfig(),
-            training=training or TrainingConfig(),
-            on_progress=on_progress,
-        )
 
 
 def _plain(record: BaseRecord) -> dict[str, Any]:

@@ -1,0 +1,142 @@
+"""Importing: a LoRA adapter that PEFT saved becomes the expert bank of a new domain, version 1, exactly.
+
+Nothing is trained. The domain's text gives what an adapter lacks: statistics and prototypes, by which the router knows
+the domain; tempers, calibrated on held-out text; scores and routing drift, as for a domain that was learned here.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ..adapters.bank import ExpertBank
+from ..adapters.router import HIDDEN_TEMPERS
+from ..adapters.training import TrainingConfig
+from ..domains.blocks import encode, pack_blocks
+from ..domains.progress import OnProgress, Progress
+from ..domains.prototypes import Neighbour, PrototypeIndex, make_prototypes
+from ..domains.statistics import measure_statistics
+from .adapter_bank import bank_of_adapter
+from .adapter_source import Import
+from .add_domain import other_domains
+from .canonical import canonical_json
+from .composing import GENERAL, plan_composition
+from .domain_data import general_examples
+from .drift import Drift, measure_drift
+from .evaluation import DomainScores, score_new_domain
+from .files import make_folder, write_atomic
+from .learning import calibrated_tempers
+from .loaded_base import LoadedBase
+from .manifest import ADAPTER_TENSORS, BaseRecord, PackManifest
+from .new_version import tool_record
+from .pack import DomainPack, expert_records, pack_files, read_pack, read_routing
+from .store import Store
+from .tensor_file import load_tensors
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedAdapter:
+    """What importing an adapter brought."""
+
+    manifest: PackManifest
+    scores: DomainScores
+    drift: Drift
+    neighbours: list[Neighbour]  # nearest first
+
+
+def import_adapter(
+    store: Store, base: LoadedBase, record: BaseRecord, what: Import, *, on_progress: OnProgress
+) -> ImportedAdapter:
+    """Makes an adapter the bank of a new domain, measures it, and stores version 1.
+
+    Raises:
+        IncompatibleError: The adapter does not fit the base model, or is more than an expert can be.
+        IntegrityError: Its tensors are damaged or do not fit its config.
+        ConflictError: Somebody else added a domain of this name meanwhile.
+    """
+    files, data = what.files, what.data
+    tensors = load_tensors(files.tensors, source=f"{files.source}: {ADAPTER_TENSORS}")
+    bank = bank_of_adapter(tensors, what.config, base.model, base.anatomy, source=files.source)
+    kp = plan_composition(store, GENERAL, base=record).slots[0].manifest
+    preservation = read_pack(store, kp)
+    others = {m.name: read_routing(store, m) for m in other_domains(store, record)}
+    pack = _measured_pack(bank, what, base, preservation, on_progress)
+    index = PrototypeIndex(list(others), [other.prototypes for other in others.values()])
+    drift = measure_drift(preservation, others, pack, width=base.anatomy.width)
+    general = general_examples()
+    scores = score_new_domain(base, preservation, pack, what.name, data.held_out, general, on_progress=on_progress)
+    draft = PackManifest(
+        name=what.name,
+        role="domain",
+        description=what.spec.description,
+        license=what.spec.license,
+        base=record,
+        experts=expert_records(bank),
+        allocation={"schedule": "imported", "counts": list(bank.counts(base.anatomy.count))},
+        lineage={"parent": None, "preservation": {"version": kp.version, "digest": kp.digest}},
+        train={"run": _remember_sources(store, what), "data": data.record, "imported": _import_record(what)},
+        evaluation=scores.as_json(),
+        proof={"drift": asdict(drift)},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        tool=tool_record(),
+    )
+    written = pack_files(pack, anatomy=base.anatomy, base_id=record.id, revision=record.revision)
+    manifest = store.commit(draft, written, first_only=True)
+    return ImportedAdapter(manifest=manifest, scores=scores, drift=drift, neighbours=index.neighbours(pack.prototypes))
+
+
+def _measured_pack(
+    bank: ExpertBank, what: Import, base: LoadedBase, preservation: DomainPack, on_progress: OnProgress
+) -> DomainPack:
+    """The bank with all that a domain's text says; features are read where KP's are, so that they can be compared."""
+    layer, block = preservation.feature_layer, TrainingConfig().block
+    blocks = pack_blocks([encode(example, base.tokenizer) for example in what.data.train], block)
+    statistics, means = measure_statistics(
+        base.model,
+        base.anatomy,
+        blocks,
+        layer=layer,
+        on_batch=lambda done, total: on_progress(Progress(f"reading {what.name}", done, total)),
+    )
+    statistics = statistics.without_rare_tokens()
+    tempers = calibrated_tempers(
+        [preservation.statistics, statistics],
+        [general_examples(), what.data.held_out],
+        layer=layer,
+        block=block,
+        base=base,
+        # experts below the feature layer change what is read there: then token evidence decides alone
+        hidden_tempers=(0.0,) if bank.first_layer < layer else HIDDEN_TEMPERS,
+    )
+    return DomainPack(
+        bank=bank,
+        statistics=statistics,
+        prototypes=make_prototypes(means, preservation.statistics.feature_mean),
+        tempers=tempers,
+        feature_layer=layer,
+    )
+
+
+def _import_record(what: Import) -> dict[str, Any]:
+    """Where the adapter came from, for the manifest; of a folder only its name, the rest is nobody else's business."""
+    files, config = what.files, what.config
+    return {
+        "from": Path(files.source).name if files.is_local else files.source,
+        "commit": files.commit,
+        "files": files.digests,
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "peft_version": config.peft_version,
+    }
+
+
+def _remember_sources(store: Store, what: Import) -> str:
+    """Notes, for this machine only, where the data was read, so that held-out text is found again; the run's name."""
+    identity: Mapping[str, Any] = {"data": what.data.record["digest"], **what.files.digests}
+    run = store.runs / f"{what.name}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:12]}"
+    make_folder(run)
+    document = {"name": what.name, "sources": what.data.sources, "state": "done", "version": 1}
+    write_atomic(run / "run.json", canonical_json(document))
+    return run.name
