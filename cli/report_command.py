@@ -2,6 +2,7 @@
 
 import csv
 import io
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,10 +12,13 @@ from . import output
 from .opening import open_registry
 from .options import Device, Dtype, Json, StorePath
 from .page import Block, Page, Words, faint, line, title
+from .retention_html import PageSource, retention_html
 from .retention_views import WIDE, confusion_table, domains_table, figures_table, heat_table, verdict_lines
+from .version_commands import history_of
 from .watch import watch
 
 if TYPE_CHECKING:
+    from ..registry import Registry
     from ..registry.retention_report import RetentionReport
     from ..registry.thresholds import Verdict
 
@@ -29,6 +33,10 @@ def report(
             help='A threshold such as "retention>=0.98": exit 9 unless every domain holds it; repeat it for several.',
             show_default=False,
         ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one page with everything, which loads nothing.", show_default=False),
     ] = None,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write every cell with its interval.", show_default=False)
@@ -65,8 +73,28 @@ def report(
     verdicts = judge(found, thresholds)
     if csv:
         _write(csv, cells_csv(found).encode())
+    if html:
+        _write(html, retention_html(_page_source(registry, found, verdicts)).encode())
     output.show(retention_page(found, verdicts), command="report", as_json=as_json)
     check_verdicts(verdicts)
+
+
+def _page_source(registry: "Registry", report: "RetentionReport", verdicts: "list[Verdict]") -> PageSource:
+    """What the HTML page shows besides the report."""
+    from importlib.metadata import version
+
+    from ..registry.report_details import read_details
+
+    manifests = dict(zip(report.columns, report.scores.manifests, strict=True))
+    return PageSource(
+        report=report,
+        verdicts=verdicts,
+        details=read_details(registry.store, manifests),
+        history={name: history_of(registry, name) for name in manifests},
+        base=registry.base_record,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=version("lorary"),
+    )
 
 
 def retention_page(report: "RetentionReport", verdicts: "list[Verdict]") -> Page:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from .charts import heat
+from .charts import HEAT_LEVELS, heat
 from .numbers import bits, exact, percent
 from .page import Block, Cell, Span, Table, cell, faint, line, table, title
 
@@ -18,21 +18,33 @@ def heat_table(scores: "ScoreTable", *, heading: str = "STEP") -> Table:
     """The retention matrix: a row for each step, a column for each domain, dark where it is predicted best."""
     matrix, is_wide = scores.matrix, len(scores.matrix.domains) > WIDE
     names = [f"{j}" if is_wide else name for j, name in enumerate(matrix.domains)]
+    levels = [heat_levels(scores, j, levels=HEAT_LEVELS) for j in range(len(names))]
     rows = []
     for i, step in enumerate(matrix.steps):
-        cells = [_heat_cell(scores, i, j, is_wide=is_wide) for j in range(len(names))]
+        cells = [_heat_cell(scores, i, j, levels[j][i], is_wide=is_wide) for j in range(len(names))]
         rows.append([cell(f"{'' if i == 0 else '+ '}{step}", step), *cells])
     headings = (heading, *names)
     return table(headings, rows, right=names, tight=headings)
 
 
-def _heat_cell(scores: "ScoreTable", step: int, column: int, *, is_wide: bool) -> Cell:
+def heat_levels(scores: "ScoreTable", column: int, *, levels: int) -> list[int | None]:
+    """How far each step's score is from its column's best, 0 for the best; None where nothing was measured.
+
+    A column whose scores hardly differ has no dark cells: its colours span at least 5 % of its worst bits per byte, or
+    20 points of accuracy.
+    """
+    is_lower = scores.matrix.lower_is_better
+    values = [scores.value(i, column) for i in range(len(scores.matrix.steps))]
+    losses = [None if value is None else value if is_lower else -value for value in values]
+    known = [loss for loss in losses if loss is not None]
+    least = max(known) / 20 if is_lower else 0.2
+    return [None if loss is None else heat(loss, known, levels=levels, least=least) for loss in losses]
+
+
+def _heat_cell(scores: "ScoreTable", step: int, column: int, level: int | None, *, is_wide: bool) -> Cell:
     value = scores.value(step, column)
     if value is None:
         return cell(faint(" · "), "")
-    measured = [v for i in range(len(scores.matrix.steps)) if (v := scores.value(i, column)) is not None]
-    lowest_first = measured if scores.matrix.lower_is_better else [-v for v in measured]
-    level = heat(value if scores.matrix.lower_is_better else -value, lowest_first)
     text = str(level) if is_wide else bits(value) if scores.matrix.lower_is_better else percent(value)
     return cell(Span(f" {text} ", f"heat{level}"), exact(value))
 
@@ -127,6 +139,14 @@ def show_value(value: float | None, unit: str) -> str:
     return f"{value:g}" if unit == "count" else bits(value)
 
 
+def show_interval(interval: "Interval | None", unit: str) -> str:
+    """An interval in the unit of its figure."""
+    if interval is None:
+        return "-"
+    low, high = (show_value(bound, unit).removesuffix(" %") for bound in interval)
+    return f"{low} to {high}" if "-" in low + high else f"{low}–{high}"
+
+
 def _number(value: float | None) -> Cell:
     return cell(bits(value), exact(value))
 
@@ -137,7 +157,4 @@ def _shown(value: "Value | None", unit: str) -> Cell:
 
 
 def _interval(interval: "Interval | None", unit: str) -> Cell:
-    if interval is None:
-        return cell("-", "")
-    low, high = (show_value(bound, unit).removesuffix(" %") for bound in interval)
-    return cell(f"{low} to {high}" if "-" in low + high else f"{low}–{high}", " ".join(map(exact, interval)))
+    return cell(show_interval(interval, unit), " ".join(map(exact, interval or ())))

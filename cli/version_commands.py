@@ -30,11 +30,12 @@ def log(
     """
     registry = open_registry(store)
     names = [name] if name else registry.store.domains(removed=True)
-    versions = [version for each in names for version in _history(registry, each)]
+    versions = [version for each in names for version in history_of(registry, each)]
     output.show(log_page(sorted(versions, key=_newest_first, reverse=True)), command="log", as_json=as_json)
 
 
-def _history(registry: "Registry", name: str) -> list[dict[str, Any]]:
+def history_of(registry: "Registry", name: str) -> list[dict[str, Any]]:
+    """Every version of a domain, oldest first, with what it came from and what became of it."""
     removed, aliases = registry.store.removed(name), registry.store.aliases(name)
     return [
         {

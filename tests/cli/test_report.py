@@ -1,11 +1,11 @@
-"""`registry report`: tables, one JSON document, CSV, and exit 9 when a gate fails."""
+"""`registry report`: tables, one JSON document, CSV, a page, and exit 9 when a gate fails."""
 
 import csv
 import json
 
 import pytest
 
-from lorary.cli.report_command import cells_csv
+from lorary.registry import Registry
 
 
 @pytest.fixture(scope="module")
@@ -76,4 +76,15 @@ def test_every_cell_is_a_line_of_csv(run, store, reported, tmp_path):
     assert len(rows) == 4 * 3 + 4 * 2
     found = next(row for row in rows if (row["step"], row["domain"], row["metric"]) == ("3", "legal", "bits_per_byte"))
     assert float(found["value"]) == pytest.approx(reported["matrix"][3][2], abs=1e-5)
-    assert cells_csv
+
+
+def test_a_page_can_be_written_beside_the_report(run, store, reported, tmp_path):
+    result = run("report", "--html", "page.html", "--gate", "average_score<0.001", store=store)
+
+    assert result.exit_code == 9, "the page is there although the gate failed"
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "What is kept after 2 domains" in page
+    assert "1 of 1 gate failed" in page
+    assert f"{reported['matrix'][3][2]:.3f}</td>" in page
+    manifest = Registry.open(store).manifest("legal")
+    assert manifest.digest in page
