@@ -5,7 +5,16 @@ from collections.abc import Sequence
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _HEIGHTS = "▁▂▃▄▅▆▇█"
-HEAT_LEVELS = 6
+# text and background, from teal to brown: told apart by all eyes (ColorBrewer BrBG)
+HEAT_COLOURS = (
+    ("white", "#01665e"),
+    ("black", "#5ab4ac"),
+    ("black", "#c7eae5"),
+    ("black", "#f6e8c3"),
+    ("black", "#d8b365"),
+    ("white", "#8c510a"),
+)
+HEAT_LEVELS = len(HEAT_COLOURS)
 
 
 def bar(share: float, *, width: int = 24) -> str:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..domains.errors import InputError
+from .charts import HEAT_COLOURS
 from .page import Block, Cell, Facts, Line, Page, Runs, Words, slot_style
 from .safe_text import clean, one_line
 
@@ -37,13 +38,7 @@ _STYLES = {
     "slot4": "green",
     "slot5": "blue",
     "slot6": "red",
-    # from teal to brown: told apart by all eyes (ColorBrewer BrBG)
-    "heat0": "white on #01665e",
-    "heat1": "black on #5ab4ac",
-    "heat2": "black on #c7eae5",
-    "heat3": "black on #f6e8c3",
-    "heat4": "black on #d8b365",
-    "heat5": "white on #8c510a",
+    **{f"heat{level}": f"{ink} on {paper}" for level, (ink, paper) in enumerate(HEAT_COLOURS)},
 }
 
 

@@ -13,6 +13,7 @@ from .opening import open_registry
 from .options import Device, Dtype, Json, StorePath
 from .page import Block, Page, Words, faint, line, title
 from .retention_html import PageSource, retention_html
+from .retention_plot import check_plot, retention_png
 from .retention_views import WIDE, confusion_table, domains_table, figures_table, heat_table, verdict_lines
 from .version_commands import history_of
 from .watch import watch
@@ -37,6 +38,10 @@ def report(
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write one page with everything, which loads nothing.", show_default=False),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the matrix as a picture; needs lorary[plot].", show_default=False),
     ] = None,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write every cell with its interval.", show_default=False)
@@ -64,6 +69,8 @@ def report(
     from ..registry.thresholds import check_verdicts, judge, parse_threshold
 
     thresholds = [parse_threshold(text) for text in gate or []]
+    if png:
+        check_plot(png)
     registry = open_registry(store, device=device, dtype=dtype)
     named = [name.strip() for name in (domains or "").split(",") if name.strip()]
     with watch("reading held-out text", as_json=as_json) as watching:
@@ -75,6 +82,8 @@ def report(
         _write(csv, cells_csv(found).encode())
     if html:
         _write(html, retention_html(_page_source(registry, found, verdicts)).encode())
+    if png:
+        _write(png, retention_png(found))
     output.show(retention_page(found, verdicts), command="report", as_json=as_json)
     check_verdicts(verdicts)
 

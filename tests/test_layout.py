@@ -161,7 +161,7 @@ def test_every_third_party_import_is_a_declared_dependency():
     extras = PROJECT["project"]["optional-dependencies"]
     declared = {
         re.split(r"[^\w-]", requirement)[0].lower().replace("_", "-")
-        for requirement in [*PROJECT["project"]["dependencies"], *extras["data"], *extras["gpu"]]
+        for requirement in [*PROJECT["project"]["dependencies"], *extras["data"], *extras["gpu"], *extras["plot"]]
     }
     known = sys.stdlib_module_names | set(LAYERS) | {"lorary", "__future__"}
 
