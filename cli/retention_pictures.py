@@ -97,7 +97,7 @@ def lineage_picture(history: Mapping[str, Sequence[Mapping[str, Any]]], measured
         history: By domain, what `registry log` says of its versions, oldest first.
         measured: The versions that the report is about.
     """
-    left, column, row = 150, 118, 62
+    left, column, row = 150, 118, 58
     newest = max(version["version"] for versions in history.values() for version in versions)
     parts: list[Html] = []
     for i, (name, versions) in enumerate(history.items()):

@@ -192,3 +192,20 @@ def test_one_domain_without_any_gain_is_a_page_too(page_of: Any):
 
     assert Reader(page).open == []
     assert "nan" not in page.lower()
+
+
+def test_of_many_domains_only_retrained_ones_have_a_lineage(page_of: Any):
+    source = page_of(30)
+    first = source.history["domain-007"][0]
+    newer = first | {"version": 2, "parent": 1, "mode": "extend", "aliases": [], "held_back": True}
+    history = {**source.history, "domain-007": [first, newer]}
+
+    page = retention_html(replace(source, history=history))
+
+    lineage = page[page.index('id="versions"') : page.index('id="data"')]
+    assert "Left out: 30 domains with a single version" in lineage
+    assert ">extend</text>" in lineage
+    assert ">held back</text>" in lineage
+    assert "domain-007@2, 2026-01-02" in lineage
+    assert "domain-008" not in lineage
+    assert "Left out: 31 domains" in retention_html(source)
