@@ -10,6 +10,7 @@ from .boundary import ReportingGroup
 from .care_commands import doctor, gc, verify
 from .compose_commands import compose, generate
 from .diff_command import diff
+from .export_command import export
 from .hub_commands import pull, push, search
 from .import_command import import_adapter
 from .init_command import init
@@ -35,6 +36,7 @@ COMMANDS = {
     "add-domain": add_domain,
     "retrain": retrain,
     "import": import_adapter,
+    "export": export,
     "list": list_domains,
     "show": show,
     "log": log,

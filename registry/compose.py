@@ -17,7 +17,7 @@ from .check_pack import check_pack
 from .composing import Plan
 from .loaded_base import LoadedBase
 from .pack import DomainPack, Routable, read_pack
-from .saved_composition import saved_pack
+from .saved_composition import is_saved_composition, saved_pack
 from .stack_cache import KeptComposition, StackCache
 from .store import Store
 
@@ -44,6 +44,12 @@ def compose_model(store: Store, plan: Plan, base: LoadedBase) -> PreTrainedModel
 def compose_saved(folder: Path, plan: Plan, base: LoadedBase) -> PreTrainedModel:
     """The model of a saved composition, read from its own folder."""
     return compose_packs(plan, read_saved_packs(folder, plan), base)
+
+
+def packs_of(store: Store, composition: str, plan: Plan) -> list[DomainPack]:
+    """The packs of a plan, wherever its composition is: in the store, or in a folder of its own."""
+    is_saved = is_saved_composition(composition)
+    return read_saved_packs(Path(composition), plan) if is_saved else read_packs(store, plan)
 
 
 def read_packs(store: Store, plan: Plan) -> list[DomainPack]:

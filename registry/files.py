@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from ..domains.errors import LoraryError, StorageFullError
+from ..domains.errors import ConflictError, LoraryError, StorageFullError
 
 TEMPORARY_PREFIX: Final = ".tmp-"
 
@@ -102,6 +102,31 @@ def fsync_folder(path: Path) -> None:
 
 
 @contextmanager
+def new_path(path: Path) -> Iterator[Path]:
+    """A temporary name for a new file or folder, which gets its own name when all is written and flushed, or never.
+
+    Raises:
+        ConflictError: There is something at the path, before or meanwhile.
+        StorageFullError: No space is left; nothing has changed.
+    """
+    if os.path.lexists(path):
+        raise _taken(path)
+    temporary = path.parent / f"{TEMPORARY_PREFIX}{os.urandom(8).hex()}"
+    with _explained(path):
+        make_folder(path.parent)
+        try:
+            yield temporary
+            _fsync_tree(temporary)
+            _rename_new(temporary, path)
+            fsync_folder(path.parent)
+        finally:
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def folder_lock(path: Path) -> Iterator[None]:
     """Keep other writers of one folder waiting, where the file system has locks; elsewhere do nothing."""
     try:
@@ -181,3 +206,41 @@ def _explained(path: Path, *, but: type[OSError] = FileExistsError) -> Iterator[
                 f"Cannot write {path}.", cause=os.strerror(error.errno), fix=fixes[error.errno]
             ) from error
         raise
+
+
+def _rename_new(temporary: Path, path: Path) -> None:
+    try:
+        if temporary.is_dir():
+            os.rename(temporary, path)  # fails over a file, and over a folder that is not empty
+        else:
+            _link(temporary, path)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise _taken(path) from error
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:
+            raise _taken(path) from error
+        raise
+
+
+def _fsync_tree(path: Path) -> None:
+    """Flush a file, or a folder and everything in it."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _fsync_file(Path(folder) / name)
+        fsync_folder(Path(folder))
+    if path.is_file():
+        _fsync_file(path)
+
+
+def _fsync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _taken(path: Path) -> ConflictError:
+    return ConflictError(
+        f"{path} is there already.", cause="nothing is ever written over it", fix="name another place: --out PATH"
+    )

@@ -78,7 +78,7 @@ def pack_files(pack: DomainPack, *, anatomy: Anatomy, base_id: str, revision: st
         files[f"{folder}/{ADAPTER_TENSORS}"] = (save_tensors(_expert_tensors(pack.bank, expert, anatomy)), "expert")
     config = bank_config(pack.bank, anatomy=anatomy, base_id=base_id, revision=revision)
     files[ADAPTER_CONFIG] = (canonical_json(config), "adapter")
-    files[ADAPTER_TENSORS] = (save_tensors(_merged_tensors(pack.bank, anatomy)), "adapter")
+    files[ADAPTER_TENSORS] = (save_tensors(merged_tensors(pack.bank, anatomy)), "adapter")
     files[ROUTER_TENSORS] = (save_tensors(_router_tensors(pack)), "router")
     files[ROUTER_CONFIG] = (canonical_json(_router_config(pack, anatomy)), "router")
     return files
@@ -228,7 +228,7 @@ def _expert_tensors(bank: ExpertBank, expert: Expert, anatomy: Anatomy) -> dict[
     }
 
 
-def _merged_tensors(bank: ExpertBank, anatomy: Anatomy) -> dict[str, Tensor]:
+def merged_tensors(bank: ExpertBank, anatomy: Anatomy) -> dict[str, Tensor]:
     """The bank under constant gates: scales and gates folded into B."""
     tensors = {}
     for index, layer in bank.layers.items():

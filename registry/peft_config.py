@@ -64,17 +64,30 @@ def bank_config(bank: ExpertBank, *, anatomy: Anatomy, base_id: str, revision: s
 
 
 def _config(layers: dict[int, LayerExperts], anatomy: Anatomy, base_id: str, revision: str | None) -> dict[str, Any]:
-    targets = sorted({target.rpartition(".")[2] for layer in layers.values() for target in layer.A})
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_id,
         "revision": revision,
-        "target_modules": targets,
-        "layers_to_transform": sorted(layers),
-        "layers_pattern": anatomy.layers.rpartition(".")[2],
+        **_places(layers, anatomy),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": anatomy.transposed,
         "inference_mode": True,
+    }
+
+
+def _places(layers: dict[int, LayerExperts], anatomy: Anatomy) -> dict[str, Any]:
+    """Which modules the adapter extends, so that PEFT finds these and no others.
+
+    Whole paths where layers differ; in GPT-2's family, too, because there `c_proj` is a module of two blocks.
+    """
+    targets = {index: sorted(layer.A) for index, layer in sorted(layers.items())}
+    if anatomy.transposed or len({tuple(names) for names in targets.values()}) > 1:
+        paths = [f"{anatomy.layers}.{index}.{target}" for index, names in targets.items() for target in names]
+        return {"target_modules": paths}
+    return {
+        "target_modules": sorted({target.rpartition(".")[2] for names in targets.values() for target in names}),
+        "layers_to_transform": list(targets),
+        "layers_pattern": anatomy.layers.rpartition(".")[2],
     }

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .adapter_import import ImportedAdapter
     from .add_domain import AddedDomain
     from .evaluation import DomainScores
+    from .export_plan import Exported
     from .generation import Answer
     from .learning import OnNeighbours
     from .loaded_base import LoadedBase
@@ -83,7 +84,7 @@ class Registry:
         record = fingerprint(folder, source=base, revision=revision)
         settings = {
             "source": base if base == POCKET or not Path(base).is_dir() else str(folder),
-            "base": _plain(record),
+            "base": {key: value for key, value in asdict(record).items() if key != "extra"},
         }
         try:
             store = Store.create(root, settings)
@@ -328,6 +329,22 @@ class Registry:
 
         return import_adapter(self.store, self.base, self.base_record, what, on_progress=on_progress)
 
+    def export(
+        self, composition: str, out: str | Path, *, to: str, static: bool = False, served_base: str | None = None
+    ) -> "Exported":
+        """Writes `peft`, `vllm`, `merged` or `tar`, which others load, to a new place; see `registry/exporting.py`."""
+        from .export_plan import export_archive, static_plan
+
+        if to == "tar":
+            return export_archive(self.store, self.manifest(composition), Path(out))
+        composition = self.localise(composition).composition
+        plan = static_plan(self.plan, composition, static=static, to=to)
+        from .compose import packs_of
+        from .exporting import export_composition
+
+        packs = packs_of(self.store, composition, plan)
+        return export_composition(plan, packs, self.base, Path(out), to=to, served_base=served_base)
+
     def generate(self, model: "PreTrainedModel", prompt: str, **options: Any) -> "Answer":
         """The model's continuation of a prompt, with the route it took; see `lorary.registry.generation.generate`."""
         from .generation import generate
@@ -336,15 +353,13 @@ class Registry:
 
     def route(self, text: str, composition: str | None = None) -> "RouteReport":
         """Which domain would take a text, with margin and nearest prototypes; among all domains if none are named."""
-        from .compose import read_packs, read_saved_packs
+        from .compose import packs_of
         from .routing import route_text
 
         composition = composition or "+".join([GENERAL, *(n for n in self.store.domains() if n != GENERAL)])
         composition = self.localise(composition).composition
         plan = self.plan(composition)
-        is_saved = is_saved_composition(composition)
-        packs = read_saved_packs(Path(composition), plan) if is_saved else read_packs(self.store, plan)
-        return route_text(plan, packs, self.base, text)
+        return route_text(plan, packs_of(self.store, composition, plan), self.base, text)
 
     def evaluate(
         self,
@@ -374,7 +389,3 @@ class Registry:
 
         machine = {"device": self.device, "dtype": self.dtype}
         return report_retention(self.store, lambda: self.base, self.base_record, domains, machine=machine, **options)
-
-
-def _plain(record: BaseRecord) -> dict[str, Any]:
-    return {key: value for key, value in asdict(record).items() if key != "extra"}
