@@ -2,12 +2,15 @@
 
 import csv
 import io
+import os
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..domains.errors import InputError
 from . import output
 from .opening import open_registry
 from .options import Device, Dtype, Json, StorePath
@@ -69,6 +72,8 @@ def report(
     from ..registry.thresholds import check_verdicts, judge, parse_threshold
 
     thresholds = [parse_threshold(text) for text in gate or []]
+    for path in filter(None, (html, png, csv)):
+        _check_place(path)  # measuring may take long
     if png:
         check_plot(png)
     registry = open_registry(store, device=device, dtype=dtype)
@@ -143,6 +148,21 @@ def cells_csv(report: "RetentionReport") -> str:
                     numbers = [f"{x:.6g}" for x in (value, *interval)]
                     writer.writerow([i, step, name, metric, *numbers, scores.counts[name]])
     return text.getvalue()
+
+
+def _check_place(path: Path) -> None:
+    """Passes if a file can be written there.
+
+    Raises:
+        InputError: Its folder is not there or may not be written to, or the path is a folder.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise InputError(f"{path} is a folder.", fix=f"name a file in it: {path / 'report.html'}")
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}.", fix=f"mkdir -p {shlex.quote(str(folder))}")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} may not be written to.", fix="name a file in a folder of your own")
 
 
 def _write(path: Path, data: bytes) -> None:
