@@ -7,6 +7,7 @@ import copy
 import json
 import random
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -273,3 +274,73 @@ def _copy_with(store: Path, name: str, texts: dict[str, Path], short_run: Callab
     copy = Registry.open(shutil.copytree(store, store.with_name(name)))
     copy.add_domain(name, data=[texts[name]], **short_run())
     return copy.store.path
+
+
+# --- adapters of PEFT, beside ours ---
+
+
+@pytest.fixture(scope="session")
+def peft() -> Any:
+    """The installed PEFT."""
+    return pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="session")
+def save_adapter(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, peft: Any) -> Callable[..., Path]:
+    """`save_adapter(seed=1, use_rslora=True)` is a folder that PEFT saved, of an adapter whose B is not zero."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def save(seed: int = 0, **changes: Any) -> Path:
+        folder = tmp_path_factory.mktemp("adapters") / "adapter"
+        usual = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(seed)
+            model = peft.get_peft_model(
+                AutoModelForCausalLM.from_pretrained(base_folder), peft.LoraConfig(**(usual | changes))
+            )
+            model.save_pretrained(folder)
+        return folder
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def by_peft(base_folder: Path, peft: Any) -> Callable[..., Any]:
+    """`by_peft(folder, model=None)` loads an adapter; its warnings are errors, as everywhere in the tests."""
+    from transformers import AutoModelForCausalLM
+
+    def load(folder: Path, model: Any = None) -> Any:
+        model = AutoModelForCausalLM.from_pretrained(base_folder) if model is None else model
+        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+
+    return load
+
+
+@pytest.fixture
+def importing(kp_store: Path, texts: Any, tmp_path: Path) -> Callable[..., Any]:
+    """`importing({"a": folder})` is a registry with these adapters as domains."""
+    from lorary.registry import Registry
+
+    def add(adapters: dict[str, Path]) -> Any:
+        registry = Registry.open(shutil.copytree(kp_store, tmp_path / "importing", dirs_exist_ok=True))
+        for name, folder in adapters.items():
+            registry.import_adapter(name, folder, data=[texts["sailing"]])
+        return registry
+
+    return add
+
+
+@pytest.fixture(scope="session")
+def refused_with() -> Callable[..., str]:
+    """`refused_with(5, action)` expects an error of this exit code, and is what it says."""
+    from lorary.domains.errors import LoraryError
+
+    def check(code: int, action: Callable[[], Any]) -> str:
+        with pytest.raises(LoraryError) as refusal:
+            action()
+        assert refusal.value.exit_code == code, refusal.value
+        return f"{refusal.value} {refusal.value.cause}"
+
+    return check
