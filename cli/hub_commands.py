@@ -1,6 +1,7 @@
 """`registry push`, `pull` and `search`: packs to and from the Hugging Face Hub."""
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,6 +43,9 @@ def push(
     message: Annotated[
         str | None, typer.Option("--message", metavar="TEXT", help="Of the commit.", show_default="NAME, version N")
     ] = None,
+    sign: Annotated[
+        Path | None, typer.Option("--sign", metavar="KEY", help="Sign it with this private key (lorary[sign]).")
+    ] = None,
     store: StorePath = None,
     as_json: Json = False,
 ) -> None:
@@ -61,6 +65,7 @@ def push(
             create_pr=create_pr,
             dry_run=dry_run,
             message=message,
+            sign=sign,
             on_progress=watching.on_progress,
         )
     output.show(push_page(done), command="push", as_json=as_json)
@@ -127,6 +132,10 @@ def pull(
     offline: Annotated[
         bool, typer.Option("--offline", metavar="", help="Ask nobody; take it from the Hub's cache on this machine.")
     ] = False,
+    signer: Annotated[
+        Path | None,
+        typer.Option("--require-signature", metavar="KEY", help="Only if this public key fits its signature."),
+    ] = None,
     store: StorePath = None,
     as_json: Json = False,
 ) -> None:
@@ -138,7 +147,14 @@ def pull(
     """
     registry = open_registry(store)
     with watch(f"pulling {source}", as_json=as_json) as watching:
-        done = registry.pull(source, revision=revision, name=name, offline=offline, on_progress=watching.on_progress)
+        done = registry.pull(
+            source,
+            revision=revision,
+            name=name,
+            offline=offline,
+            signer=signer,
+            on_progress=watching.on_progress,
+        )
     output.show(pull_page(done), command="pull", as_json=as_json)
 
 
@@ -155,6 +171,7 @@ def pull_page(done: "Pulled") -> Page:
         ("commit", cell(origin.commit)),
         ("files", cell(brought)),
         ("verified", cell(line(Span(f"{plural(len(manifest.files), 'file')} against the manifest", "good")))),
+        ("signature", cell(Span("valid", "good"))) if done.is_signed else None,
         ("base", of.base(manifest)),
         ("KP bank", _preservation(done)),
         ("latest", cell("yes" if done.is_latest else "no, unchanged")),
@@ -167,6 +184,7 @@ def pull_page(done: "Pulled") -> Page:
         "is_new": done.is_new,
         "is_latest": done.is_latest,
         "is_checked": done.is_checked,
+        "is_signed": done.is_signed,
         "preservation": done.preservation,
         "fetched": [{"path": file.path, "size": file.size} for file in done.fetched],
         "origin": {key: value for key, value in asdict(origin).items() if key != "extra"},

@@ -8,6 +8,7 @@ reader has found nothing in them that this program would not have written.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Literal
 
 from ..domains.errors import ConflictError, InputError, IntegrityError
@@ -21,6 +22,7 @@ from .fingerprint import check_same_base
 from .hub_client import Hub, RemoteFile, Snapshot
 from .manifest import BaseRecord, PackFile, PackManifest
 from .origins import Origin, Traced, note_origin, traced_to
+from .signing import MAX_SIGNATURE, SIGNATURE_FILE, check_signature
 from .store import LATEST, Store
 
 Preservation = Literal["same", "other", "unknown"]
@@ -37,6 +39,7 @@ class Pulled:
     fetched: tuple[PackFile, ...]  # files that were not in the store
     preservation: Preservation  # whether the KP bank that it was trained over is here
     is_checked: bool  # whether the Hub was asked; offline only its cache is
+    is_signed: bool = False  # whether a signature was asked for, and is valid
 
 
 def pull(
@@ -46,6 +49,7 @@ def pull(
     *,
     hub: Hub,
     name: str | None = None,
+    signer: Path | None = None,
     on_progress: OnProgress,
 ) -> Pulled:
     """Bring a version into the store; what is there already is neither fetched nor stored again.
@@ -56,12 +60,14 @@ def pull(
         ref: Which pack.
         hub: The Hub.
         name: The domain that it becomes, if not of its own name.
+        signer: The public key of whoever must have signed it.
         on_progress: Told of bytes.
 
     Raises:
         RemoteError: The pack cannot be had.
         IncompatibleError: It belongs to another base model.
-        IntegrityError: A file differs from the manifest, the pack is unsound, or a version is not what it was.
+        IntegrityError: A file differs from the manifest, the pack is unsound, a version is not what it was, or the
+            signature that is required is missing or not valid.
         ConflictError: There is a domain of this name that did not come from there.
         InputError: A KP bank may only become `general`, and nothing else may.
     """
@@ -81,7 +87,10 @@ def pull(
     stored = store.find_same(ours)
     if stored is None:
         _check_name_is_free(store, ours, traces, repo=ref.repo)
+    signature = _fetch_signature(snapshot, hub) if signer else b""
     fetched = tuple(_fetch_missing(store, snapshot, theirs, hub, on_progress))
+    if signer:
+        check_signature(store, theirs, signature, signer)
     manifest = stored or _prove_and_adopt(store, ours, traces)
     origin = Origin(
         endpoint=hub.endpoint,
@@ -101,6 +110,7 @@ def pull(
         fetched=fetched,
         preservation=preservation_of(store, manifest),
         is_checked=not hub.offline,
+        is_signed=signer is not None,
     )
 
 
@@ -227,6 +237,17 @@ def _fetch_missing(
         done += file.size
         on_progress(Progress(f"pulling {manifest.name}", done, total))
         yield file
+
+
+def _fetch_signature(snapshot: Snapshot, hub: Hub) -> bytes:
+    there = None if snapshot.files is None else snapshot.files.get(SIGNATURE_FILE)
+    if snapshot.files is not None and (there is None or not 0 < there.size <= MAX_SIGNATURE):
+        raise IntegrityError(
+            f"{snapshot.repo} at {snapshot.commit[:12]} is not signed.",
+            cause=f"it has no {SIGNATURE_FILE}" if there is None else f"its {SIGNATURE_FILE} has {there.size} bytes",
+            fix="ask who pushed it to sign it: registry push NAME --sign KEY",
+        )
+    return hub.fetch(snapshot, SIGNATURE_FILE, is_whole=lambda data: bool(data) and (there is None or there.fits(data)))
 
 
 def _is_whole(data: bytes, file: PackFile) -> bool:

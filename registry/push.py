@@ -7,6 +7,7 @@ read. So a repeated push changes nothing, a lost answer does no harm, and of two
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final, Literal
 
 from ..domains.errors import ConflictError, InputError, RemoteError
@@ -16,6 +17,7 @@ from .hub_errors import is_missing_repo
 from .manifest import MANIFEST_FILE, PackFile, PackManifest
 from .model_card import model_card
 from .origins import Origin, note_origin
+from .signing import SIGNATURE_FILE, sign_pack
 from .store import Store
 
 CARD_FILE: Final = "README.md"
@@ -34,6 +36,7 @@ class Wishes:
     create_pr: bool = False  # a pull request is opened instead
     dry_run: bool = False  # everything is only looked at
     message: str | None = None  # of the commit
+    sign: Path | None = None  # private key; see signing.py
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +133,9 @@ class _Job:
 
     def __init__(self, store: Store, manifest: PackManifest, repo: str, wishes: Wishes, hub: Hub):
         self.store, self.manifest, self.repo, self.wishes, self.hub = store, manifest, repo, wishes, hub
-        self.card = model_card(manifest, repo=repo)
+        self.own = {MANIFEST_FILE: manifest.to_json(), CARD_FILE: model_card(manifest, repo=repo).encode()}
+        if wishes.sign:
+            self.own[SIGNATURE_FILE] = sign_pack(store, manifest, wishes.sign)
         self.makes_repo = False
         self.has_tried = False  # whether what is there may be ours
 
@@ -238,9 +243,18 @@ class _Job:
     def _finish(self, remote: _Remote, found: tuple[str, int]) -> Pushed:
         """The pack is there: only a tag may be missing."""
         commit, version = found
+        if self.wishes.sign and not self.has_tried:
+            self._check_is_signed(commit, version)
         if self.wishes.dry_run or self.wishes.create_pr:
             return self._result("there", remote, commit=commit, version=version)
         return self._tag(remote, commit, version)
+
+    def _check_is_signed(self, commit: str, version: int) -> None:
+        if SIGNATURE_FILE not in (self.hub.snapshot(RemoteRef(self.repo, commit)).files or {}):
+            raise self._conflict(
+                f"has version {version} without a signature, and a version never changes",
+                fix=f"sign the next version: registry retrain {self.manifest.name}, then push it with --sign",
+            )
 
     def _tag(self, remote: _Remote, commit: str, version: int) -> Pushed:
         if f"v{version}" not in remote.tags:
@@ -260,17 +274,16 @@ class _Job:
     def _operations(self, remote: _Remote) -> list[Any]:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        own = {MANIFEST_FILE: self.manifest.to_json(), CARD_FILE: self.card.encode()}
         stored = {file.path: str(self.store.blobs.path(file.sha256)) for file in self.manifest.files}
-        added = [CommitOperationAdd(path, content) for path, content in {**own, **stored}.items()]
+        added = [CommitOperationAdd(path, content) for path, content in {**self.own, **stored}.items()]
         return added + [CommitOperationDelete(path) for path in self._removed(remote)]
 
     def _removed(self, remote: _Remote | None) -> tuple[str, ...]:
         if remote is None or remote.head is None:
             return ()
-        kept = {file.path for file in self.manifest.files}
-        there = remote.snapshot.files or {}
-        return tuple(file.path for file in remote.head.files if file.path not in kept and file.path in there)
+        kept = {file.path for file in self.manifest.files} | self.own.keys()
+        theirs = (*(file.path for file in remote.head.files), SIGNATURE_FILE)  # a signature of another version is none
+        return tuple(path for path in theirs if path not in kept and path in (remote.snapshot.files or {}))
 
     def _result(
         self,
@@ -282,8 +295,7 @@ class _Job:
         pull_request: str | None = None,
     ) -> Pushed:
         there = (remote.snapshot.files if remote else None) or {}
-        own = {MANIFEST_FILE: self.manifest.to_json(), CARD_FILE: self.card.encode()}
-        files = [_upload(path, len(data), there, is_same=_same_bytes(data)) for path, data in own.items()]
+        files = [_upload(path, len(data), there, is_same=_same_bytes(data)) for path, data in self.own.items()]
         files += [_upload(f.path, f.size, there, is_same=self._same_file(f)) for f in self.manifest.files]
         return Pushed(
             state=state,
@@ -296,7 +308,7 @@ class _Job:
             makes_repo=self.makes_repo,
             files=tuple(files),
             removed=self._removed(remote),
-            card=self.card,
+            card=self.own[CARD_FILE].decode(),
         )
 
     def _same_file(self, file: PackFile) -> Callable[[RemoteFile], bool]:

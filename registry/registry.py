@@ -281,7 +281,7 @@ class Registry:
             reference: `name`, `name@2` or `name@alias`.
             destination: owner/repo, an owner, or nothing: your own lorary-NAME.
             on_progress: Told when the Hub lets us wait.
-            **wishes: private, create_pr, dry_run, message; see `lorary.registry.push.Wishes`.
+            **wishes: private, create_pr, dry_run, message, sign; see `lorary.registry.push.Wishes`.
         """
         from .hub_client import Hub
         from .push import Wishes, push
@@ -296,6 +296,7 @@ class Registry:
         revision: str | None = None,
         name: str | None = None,
         offline: bool = False,
+        signer: Path | None = None,
         on_progress: OnProgress = silent,
     ) -> "Pulled":
         """Brings a pack of the Hub into the registry, proved sound, as one version. Again, it changes nothing.
@@ -305,12 +306,13 @@ class Registry:
             revision: A branch, tag or commit, if `source` has none.
             name: The domain that it becomes, if not of its own name.
             offline: Whether only the Hub's cache on this machine is read.
+            signer: The public key of whoever must have signed it.
         """
         from .hub_client import Hub
         from .pull import parse_source, pull
 
         ref, hub = parse_source(source, revision), Hub(offline=offline, on_progress=on_progress)
-        return pull(self.store, self.base_record, ref, hub=hub, name=name, on_progress=on_progress)
+        return pull(self.store, self.base_record, ref, hub=hub, name=name, signer=signer, on_progress=on_progress)
 
     def import_adapter(
         self,
