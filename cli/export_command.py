@@ -78,7 +78,7 @@ def exported_page(exported: "Exported", to: Form) -> Page:
         rows.append(("gates", cell("constant: the means on each domain's own text, instead of routing")))
     rows += [(_LABELS[key], _value(key, value)) for key, value in exported.facts.items()]
     rows.append(("written", cell(str(exported.out))))
-    data = {"versions": exported.pinned, "to": to, "out": str(exported.out), "command": exported.command}
+    data = {"versions": exported.pinned, "to": to, "out": str(exported.out), "use": exported.command}
     return Page(
         data={**data, **exported.facts},
         blocks=(title("Exported"), facts(rows), Words(line(exported.command))),

@@ -15,7 +15,8 @@ def test_export_prints_the_command_that_serves_it(run, store, tmp_path):
 def test_export_as_one_document(run, store, tmp_path, document):
     found = document(run("export", "medicine", "--to", "tar", "--out", str(tmp_path / "m.tar"), "--json", store=store))
 
-    assert (found["command"], found["to"], found["versions"]) == (
+    assert (found["command"], found["use"], found["to"], found["versions"]) == (
+        "export",
         "tar xf " + str(tmp_path / "m.tar"),
         "tar",
         "medicine@1",
