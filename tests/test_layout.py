@@ -15,6 +15,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -161,7 +162,9 @@ def test_every_third_party_import_is_a_declared_dependency():
     extras = PROJECT["project"]["optional-dependencies"]
     declared = {
         re.split(r"[^\w-]", requirement)[0].lower().replace("_", "-")
-        for requirement in [*PROJECT["project"]["dependencies"], *extras["data"], *extras["gpu"], *extras["plot"]]
+        for requirement in chain(
+            PROJECT["project"]["dependencies"], *(extras[name] for name in extras if name != "dev")
+        )
     }
     known = sys.stdlib_module_names | set(LAYERS) | {"lorary", "__future__"}
 
