@@ -1,7 +1,7 @@
 """How many experts each decoder layer carries: deeper layers more, the total always exact.
 
-The first layers carry none (`expert_free`): that is cheaper, and it makes the hidden state that the domain router reads
-a function of the frozen base model alone.
+The first layers can be left without any (`expert_free`): that is cheaper, and the domain router then reads the hidden
+state behind them, which stays a function of the frozen base model alone.
 
 Schedules give each expert-bearing layer a weight; largest-remainder rounding turns weights into counts with the exact
 total, at least one expert each:

@@ -11,7 +11,7 @@ gates of the latest one.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,8 +26,8 @@ from .active import SLOT_THRESHOLD, Part, close_small_gates, plan_parts
 from .bank import ExpertBank, LayerExperts
 from .fused import FusedLinear, GateCell, OpenGates
 from .gates import LayerGates
-from .router import DomainRouter
-from .router_cache import find_cache, running_sums
+from .router import DomainRouter, last_tokens, whole_prompts
+from .router_cache import find_cache, router_layer
 from .stack import Stack, build_gates, build_group
 from .stacked import StackedComposition, StackedLayer
 
@@ -50,10 +50,30 @@ class Routing:
         self.threshold = threshold
         self.slot_gate: Tensor | None = None  # of the latest forward: (batch, seq, slots)
         self.trace: list[Tensor] | None = None  # collects the slot gates of forwards while it is a list
+        self.prompts: Tensor | None = None  # positions of each prompt that is read as a whole
         self._input_ids: Tensor | None = None
         self._mask: Tensor | None = None
         self._parts: list[Part] = []
         self._past = 0  # positions in the key-value cache before this forward
+
+    @contextmanager
+    def reading_prompts(self, lengths: Sequence[int] | None = None) -> Iterator[None]:
+        """While it is open, prompts are read as a whole: all positions of a prompt have the slot gates of its last one.
+
+        Slot gates are causal otherwise, as they must be where text is predicted token by token. But a prompt is known
+        before anything is predicted, and its first tokens say little of what it is about: read under other gates, they
+        leave keys and values behind that mislead the answer (docs/log.md has what that costs). Only a forward pass
+        over an empty cache, or none, reads a prompt; what follows it is causal.
+
+        Args:
+            lengths: Positions of each row's prompt; None: whatever the first forward pass is given.
+        """
+        before = self.prompts
+        self.prompts = torch.tensor([torch.iinfo(torch.int64).max] if lengths is None else list(lengths))
+        try:
+            yield
+        finally:
+            self.prompts = before
 
     def begin(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the decoder: remembers what the router needs."""
@@ -95,9 +115,19 @@ class Routing:
                 "A static key-value cache cannot hold the routing state.",
                 fix="leave out cache_implementation, or compose with --static",
             )
-        increments = self.router.increments(self._input_ids, hidden, self._real_tokens(hidden))
-        sums = running_sums(cache, increments, past=self._past, layers=self.anatomy.count)
-        return self.router.slot_gates(sums)
+        gates = self.router.slot_gates(self._sums(self.router, self._input_ids, hidden, cache))
+        if self.prompts is None or self._past:
+            return gates
+        return whole_prompts(gates, self.prompts.clamp(max=gates.shape[1]).expand(len(gates)))
+
+    def _sums(self, router: DomainRouter, ids: Tensor, hidden: Tensor, cache: Any) -> Float[Tensor, "batch seq sums"]:
+        """The router's sums up to each new position, continuing from the cache if there is one."""
+        is_real = self._real_tokens(hidden)
+        if cache is None:
+            return router.increments(ids, hidden, is_real).cumsum(1)
+        kept = router_layer(cache, past=self._past, layers=self.anatomy.count, sums=2 * router.slots + 1)
+        before = kept.last_tokens()
+        return kept.append(router.increments(ids, hidden, is_real, before), last_tokens(ids, is_real, before)[:, 1:])
 
     def _real_tokens(self, hidden: Tensor) -> Tensor:
         """True where a position holds text; padding adds no evidence."""
@@ -170,6 +200,7 @@ def attach(
     device = next(base.parameters()).device
     routing = Routing(stack, anatomy, None if router is None else router.to(device), fixed, threshold)
     model.routing = routing  # type: ignore[assignment]
+    model.reading_prompts = routing.reading_prompts  # type: ignore[assignment]
     for index in stack.layers:
         layer = model.get_submodule(f"{anatomy.layers}.{index}")
         _extend_layer(layer, stack.layer(index, base.dtype))
@@ -211,7 +242,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(module, FusedLinear):
                 layer.set_submodule(path, module.base)
         del layer.expert_gates, layer.expert_groups, layer.gate_cell
-    del model.routing, model.routing_handles
+    del model.routing, model.routing_handles, model.reading_prompts
     return model
 
 

@@ -10,11 +10,11 @@ class BankConfig:
     """The shape of a new bank; stored in its pack."""
 
     rank: int = 4  # of each expert
-    alpha: float = 16.0  # update = scale * B A x with scale = alpha / rank (alpha / sqrt(rank) for rsLoRA)
+    alpha: float = 8.0  # update = scale * B A x with scale = alpha / rank (alpha / sqrt(rank) for rsLoRA)
     method: str = "lora"  # or "rslora"
     experts: float = 2.0  # mean over the layers that carry any
     schedule: str = "linear"  # see adapters/allocation.py
-    expert_free: float = 0.25  # fraction of the depth, from the input, without experts
+    expert_free: float = 0.0  # fraction of the depth, from the input, without experts
     targets: tuple[str, ...] | None = None  # last parts of module paths; None = all linear modules
     rank_gates: bool = True  # rank-wise decoupling
 

@@ -13,7 +13,8 @@ with weights relative to the largest. So what KP keeps does not depend on how ma
 that a text has nothing to do with weigh no more than one.
 
 *Token evidence* is naive Bayes: log P(token | slot) - log P(token | background), each slot's counts smoothed towards
-the background (the mean of all slots' distributions). *Hidden-state evidence* is linear discriminant analysis on causal
+the background (the mean of all slots' distributions); the same of hashed pairs of a token and the one before it is
+added. *Hidden-state evidence* is linear discriminant analysis on causal
 means of hidden-state features: with pooled within-class covariance C and class means mu, row w = C^-1 mu and bias
 b = -1/2 mu^T C^-1 mu (Fisher 1936; Hastie, Tibshirani and Friedman, Elements of Statistical Learning, eq. 4.10).
 Tokens are not independent, so each term is tempered.
@@ -29,22 +30,20 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from ..domains.statistics import DomainStatistics, feature_projection, hidden_features
+from ..domains.statistics import DomainStatistics, feature_projection, hidden_features, pair_buckets
 
 SMOOTHING = 0.3  # share of the background in each slot; pseudo-counts would favour slots with little text
 UNIFORM_SHARE = 0.02  # of the background, so that no token is impossible
 RIDGE = 0.01  # of the mean variance, added to the covariance
 TYPICAL_TOKENS = 64  # length of the typical text on which drift is measured
-TOKEN_TEMPERS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2)
-HIDDEN_TEMPERS = (0.0, 0.1, 0.2, 0.5, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tempers:
-    """How much of each term is believed; calibrated on held-out text and saved."""
+    """How much of each term is believed; saved, so that a pack is always routed as it was trained (docs/log.md)."""
 
-    token: float = 0.3
-    hidden: float = 0.2
+    token: float = 0.4
+    hidden: float = 0.4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +51,7 @@ class RouterRows:
     """The closed form for chosen slots, in float64."""
 
     token_evidence: Float[Tensor, "vocabulary slots"]
+    pair_evidence: Float[Tensor, "buckets slots"]
     rows: Float[Tensor, "slots features"]
     bias: Float[Tensor, " slots"]
 
@@ -62,13 +62,6 @@ def router_rows(statistics: Sequence[DomainStatistics]) -> RouterRows:
     Adding a slot appends one row to each; the other rows change only through the background and the covariance that all
     slots share, and the result is the same in any order.
     """
-    counts = torch.stack([s.token_counts for s in statistics], dim=1).double()  # (vocabulary, slots)
-    totals = counts.sum(0).clamp(min=1)
-    background = (counts / totals).mean(1, keepdim=True)
-    background = (1 - UNIFORM_SHARE) * background + UNIFORM_SHARE / len(counts)
-    smoothed = (1 - SMOOTHING) * counts / totals + SMOOTHING * background
-    evidence = smoothed.log() - background.log()
-
     means = torch.stack([s.feature_mean for s in statistics])  # (slots, features)
     scatter = torch.stack(
         [s.feature_outer - s.rows * torch.outer(m, m) for s, m in zip(statistics, means, strict=True)]
@@ -77,13 +70,29 @@ def router_rows(statistics: Sequence[DomainStatistics]) -> RouterRows:
     ridge = RIDGE * covariance.diagonal().mean().clamp(min=1e-12)
     covariance = covariance + ridge * torch.eye(len(covariance), dtype=torch.float64)
     rows = torch.linalg.solve(covariance, means.T).T
-    return RouterRows(token_evidence=evidence, rows=rows, bias=-0.5 * (means * rows).sum(1))
+    return RouterRows(
+        token_evidence=_evidence([s.token_counts for s in statistics]),
+        pair_evidence=_evidence([s.pair_counts for s in statistics]),
+        rows=rows,
+        bias=-0.5 * (means * rows).sum(1),
+    )
+
+
+def _evidence(slots: Sequence[Int64[Tensor, " kinds"]]) -> Float[Tensor, "kinds slots"]:
+    """Log P(kind | slot) - log P(kind | background) from counts, float64."""
+    counts = torch.stack(list(slots), dim=1).double()
+    totals = counts.sum(0).clamp(min=1)
+    background = (counts / totals).mean(1, keepdim=True)
+    background = (1 - UNIFORM_SHARE) * background + UNIFORM_SHARE / len(counts)
+    smoothed = (1 - SMOOTHING) * counts / totals + SMOOTHING * background
+    return smoothed.log() - background.log()
 
 
 class DomainRouter(nn.Module):
     """The slot gate of one composition. Its running state is one small vector of sums for each sequence."""
 
     token_evidence: Tensor
+    pair_evidence: Tensor
     rows: Tensor
     feature_rows: Tensor
     bias: Tensor
@@ -107,6 +116,7 @@ class DomainRouter(nn.Module):
         rows = closed.rows if projection is None else closed.rows @ projection.double()
         self.slots = len(statistics)
         self.register_buffer("token_evidence", (tempers.token * closed.token_evidence).float(), persistent=False)
+        self.register_buffer("pair_evidence", (tempers.token * closed.pair_evidence).float(), persistent=False)
         self.register_buffer("rows", (tempers.hidden * rows).float(), persistent=False)
         self.register_buffer("feature_rows", (tempers.hidden * closed.rows).float(), persistent=False)
         self.register_buffer("bias", (tempers.hidden * closed.bias).float(), persistent=False)
@@ -120,7 +130,7 @@ class DomainRouter(nn.Module):
         """A router that was kept: the inverse of `tensors`."""
         router = cls.__new__(cls)
         nn.Module.__init__(router)
-        router.slots = len(tensors["log_prior"])
+        router.slots = len(tensors["bias"])
         for name, tensor in tensors.items():
             router.register_buffer(name, tensor, persistent=False)
         return router
@@ -134,26 +144,46 @@ class DomainRouter(nn.Module):
         input_ids: Int64[Tensor, "batch seq"],
         hidden: Float[Tensor, "batch seq width"],
         mask: Bool[Tensor, "batch seq"],
+        before: Int64[Tensor, " batch"] | None = None,  # the last token of what was read earlier, -1 for none
     ) -> Float[Tensor, "batch seq sums"]:
         """What each position adds to the sums: token evidence, feature scores (a slot each) and one for the count."""
         # the projection is folded into the rows
         unit = hidden_features(hidden, None)
-        parts = [self.token_evidence[input_ids], unit @ self.rows.T, torch.ones_like(unit[..., :1])]
-        return torch.cat(parts, dim=-1) * mask.unsqueeze(-1)
+        tokens = self.token_evidence[input_ids] + self._pair_evidence(input_ids, last_tokens(input_ids, mask, before))
+        return torch.cat([tokens, unit @ self.rows.T, torch.ones_like(unit[..., :1])], dim=-1) * mask.unsqueeze(-1)
 
-    def slot_gates(
-        self, sums: Float[Tensor, "batch seq sums"], *, hidden_temper: float = 1.0
+    def _pair_evidence(
+        self, ids: Int64[Tensor, "batch seq"], last: Int64[Tensor, "batch later"]
     ) -> Float[Tensor, "batch seq slots"]:
+        earlier = last[:, :-1]
+        found = self.pair_evidence[pair_buckets(earlier.clamp(min=0), ids)]
+        return found * (earlier >= 0).unsqueeze(-1)
+
+    def slot_gates(self, sums: Float[Tensor, "batch seq sums"]) -> Float[Tensor, "batch seq slots"]:
         """The gates of KP and the domains, given the sums up to each position."""
         tokens, scores, count = sums.split([self.slots, self.slots, 1], dim=-1)
         # before the first real token there is no evidence: the prior alone decides
         hidden = torch.where(count > 0, scores / count.clamp(min=1) + self.bias, 0.0)
-        evidence = tokens + hidden_temper * hidden
+        evidence = tokens + hidden
         if self.slots == 1:
             return torch.ones_like(evidence)
         domains = evidence[..., 1:] + self.log_weight
         kp = torch.sigmoid(self.log_odds + evidence[..., :1] - domains.amax(-1, keepdim=True))
         return torch.cat([kp, (1 - kp) * torch.softmax(domains, dim=-1)], dim=-1)
+
+
+def last_tokens(
+    ids: Int64[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], before: Int64[Tensor, " batch"] | None
+) -> Int64[Tensor, "batch later"]:
+    """The last token of the text before each position, and (one column more) after the last; -1 where there is none.
+
+    Padding is passed over, wherever it stands.
+    """
+    first = torch.full_like(ids[:, :1], -1) if before is None else before[:, None]
+    known = torch.cat([first, ids], dim=1)
+    positions = torch.arange(known.shape[1], device=ids.device)
+    is_real = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
+    return known.gather(1, torch.where(is_real, positions, 0).cummax(1).values)
 
 
 @torch.inference_mode()
@@ -164,42 +194,28 @@ def typical_gates(router: DomainRouter, statistics: Sequence[DomainStatistics]) 
     """
     sums = []
     for one in statistics:
-        share = one.token_counts.float() / one.token_counts.sum().clamp(min=1)
-        tokens = TYPICAL_TOKENS * share.to(router.token_evidence.device) @ router.token_evidence
+        tokens = TYPICAL_TOKENS * (
+            _shares(one.token_counts, router.token_evidence) @ router.token_evidence
+            + _shares(one.pair_counts, router.pair_evidence) @ router.pair_evidence
+        )
         mean = one.feature_mean.float().to(tokens.device)
         sums.append(torch.cat([tokens, mean @ router.feature_rows.T, torch.ones_like(tokens[:1])]))
     return router.slot_gates(torch.stack(sums).unsqueeze(0))[0]
 
 
-def calibrate(
-    untempered: DomainRouter,
-    sums: Sequence[Float[Tensor, "_ _ sums"]],
-    slots: Sequence[int],
-    *,
-    hidden_tempers: Sequence[float] = HIDDEN_TEMPERS,
-) -> Tempers:
-    """The tempers under which held-out text of known slots is most likely put into its slot, over all positions.
+def _shares(counts: Int64[Tensor, " kinds"], like: Tensor) -> Float[Tensor, " kinds"]:
+    return (counts.float() / counts.sum().clamp(min=1)).to(like.device)
 
-    With two slots the gate is the softmax over both.
+
+def whole_prompts(
+    gates: Float[Tensor, "batch seq slots"], lengths: Int64[Tensor, " batch"]
+) -> Float[Tensor, "batch seq slots"]:
+    """The gates where prompts are read as a whole: each position of a prompt has the gates of its last one.
 
     Args:
-        untempered: A router with both tempers 1.
-        sums: Running sums of held-out windows, one tensor for each slot named in `slots`.
-        slots: The slot that each tensor's text belongs to.
-        hidden_tempers: What may be chosen; only 0 where hidden states say nothing.
-
-    Returns:
-        The best pair of a fixed grid; capped, because held-out text is little.
+        gates: Causal gates.
+        lengths: Positions of each prompt, its padding in front included; at most `seq`.
     """
-    best, chosen = float("inf"), Tempers()
-    for token in TOKEN_TEMPERS:
-        for hidden in hidden_tempers:
-            loss = 0.0
-            for windows, slot in zip(sums, slots, strict=True):
-                scaled = windows.clone()
-                scaled[..., : untempered.slots] *= token
-                gates = untempered.slot_gates(scaled, hidden_temper=hidden)
-                loss -= gates[..., slot].clamp(min=1e-9).log().mean().item()
-            if loss < best - 1e-6:
-                best, chosen = loss, Tempers(token=token, hidden=hidden)
-    return chosen
+    positions = torch.arange(gates.shape[1], device=gates.device)
+    source = torch.maximum(positions, lengths.to(gates.device)[:, None] - 1)
+    return gates.gather(1, source[..., None].expand_as(gates))

@@ -6,7 +6,7 @@ several return sequences exactly as keys and values are, and they live and die w
 
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -14,33 +14,38 @@ from ..domains.errors import InputError
 
 
 class RouterCacheLayer(DynamicLayer):
-    """Sums up to each position, as `keys` of shape (batch, 1, seq, sums); `values` hold nothing."""
+    """Sums up to each position, as `keys` of shape (batch, 1, seq, sums); `values` the last token."""
 
-    def append(self, increments: Float[Tensor, "batch seq sums"]) -> Float[Tensor, "batch seq sums"]:
-        """Adds new positions and returns the sums up to each of them."""
+    def last_tokens(self) -> Int64[Tensor, " batch"] | None:
+        """The last token of each sequence's text, -1 where there is none yet; None before the first position."""
+        if not self.get_seq_length() or self.values is None:
+            return None
+        return self.values[:, 0, -1, 0].long()
+
+    def append(
+        self, increments: Float[Tensor, "batch seq sums"], tokens: Int64[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch seq sums"]:
+        """Adds new positions, with the last token of the text at each, and returns the sums up to each of them."""
         sums = increments.cumsum(1)
         if self.get_seq_length() and self.keys is not None:
             sums = sums + self.keys[:, 0, -1:]
-        self.update(sums.unsqueeze(1), sums.new_zeros(len(sums), 1, sums.shape[1], 0))
+        # as numbers of the sums' type, in which every id is exact: caches cast both alike
+        self.update(sums.unsqueeze(1), tokens.to(sums.dtype)[:, None, :, None])
         return sums
 
 
-def running_sums(
-    cache: Cache | None, increments: Float[Tensor, "batch seq sums"], *, past: int, layers: int
-) -> Float[Tensor, "batch seq sums"]:
-    """The sums up to each new position, continuing from the cache if there is one.
+def router_layer(cache: Cache, *, past: int, layers: int, sums: int) -> RouterCacheLayer:
+    """The router's layer of a cache, made if it has none yet.
 
     Args:
-        cache: The key-value cache of this forward pass, or None.
-        increments: What the new positions add.
+        cache: The key-value cache of this forward pass.
         past: Positions that the cache held when the forward pass began; layers without experts have added theirs since.
         layers: Decoder layers of the model; the router's layer comes after theirs.
+        sums: How many the router keeps.
 
     Raises:
         InputError: The cache was filled by another model than this composition.
     """
-    if cache is None:
-        return increments.cumsum(1)
     layer = next((one for one in cache.layers if isinstance(one, RouterCacheLayer)), None)
     held = 0 if layer is None else layer.get_seq_length()
     if held != past:
@@ -55,9 +60,9 @@ def running_sums(
             cache.layers.append(cache.layer_class_to_replicate())
         layer = RouterCacheLayer()
         cache.layers.append(layer)
-    if held and layer.keys is not None and layer.keys.shape[-1] != increments.shape[-1]:
+    if held and layer.keys is not None and layer.keys.shape[-1] != sums:
         raise InputError("The key-value cache was filled by another composition.")
-    return layer.append(increments)
+    return layer
 
 
 def find_cache(arguments: Any) -> Cache | None:

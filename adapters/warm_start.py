@@ -17,7 +17,7 @@ from ..domains.blocks import Blocks
 from ..domains.prototypes import cluster
 from .bank import ExpertBank
 
-CLOSE = 0.88  # similarity from which a neighbour lends its experts; two parts of one corpus reach 0.85-0.95
+CLOSE = 0.94  # similarity from which a neighbour lends its experts: of two parts of one corpus at most (docs/log.md)
 SAMPLED_BLOCKS = 16
 TOKENS_PER_BLOCK = 32
 

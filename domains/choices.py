@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .blocks import encode, end_ids
 from .errors import InputError
-from .evaluation import evaluation_mode, padded, start_ids
+from .evaluation import evaluation_mode, padded, reading_prompts, start_ids
 from .example import Example
 from .intervals import wilson_interval
 
@@ -111,7 +111,8 @@ def _log_likelihoods(model: nn.Module, group: Sequence[_Asked]) -> list[list[flo
     """The log-probability of each choice of each question, the prompts all of one length."""
     device = next(model.parameters()).device
     prompts = torch.tensor([one.prompt for one in group], device=device)
-    read = model(input_ids=prompts, attention_mask=torch.ones_like(prompts), use_cache=True)
+    with reading_prompts(model, [prompts.shape[1]] * len(prompts)):
+        read = model(input_ids=prompts, attention_mask=torch.ones_like(prompts), use_cache=True)
     owner = torch.tensor([i for i, one in enumerate(group) for _ in one.choices], device=device)
     rows = [choice for one in group for choice in one.choices]
     ids = padded(rows).to(device)

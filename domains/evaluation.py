@@ -6,7 +6,7 @@ stays on its device and is read in evaluation mode; afterwards each of its modul
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,11 +161,24 @@ def _batch_nats(model: nn.Module, rows: Sequence[_Window]) -> list[float]:
     device = next(model.parameters()).device
     ids, counts = padded([row.ids for row in rows]), padded([row.counts for row in rows]).bool()
     mask = padded([[1] * len(row.ids) for row in rows])
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+    # what comes before the first token that counts is given, so it may be read as a whole
+    with reading_prompts(model, [row.counts.index(True) for row in rows]):
+        logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
     counted = counts[:, 1:]
     picked = logits[:, :-1][counted.to(logits.device)].float()
     nats = F.cross_entropy(picked, ids[:, 1:][counted].to(picked.device), reduction="none").cpu().double()
     return torch.zeros(len(rows), dtype=torch.float64).index_add_(0, counted.nonzero()[:, 0], nats).tolist()
+
+
+def reading_prompts(model: nn.Module, lengths: Sequence[int]) -> AbstractContextManager[None]:
+    """Lets a model that can read prompts as a whole do so: a composed model, whose slot gates are causal otherwise.
+
+    Args:
+        model: Any model.
+        lengths: Positions of each row's prompt.
+    """
+    reader = getattr(model, "reading_prompts", None)
+    return nullcontext() if reader is None else reader(lengths)
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Int64[Tensor, "rows length"]:

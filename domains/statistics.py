@@ -1,9 +1,9 @@
 """DomainStatistics: what the domain router needs to know of a domain's text, as sums that add up.
 
-Two kinds of sums stand for the text, which itself is never stored:
+Three kinds of sums stand for the text, which itself is never stored:
 
-- token counts, for the token evidence (naive Bayes); counts under 5 are dropped before they are stored, so that rare
-  words do not leak;
+- token counts, and counts of pairs of neighbouring tokens hashed into 65,536 buckets, for the token evidence (naive
+  Bayes); what was seen only once is dropped before it is stored, so that no word of a single place leaks;
 - number, sum and sum of outer products of hidden-state features, for the hidden-state evidence (linear discriminant
   analysis). Features are a fixed projection of the hidden state that enters the first expert-bearing layer: a function
   of the frozen base model alone, so they never go stale.
@@ -23,7 +23,8 @@ from .base_model import Anatomy, hidden_states_at
 from .blocks import Blocks
 from .errors import IncompatibleError
 
-LEAST_COUNT = 5  # rarer tokens are dropped
+LEAST_COUNT = 2  # rarer tokens and pairs are dropped
+PAIR_BUCKETS = 1 << 16
 MOST_FEATURES = 256
 MOST_TOKENS = 1 << 22  # of a vocabulary; what is said of one is not believed beyond
 PROJECTION_SEED = 20260107
@@ -34,6 +35,7 @@ class DomainStatistics:
     """Additive sufficient statistics of a domain's text."""
 
     token_counts: Int64[Tensor, " vocabulary"]
+    pair_counts: Int64[Tensor, " buckets"]
     rows: float  # how many feature vectors are summed
     feature_sum: Float[Tensor, " features"]  # float64
     feature_outer: Float[Tensor, "features features"]  # float64
@@ -42,6 +44,7 @@ class DomainStatistics:
         self._check_same_shape(other)
         return DomainStatistics(
             self.token_counts + other.token_counts,
+            self.pair_counts + other.pair_counts,
             self.rows + other.rows,
             self.feature_sum + other.feature_sum,
             self.feature_outer + other.feature_outer,
@@ -51,6 +54,7 @@ class DomainStatistics:
         self._check_same_shape(other)
         return DomainStatistics(
             self.token_counts - other.token_counts,
+            self.pair_counts - other.pair_counts,
             self.rows - other.rows,
             self.feature_sum - other.feature_sum,
             self.feature_outer - other.feature_outer,
@@ -61,17 +65,25 @@ class DomainStatistics:
         """The mean feature vector, float64; zero where there are no rows."""
         return self.feature_sum / max(self.rows, 1.0)
 
+    @property
+    def least_count(self) -> int:
+        """The smallest count of a token or a pair; 0 or more unless something was taken away that was never added."""
+        return int(min(self.token_counts.min().item(), self.pair_counts.min().item()))
+
     def without_rare_tokens(self) -> "DomainStatistics":
-        """The same with every token count under `LEAST_COUNT` dropped."""
-        kept = torch.where(self.token_counts < LEAST_COUNT, 0, self.token_counts)
-        return DomainStatistics(kept, self.rows, self.feature_sum, self.feature_outer)
+        """The same with every count of a token or a pair under `LEAST_COUNT` dropped."""
+        tokens, pairs = (torch.where(c < LEAST_COUNT, 0, c) for c in (self.token_counts, self.pair_counts))
+        return DomainStatistics(tokens, pairs, self.rows, self.feature_sum, self.feature_outer)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As tensors to be stored; token counts as pairs of id and count."""
+        """As tensors to be stored; counts as ids and counts of what is there."""
         ids = self.token_counts.nonzero().flatten()
+        buckets = self.pair_counts.nonzero().flatten()
         return {
             "token_ids": ids.to(torch.int32),
             "token_counts": self.token_counts[ids],
+            "pair_ids": buckets.to(torch.int32),
+            "pair_counts": self.pair_counts[buckets],
             "vocabulary": torch.tensor([len(self.token_counts)]),
             "rows": torch.tensor([self.rows], dtype=torch.float64),
             "feature_sum": self.feature_sum,
@@ -90,7 +102,9 @@ class DomainStatistics:
             raise ValueError(f"a vocabulary of {vocabulary} tokens; 1 to {MOST_TOKENS} are possible")
         counts = torch.zeros(vocabulary, dtype=torch.int64)
         counts[tensors["token_ids"].long()] = tensors["token_counts"].long()
-        return cls(counts, float(tensors["rows"].item()), tensors["feature_sum"], tensors["feature_outer"])
+        pairs = torch.zeros(PAIR_BUCKETS, dtype=torch.int64)
+        pairs[tensors["pair_ids"].long()] = tensors["pair_counts"].long()
+        return cls(counts, pairs, float(tensors["rows"].item()), tensors["feature_sum"], tensors["feature_outer"])
 
     def _check_same_shape(self, other: "DomainStatistics") -> None:
         mine = (len(self.token_counts), len(self.feature_sum))
@@ -100,6 +114,11 @@ class DomainStatistics:
                 "Statistics of two base models do not add up.",
                 cause=f"(vocabulary, features) is {mine} and {theirs}",
             )
+
+
+def pair_buckets(before: Int64[Tensor, "*tokens"], ids: Int64[Tensor, "*tokens"]) -> Int64[Tensor, "*tokens"]:
+    """The bucket of each pair of a token and the one before it: a fixed hash, so that counts of all packs add up."""
+    return (ids * 31337 + before * 7919) % PAIR_BUCKETS
 
 
 def feature_projection(width: int) -> Float[Tensor, "features width"] | None:
@@ -151,6 +170,7 @@ def measure_statistics(
     vocabulary = model.config.get_text_config().vocab_size
     total = DomainStatistics(
         torch.zeros(vocabulary, dtype=torch.int64),
+        torch.zeros(PAIR_BUCKETS, dtype=torch.int64),
         0.0,
         torch.zeros(features, dtype=torch.float64),
         torch.zeros(features, features, dtype=torch.float64),
@@ -163,7 +183,9 @@ def measure_statistics(
         cumulative = causal_means(hidden_features(hidden.cpu(), projection), mask)
         rows = _at_powers_of_two(cumulative, mask).double()
         counts = torch.bincount(ids[mask], minlength=vocabulary)
-        total = total + DomainStatistics(counts, float(len(rows)), rows.sum(0), rows.T @ rows)
+        has_both = mask[:, 1:] & mask[:, :-1]
+        pairs = torch.bincount(pair_buckets(ids[:, :-1], ids[:, 1:])[has_both], minlength=PAIR_BUCKETS)
+        total = total + DomainStatistics(counts, pairs, float(len(rows)), rows.sum(0), rows.T @ rows)
         means.append(cumulative[torch.arange(len(ids)), mask.long().sum(1).clamp(min=1) - 1])
         if on_batch:
             on_batch(start + len(ids), len(blocks.input_ids))

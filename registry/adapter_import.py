@@ -1,7 +1,7 @@
 """Importing: a LoRA adapter that PEFT saved becomes the expert bank of a new domain, version 1, exactly.
 
 Nothing is trained. The domain's text gives what an adapter lacks: statistics and prototypes, by which the router knows
-the domain; tempers, calibrated on held-out text; scores and routing drift, as for a domain that was learned here.
+the domain; scores and routing drift, as for a domain that was learned here.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..adapters.bank import ExpertBank
-from ..adapters.router import HIDDEN_TEMPERS
+from ..adapters.router import Tempers
 from ..adapters.training import TrainingConfig
 from ..domains.blocks import encode, pack_blocks
 from ..domains.progress import OnProgress, Progress
@@ -27,7 +27,6 @@ from .domain_data import general_examples
 from .drift import Drift, measure_drift
 from .evaluation import DomainScores, score_new_domain
 from .files import make_folder, write_atomic
-from .learning import calibrated_tempers
 from .loaded_base import LoadedBase
 from .manifest import ADAPTER_TENSORS, BaseRecord, PackManifest
 from .new_version import tool_record
@@ -100,21 +99,11 @@ def _measured_pack(
         layer=layer,
         on_batch=lambda done, total: on_progress(Progress(f"reading {what.name}", done, total)),
     )
-    statistics = statistics.without_rare_tokens()
-    tempers = calibrated_tempers(
-        [preservation.statistics, statistics],
-        [general_examples(), what.data.held_out],
-        layer=layer,
-        block=block,
-        base=base,
-        # experts below the feature layer change what is read there: then token evidence decides alone
-        hidden_tempers=(0.0,) if bank.first_layer < layer else HIDDEN_TEMPERS,
-    )
     return DomainPack(
         bank=bank,
-        statistics=statistics,
+        statistics=statistics.without_rare_tokens(),
         prototypes=make_prototypes(means, preservation.statistics.feature_mean),
-        tempers=tempers,
+        tempers=Tempers(),
         feature_layer=layer,
     )
 

@@ -110,9 +110,10 @@ def _check_prototypes(prototypes: Tensor) -> None:
 
 def _check_statistics(statistics: DomainStatistics, *, width: int) -> None:
     """Sums as a text can give them: counts, and second moments of rows of bounded features."""
-    counts, rows = statistics.token_counts, statistics.rows
-    most, total = counts.max().item(), counts.double().sum().item()
-    _require(counts.min().item() >= 0 and total <= MAX_COUNT, f"token counts are up to {most}, together {total:.3g}")
+    for counts in (statistics.token_counts, statistics.pair_counts):
+        most, total = counts.max().item(), counts.double().sum().item()
+        _require(counts.min().item() >= 0 and total <= MAX_COUNT, f"counts are up to {most}, together {total:.3g}")
+    rows = statistics.rows
     _require(0 <= rows <= MAX_COUNT and rows == int(rows), f"there cannot be {rows} feature rows")
     mean, outer = statistics.feature_sum, statistics.feature_outer
     _require(mean.dtype == outer.dtype == torch.float64, f"feature sums are of {mean.dtype} and {outer.dtype}")

@@ -14,7 +14,7 @@ from .manifest import BaseRecord, PackManifest
 from .store import Store
 
 GENERAL = "general"  # the KP slot
-KP_PRIOR = 0.7  # KP's share of the prior: an empty prompt and unknown text behave like base + KP (docs/log.md)
+KP_PRIOR = 0.6  # KP's share of the prior: an empty prompt and unknown text behave like base + KP (docs/log.md)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,11 +19,10 @@ from ..adapters.attach import attach, routing_of, trained_bank
 from ..adapters.bank import Expert, ExpertBank, extended, new_bank
 from ..adapters.config import BankConfig
 from ..adapters.gates import LayerGates
-from ..adapters.router import HIDDEN_TEMPERS, DomainRouter, Tempers, calibrate
+from ..adapters.router import DomainRouter, Tempers
 from ..adapters.stack import Stack
 from ..adapters.training import TrainingConfig, discard_checkpoints, train_bank
 from ..adapters.warm_start import CLOSE, activation_weights, can_lend, lend, seed_expert_gates
-from ..domains.base_model import hidden_states_at
 from ..domains.blocks import Blocks, encode, pack_blocks
 from ..domains.errors import InputError, IntegrityError
 from ..domains.example import Example
@@ -35,8 +34,6 @@ from .loaded_base import LoadedBase
 from .pack import DomainPack, RoutingData
 from .proof import check_only_new_is_trainable, frozen_digests, prove
 from .store import Store
-
-CALIBRATION_WINDOWS = 24
 
 OnNeighbours = Callable[[list[Neighbour]], None]
 
@@ -71,7 +68,7 @@ class Ground:
     base: LoadedBase
     store: Store
     preservation: DomainPack  # KP's
-    general: Sequence[Example]  # general held-out text, against which the router's tempers are calibrated
+    general: Sequence[Example]  # general held-out text, which must be predicted as well as before
     on_progress: OnProgress
 
 
@@ -164,15 +161,8 @@ def _learn(lesson: Lesson, ground: Ground, start: Start, blocks: Blocks) -> Lear
     """Trains a bank under the gates that the composition of KP and its domain will have."""
     base, preservation = ground.base, ground.preservation
     slots = [preservation.statistics, start.statistics]
-    tempers = calibrated_tempers(
-        slots,
-        [ground.general, lesson.held_out],
-        layer=preservation.feature_layer,
-        block=lesson.training.block,
-        base=base,
-    )
     prior = torch.tensor([KP_PRIOR, 1 - KP_PRIOR])
-    router = DomainRouter(slots, prior=prior, tempers=tempers, width=base.anatomy.width)
+    router = DomainRouter(slots, prior=prior, tempers=Tempers(), width=base.anatomy.width)
     banks = [preservation.bank, start.older, start.bank]
     stack = Stack(names=("general", lesson.name), banks=tuple(filter(None, banks)), trainable=True)
     composed = attach(base.model, stack, router=router)
@@ -184,7 +174,7 @@ def _learn(lesson: Lesson, ground: Ground, start: Start, blocks: Blocks) -> Lear
         bank=extended(start.older, trained) if start.older else trained,
         statistics=start.statistics,
         prototypes=start.prototypes,
-        tempers=tempers,
+        tempers=Tempers(),
         feature_layer=preservation.feature_layer,
     )
     return Learned(pack=pack, proof=proof, figures=figures)
@@ -259,34 +249,6 @@ def _warm_start(
             return nearest.name
     seed_expert_gates(bank, base.model, blocks)
     return None
-
-
-@torch.inference_mode()
-def calibrated_tempers(
-    slots: Sequence[DomainStatistics],
-    texts: Sequence[Sequence[Example]],
-    *,
-    layer: int,
-    block: int,
-    base: LoadedBase,
-    hidden_tempers: Sequence[float] = HIDDEN_TEMPERS,
-) -> Tempers:
-    """Tempers of the two-slot router, measured on held-out text of both; the defaults if one side has none."""
-    router = DomainRouter(
-        slots, prior=torch.ones(len(slots)), tempers=Tempers(token=1.0, hidden=1.0), width=base.anatomy.width
-    ).to(base.model.device)
-    sums, owners = [], []
-    for slot, examples in enumerate(texts):
-        encoded = [ids[:block] for ids, _ in (encode(example, base.tokenizer) for example in examples)]
-        for ids in [ids for ids in encoded if len(ids) > 1][:CALIBRATION_WINDOWS]:
-            window = torch.tensor([ids], device=base.model.device)
-            hidden = hidden_states_at(base.model, base.anatomy, layer, input_ids=window)
-            mask = torch.ones_like(window, dtype=torch.bool)
-            sums.append(router.increments(window, hidden, mask).cumsum(1))
-            owners.append(slot)
-    return (
-        calibrate(router, sums, owners, hidden_tempers=hidden_tempers) if len(set(owners)) == len(slots) else Tempers()
-    )
 
 
 def _train_and_prove(

@@ -33,7 +33,7 @@ from .pack_source import PackSource
 from .peft_config import bank_config, expert_config, parse_key, tensor_key
 from .tensor_file import load_tensors, save_tensors
 
-ROUTER_SCHEMA = "lorary.router/1"
+ROUTER_SCHEMA = "lorary.router/2"
 
 PackFiles = dict[str, tuple[bytes, str]]  # path to bytes and kind
 
@@ -193,7 +193,7 @@ def _read_statistics(router: dict[str, Tensor], *, features: int, source: str) -
         shapes = statistics.feature_sum.shape, statistics.feature_outer.shape, router["prototypes"].shape[1:]
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise IntegrityError(f"The router tensors of {source} are incomplete.", cause=str(error)) from error
-    if shapes != ((features,), (features, features), (features,)) or statistics.token_counts.min() < 0:
+    if shapes != ((features,), (features, features), (features,)) or statistics.least_count < 0:
         cause = f"{ROUTER_CONFIG} says {features} features, the tensors have {shapes}; counts are not negative"
         raise IntegrityError(f"The statistics of {source} do not fit its router.", cause=cause)
     return statistics

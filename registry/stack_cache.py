@@ -32,7 +32,7 @@ from .composing import Plan
 from .digest import hex_of, sha256_of
 from .files import make_folder, touch, write_atomic
 
-LAYOUT = "lorary.stack/1"
+LAYOUT = "lorary.stack/2"
 MOST_FILES = 16
 MOST_BYTES = 4 << 30
 ALIGNMENT = 64  # bytes, of every tensor in a long one

@@ -19,7 +19,7 @@ from lorary.adapters.gates import TEMPERATURE
 from lorary.adapters.router import DomainRouter, Tempers
 from lorary.adapters.stack import Stack
 from lorary.domains.base_model import find_anatomy, linear_shape, target_modules
-from lorary.domains.statistics import DomainStatistics
+from lorary.domains.statistics import PAIR_BUCKETS, DomainStatistics, pair_buckets
 
 torch.set_num_threads(1)
 
@@ -245,7 +245,11 @@ def random_statistics() -> Callable[..., DomainStatistics]:
         center = torch.randn(features, generator=generator, dtype=torch.float64) * 0.3
         data = center + torch.randn(rows, features, generator=generator, dtype=torch.float64)
         return DomainStatistics(
-            torch.bincount(drawn, minlength=vocabulary), float(rows), data.sum(0), data.T @ data
+            torch.bincount(drawn, minlength=vocabulary),
+            torch.bincount(pair_buckets(drawn[:-1], drawn[1:]), minlength=PAIR_BUCKETS),
+            float(rows),
+            data.sum(0),
+            data.T @ data,
         ).without_rare_tokens()
 
     return make

@@ -17,7 +17,7 @@ from lorary.adapters.config import BankConfig
 from lorary.adapters.router import DomainRouter, Tempers
 from lorary.adapters.stack import Stack
 from lorary.domains.base_model import find_anatomy
-from lorary.domains.statistics import DomainStatistics
+from lorary.domains.statistics import PAIR_BUCKETS, DomainStatistics
 
 torch.manual_seed(0)
 config = AutoConfig.for_model(
@@ -40,7 +40,8 @@ def composed(trainable=False, static=False):
         return attach(base, stack, router=None, fixed=torch.tensor([0.2, 0.3, 0.5]))
     eye = torch.eye(32, dtype=torch.float64)
     counts = [torch.randint(5, 90, (64,), generator=generator) for _ in range(3)]
-    statistics = [DomainStatistics(counts[i], 50.0, eye[i], eye * 50) for i in range(3)]
+    pairs = torch.zeros(PAIR_BUCKETS, dtype=torch.int64)
+    statistics = [DomainStatistics(counts[i], pairs, 50.0, eye[i], eye * 50) for i in range(3)]
     router = DomainRouter(statistics, prior=torch.ones(3), tempers=Tempers(), width=32)
     return attach(base, stack, router=router)
 

@@ -18,11 +18,19 @@ from lorary.adapters.router import (
     Tempers,
     router_rows,
 )
-from lorary.domains.statistics import DomainStatistics, causal_means, feature_projection, hidden_features
+from lorary.domains.statistics import (
+    PAIR_BUCKETS,
+    DomainStatistics,
+    causal_means,
+    feature_projection,
+    hidden_features,
+    pair_buckets,
+)
 
 VOCABULARY, WIDTH = 40, 8
 SEED = st.integers(0, 2**31 - 1)
 SLOTS = st.integers(2, 6)
+NO_PAIRS = torch.zeros(PAIR_BUCKETS, dtype=torch.int64)
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +73,10 @@ def text(seed: int, seq: int = 20, width: int = WIDTH) -> tuple[Tensor, Tensor, 
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCABULARY, (2, seq), generator=generator)
     return ids, torch.randn(2, seq, width, generator=generator), torch.ones(2, seq, dtype=torch.bool)
+
+
+def pairs_of(ids: Tensor) -> Tensor:
+    return torch.bincount(pair_buckets(ids[:-1], ids[1:]), minlength=PAIR_BUCKETS)
 
 
 def gates_of(router: DomainRouter, ids: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
@@ -128,7 +140,7 @@ def random_features(generator: torch.Generator) -> Tensor:
 def in_pieces(ids: Tensor, features: Tensor, cuts: list[int]) -> DomainStatistics:
     """The statistics of a text, added up over its pieces."""
     parts = [
-        DomainStatistics(torch.bincount(i, minlength=VOCABULARY), float(len(f)), f.sum(0), f.T @ f)
+        DomainStatistics(torch.bincount(i, minlength=VOCABULARY), pairs_of(i), float(len(f)), f.sum(0), f.T @ f)
         for i, f in zip(ids.tensor_split(cuts), features.tensor_split(cuts), strict=True)
     ]
     total = parts[0]
@@ -312,7 +324,7 @@ def test_different_hidden_states_are_told_apart(router_of: Any) -> None:
     for slot in range(3):
         features = hidden_features(hidden(slot), None)[0].double()
         counts = torch.zeros(VOCABULARY, dtype=torch.int64)
-        statistics.append(DomainStatistics(counts, 200.0, features.sum(0), features.T @ features))
+        statistics.append(DomainStatistics(counts, NO_PAIRS, 200.0, features.sum(0), features.T @ features))
     router = router_of(statistics, hidden=1.0)
 
     for slot in range(3):
@@ -344,7 +356,7 @@ def test_tokens_that_no_domain_has_seen_leave_the_gates_at_the_prior(
 def no_features(counts: Tensor) -> DomainStatistics:
     """Statistics of which only the token counts say something."""
     features = torch.zeros(WIDTH, dtype=torch.float64)
-    return DomainStatistics(counts, 0.0, features, torch.outer(features, features))
+    return DomainStatistics(counts, NO_PAIRS, 0.0, features, torch.outer(features, features))
 
 
 @settings(deadline=None, max_examples=30)

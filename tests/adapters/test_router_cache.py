@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from lorary.adapters.router_cache import RouterCacheLayer, find_cache, running_sums
+from lorary.adapters.router_cache import RouterCacheLayer, find_cache, router_layer
 from lorary.domains.errors import InputError
 
 SUMS = 7
@@ -17,22 +17,31 @@ def increments(batch: int = 3, seq: int = 6, seed: int = 0) -> Tensor:
     return torch.randn(batch, seq, SUMS, generator=torch.Generator().manual_seed(seed))
 
 
+def tokens(steps: Tensor) -> Tensor:
+    """Ids of the positions of steps, another for each sequence and position."""
+    return torch.arange(steps[..., 0].numel()).view(steps.shape[:2]) + 100_000
+
+
+def sums_in(cache: Any, steps: Tensor, *, past: int, layers: int) -> Tensor:
+    return router_layer(cache, past=past, layers=layers, sums=steps.shape[-1]).append(steps, tokens(steps))
+
+
 def filled(steps: Tensor) -> RouterCacheLayer:
     layer = RouterCacheLayer()
-    layer.append(steps)
+    layer.append(steps, tokens(steps))
     return layer
 
 
 def next_sums(layer: Any) -> Tensor:
     """What the layer holds for its last position: the sums after a step that adds nothing."""
-    return layer.append(torch.zeros(len(layer.keys), 1, SUMS))[:, 0]
+    return layer.append(torch.zeros(len(layer.keys), 1, SUMS), torch.zeros(len(layer.keys), 1).long())[:, 0]
 
 
 @pytest.mark.parametrize("chunks", [[6], [1] * 6, [2, 3, 1]])
 def test_sums_do_not_depend_on_how_positions_arrive(chunks: list[int]) -> None:
     layer = RouterCacheLayer()
 
-    found = torch.cat([layer.append(part) for part in increments().split(chunks, dim=1)], dim=1)
+    found = torch.cat([layer.append(part, tokens(part)) for part in increments().split(chunks, dim=1)], dim=1)
 
     torch.testing.assert_close(found, increments().cumsum(1))
     assert layer.get_seq_length() == 6
@@ -61,7 +70,7 @@ def test_cropping_everything_starts_from_nothing() -> None:
     layer.crop(-6)
 
     assert layer.get_seq_length() == 0
-    torch.testing.assert_close(layer.append(increments(seed=1)), increments(seed=1).cumsum(1))
+    torch.testing.assert_close(layer.append(increments(seed=1), tokens(increments())), increments(seed=1).cumsum(1))
 
 
 def test_repeating_and_selecting_follow_the_batch() -> None:
@@ -79,17 +88,25 @@ def test_reset_starts_from_nothing() -> None:
     layer.reset()
 
     assert layer.get_seq_length() == 0
-    torch.testing.assert_close(layer.append(increments(batch=1)), increments(batch=1).cumsum(1))
+    torch.testing.assert_close(
+        layer.append(increments(batch=1), tokens(increments(batch=1))), increments(batch=1).cumsum(1)
+    )
 
 
-def test_without_a_cache_the_sums_begin_anew() -> None:
-    torch.testing.assert_close(running_sums(None, increments(), past=0, layers=2), increments().cumsum(1))
+def test_the_last_token_follows_its_sequence() -> None:
+    layer: Any = filled(increments())
+    assert RouterCacheLayer().last_tokens() is None
+
+    layer.reorder_cache(torch.tensor([2, 0, 0]))
+    layer.crop(-1)
+
+    assert torch.equal(layer.last_tokens(), tokens(increments())[[2, 0, 0], 4])
 
 
 def test_the_router_layer_comes_after_the_layers_of_the_model() -> None:
     cache = DynamicCache()
 
-    running_sums(cache, increments(), past=0, layers=4)
+    sums_in(cache, increments(), past=0, layers=4)
 
     assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer"] * 4 + ["RouterCacheLayer"]
     assert cache.get_seq_length() == 0
@@ -99,12 +116,12 @@ def test_operations_on_the_whole_cache_reach_the_sums() -> None:
     cache: Any = DynamicCache()
     keys = torch.zeros(3, 1, 6, 2)
     cache.update(keys, keys, 0)
-    running_sums(cache, increments(), past=0, layers=1)
+    sums_in(cache, increments(), past=0, layers=1)
 
     cache.reorder_cache(torch.tensor([1, 1, 2]))
     cache.crop(-1)
     cache.batch_repeat_interleave(2)
-    found = running_sums(cache, torch.zeros(6, 1, SUMS), past=5, layers=1)
+    found = sums_in(cache, torch.zeros(6, 1, SUMS), past=5, layers=1)
 
     torch.testing.assert_close(found[:, 0], increments()[:, :5].sum(1)[[1, 1, 1, 1, 2, 2]])
     assert cache.is_croppable
@@ -113,18 +130,18 @@ def test_operations_on_the_whole_cache_reach_the_sums() -> None:
 @pytest.mark.parametrize("past", [3, 7], ids=["shorter", "longer"])
 def test_a_cache_whose_length_differs_from_the_routing_state_is_refused(past: int) -> None:
     cache = DynamicCache()
-    running_sums(cache, increments(), past=0, layers=1)
+    sums_in(cache, increments(), past=0, layers=1)
 
     with pytest.raises(InputError, match=f"it holds {past} positions, and routing state for 6"):
-        running_sums(cache, increments(seq=1), past=past, layers=1)
+        sums_in(cache, increments(seq=1), past=past, layers=1)
 
 
 def test_a_cache_of_another_number_of_slots_is_refused() -> None:
     cache = DynamicCache()
-    running_sums(cache, increments(), past=0, layers=1)
+    sums_in(cache, increments(), past=0, layers=1)
 
     with pytest.raises(InputError, match="another composition"):
-        running_sums(cache, torch.zeros(3, 1, SUMS + 2), past=6, layers=1)
+        sums_in(cache, torch.zeros(3, 1, SUMS + 2), past=6, layers=1)
 
 
 @pytest.mark.parametrize("arguments", [[], [None, torch.zeros(1), "x"]])

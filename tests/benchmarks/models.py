@@ -18,7 +18,7 @@ from lorary.adapters.config import BankConfig
 from lorary.adapters.router import DomainRouter, Tempers
 from lorary.adapters.stack import Stack
 from lorary.domains.base_model import find_anatomy
-from lorary.domains.statistics import MOST_FEATURES, DomainStatistics
+from lorary.domains.statistics import MOST_FEATURES, PAIR_BUCKETS, DomainStatistics
 
 RANK = 8
 LAYERS, WIDTH, INNER, HEADS, KEY_HEADS, VOCABULARY = 12, 768, 2048, 12, 4, 32_000
@@ -69,7 +69,8 @@ def make_statistics(slots: int) -> list[DomainStatistics]:
         if slot:
             counts[slot * part : (slot + 1) * part] = 20 * slots
         features = torch.eye(MOST_FEATURES, dtype=torch.float64)
-        statistics.append(DomainStatistics(counts, 1000.0, features[slot] * 100, features * 1000))
+        pairs = torch.zeros(PAIR_BUCKETS, dtype=torch.int64)
+        statistics.append(DomainStatistics(counts, pairs, 1000.0, features[slot] * 100, features * 1000))
     return statistics
 
 

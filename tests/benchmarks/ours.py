@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 from method import Bench, Scored, Step, digest
+from peft_adapters import BANK
 from scores import ScoreBook
 from streams import Domain
 from torch import nn
 
 from lorary.adapters.attach import routing_of
-from lorary.adapters.config import BankConfig
 from lorary.adapters.router import router_rows
 from lorary.adapters.training import TrainingConfig
 from lorary.domains.corpus import corpus_digest, read_examples
@@ -62,6 +62,7 @@ def order_invariance(statistics: list[DomainStatistics]) -> dict[str, float]:
     unturned = [0, *range(len(statistics) - 1, 0, -1)]
     pairs = {
         "token_evidence": (there.token_evidence.T, back.token_evidence.T[unturned]),
+        "pair_evidence": (there.pair_evidence.T, back.pair_evidence.T[unturned]),
         "rows": (there.rows, back.rows[unturned]),
         "bias": (there.bias[:, None], back.bias[unturned, None]),
     }
@@ -84,10 +85,10 @@ def _registry(bench: Bench) -> Registry:
     """A registry of its own for each recipe and order; the KP bank is trained once for all of them."""
     kp_recipe = TrainingConfig(seed=bench.recipe.seed, most_steps=KP_STEPS)
     text = bench.general and corpus_digest(read_examples([bench.general]))
-    kp = bench.out / "ours" / f"kp-{digest([asdict(kp_recipe), asdict(BankConfig()), text])}"
+    kp = bench.out / "ours" / f"kp-{digest([asdict(kp_recipe), asdict(BANK), text])}"
     if not (kp / "domains" / GENERAL).is_dir():
         data = [bench.general] if bench.general else []
-        Registry.init(kp, data=data, training=kp_recipe, on_progress=bench.on_progress)
+        Registry.init(kp, data=data, bank=BANK, training=kp_recipe, on_progress=bench.on_progress)
     names = [domain.name for domain in bench.domains]
     store = bench.out / "ours" / digest([kp.name, asdict(bench.recipe), names])
     if not store.is_dir():
@@ -105,7 +106,9 @@ def _added(registry: Registry, bench: Bench, book: ScoreBook, domain: Domain) ->
     if domain.name not in known:
         if not registry.store.versions(domain.name):
             assert domain.source is not None
-            registry.add_domain(domain.name, data=[domain.source], training=bench.recipe, on_progress=bench.on_progress)
+            registry.add_domain(
+                domain.name, data=[domain.source], bank=BANK, training=bench.recipe, on_progress=bench.on_progress
+            )
         manifest = registry.manifest(domain.name)
         found = {"lender": manifest.train["warm_start"], "drift": manifest.proof["drift"]}
         found["explicit"] = book.cell(_explicit(registry, domain, "when added"), domain, with_questions=False)

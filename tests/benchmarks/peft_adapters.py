@@ -18,6 +18,7 @@ from method import Bench, digest
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from lorary.adapters.config import BankConfig
 from lorary.adapters.training import TrainingConfig, train_bank
 from lorary.domains.base_model import linear_shape, target_modules
 from lorary.domains.blocks import encode, pack_blocks
@@ -25,8 +26,9 @@ from lorary.domains.corpus import corpus_digest
 from lorary.domains.example import Example
 from lorary.registry.loaded_base import LoadedBase
 
-PARAMETERS = 186_624  # that a method may train for a domain; lorary's own bank never has more
-SCALE = 4  # alpha / rank, that of a bank's experts
+BANK = BankConfig(experts=1.5)  # lorary's own: 12 experts of rank 4 over the 8 layers of the pocket base
+PARAMETERS = 186_624  # of such a bank; no method may train more for a domain
+SCALE = BANK.alpha / BANK.rank
 ORTHOGONALITY = 0.5  # weight of O-LoRA's loss, as in its paper
 
 
@@ -58,7 +60,7 @@ def lora_shape(base: LoadedBase, *, times: int) -> peft.LoraConfig:
     pattern = rf"{base.anatomy.layers}\.({deepest})\..+".replace("model.layers", r"model\.layers")
     return peft.LoraConfig(
         r=rank,
-        lora_alpha=SCALE * rank,
+        lora_alpha=int(SCALE * rank),
         rank_pattern={pattern: rank + 1} if more else {},
         alpha_pattern={pattern: SCALE * (rank + 1)} if more else {},
         target_modules=sorted({target.rpartition(".")[2] for target in targets}),

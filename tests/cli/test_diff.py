@@ -20,7 +20,7 @@ def test_diff_gives_one_json_document(run, store, document):
     found = document(run("diff", "legal", "medicine", "--json", store=store))
 
     assert [version["name"] for version in found["versions"]] == ["legal", "medicine"]
-    assert [layer["layer"] for layer in found["layers"]] == [1, 2, 3]
+    assert [layer["layer"] for layer in found["layers"]] == [0, 1, 2, 3]
     assert all(layer["change"] > 0 for layer in found["layers"])
     assert len(found["scores"]["routed"]) == 2
 

@@ -44,7 +44,7 @@ def test_retrain_gives_one_json_document(run, copy, new_rows, document):
     assert (found["version"], found["parent"], found["mode"], found["held_back"]) == (2, 1, "continue", False)
     assert found["gate"]["holds"] is True
     assert found["gate"]["parent"] > 0
-    assert found["experts_per_layer"] == [0, 1, 2, 3]
+    assert found["experts_per_layer"] == [1, 2, 2, 3]
 
 
 def test_options_shape_only_the_new_experts(run, copy, new_rows):
@@ -57,20 +57,22 @@ def test_options_shape_only_the_new_experts(run, copy, new_rows):
     assert experts[-1].alpha / 3 == experts[0].alpha / 2
 
 
-def test_a_version_that_is_worse_is_held_back_with_exit_code_9(run, copy, rows, tmp_path):
+def test_a_version_that_is_worse_is_held_back_with_exit_code_9(run, copy, rows, new_rows, tmp_path):
     other = str(rows(tmp_path / "other.jsonl", "medicine", seed=2))
-    worse = ["--mode", "fresh", "--steps", "30", "--block", "64", "--batch", "2", "--learning-rate", "0.1"]
+    long = ["--mode", "continue", "--steps", "40", "--block", "64", "--batch", "2", "--learning-rate", "0.03"]
+    assert run("retrain", "legal", "--data", new_rows, *long, store=copy).exit_code == 0
+    worse = ["--mode", "fresh", *SHORT, "--learning-rate", "1e-9"]  # learns nothing
 
     result = run("retrain", "legal", "--data", other, *worse, "--tolerance", "0", store=copy)
 
     assert result.exit_code == 9, result.stderr
-    assert "Error: legal@2 is stored and held back: legal still means legal@1." in result.stderr
+    assert "Error: legal@3 is stored and held back: legal still means legal@2." in result.stderr
     assert "at most 0.00 % are allowed" in result.stderr
-    assert "Fix: accept it anyway: registry alias legal@2 latest" in result.stderr
+    assert "Fix: accept it anyway: registry alias legal@3 latest" in result.stderr
     assert "held back" in run("log", "legal", store=copy).stdout
 
-    assert run("alias", "legal@2", "latest", store=copy).exit_code == 0
-    assert json.loads(run("show", "legal", "--json", store=copy).stdout)["version"] == 2
+    assert run("alias", "legal@3", "latest", store=copy).exit_code == 0
+    assert json.loads(run("show", "legal", "--json", store=copy).stdout)["version"] == 3
 
 
 @pytest.mark.parametrize(

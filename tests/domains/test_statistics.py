@@ -16,11 +16,13 @@ from lorary.domains.errors import IncompatibleError
 from lorary.domains.statistics import (
     LEAST_COUNT,
     MOST_FEATURES,
+    PAIR_BUCKETS,
     DomainStatistics,
     causal_means,
     feature_projection,
     hidden_features,
     measure_statistics,
+    pair_buckets,
 )
 
 torch.set_num_threads(1)
@@ -42,12 +44,14 @@ def part(blocks: Blocks, rows: slice) -> Blocks:
 def random_statistics(seed: int, vocabulary: int = 30, features: int = 6) -> DomainStatistics:
     generator = torch.Generator().manual_seed(seed)
     counts = torch.randint(0, 12, (vocabulary,), generator=generator)
+    pairs = torch.randint(0, 12, (PAIR_BUCKETS,), generator=generator)
     data = torch.randn(17, features, generator=generator, dtype=torch.float64)
-    return DomainStatistics(counts, 17.0, data.sum(0), data.T @ data)
+    return DomainStatistics(counts, pairs, 17.0, data.sum(0), data.T @ data)
 
 
 def assert_equal(found: DomainStatistics, expected: DomainStatistics, tolerance: float = 0.0) -> None:
     assert torch.equal(found.token_counts, expected.token_counts)
+    assert torch.equal(found.pair_counts, expected.pair_counts)
     assert found.rows == expected.rows
     torch.testing.assert_close(found.feature_sum, expected.feature_sum, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(found.feature_outer, expected.feature_outer, rtol=tolerance, atol=tolerance)
@@ -76,6 +80,17 @@ def test_tokens_are_counted_and_padding_is_not(measure: Any) -> None:
     text = torch.cat([row[:length] for row, length in zip(blocks.input_ids, (16, 5, 1), strict=True)])
     assert torch.equal(found.token_counts, torch.bincount(text, minlength=128))
     assert found.token_counts.sum() == 22
+
+
+def test_pairs_are_counted_inside_the_text_only(measure: Any) -> None:
+    blocks = blocks_of([16, 5, 1])
+
+    found, _ = measure(blocks)
+
+    rows = [row[:length] for row, length in zip(blocks.input_ids, (16, 5, 1), strict=True)]
+    expected = torch.cat([pair_buckets(row[:-1], row[1:]) for row in rows])
+    assert torch.equal(found.pair_counts, torch.bincount(expected, minlength=PAIR_BUCKETS))
+    assert found.pair_counts.sum() == 15 + 4
 
 
 def test_feature_rows_are_causal_means_at_powers_of_two(measure: Any) -> None:
@@ -217,7 +232,11 @@ def test_stored_statistics_come_back_bit_for_bit(seed: int) -> None:
 
 def test_statistics_of_no_text_are_stored_as_well() -> None:
     nothing = DomainStatistics(
-        torch.zeros(9, dtype=torch.int64), 0.0, torch.zeros(2).double(), torch.zeros(2, 2).double()
+        torch.zeros(9, dtype=torch.int64),
+        torch.zeros(PAIR_BUCKETS, dtype=torch.int64),
+        0.0,
+        torch.zeros(2).double(),
+        torch.zeros(2, 2).double(),
     )
 
     assert_equal(DomainStatistics.from_tensors(load(save(nothing.tensors()))), nothing)

@@ -104,7 +104,10 @@ def short_run() -> Callable[..., dict[str, Any]]:
     from lorary.adapters.training import TrainingConfig
 
     usual = {"steps": 6, "block": 64, "batch": 2, "learning_rate": 1e-2, "checkpoint_every": 2}
-    return lambda **changes: {"bank": BankConfig(rank=2), "training": TrainingConfig(**(usual | changes))}
+    return lambda **changes: {
+        "bank": BankConfig(rank=2, expert_free=0.25),
+        "training": TrainingConfig(**(usual | changes)),
+    }
 
 
 @pytest.fixture(scope="session")

@@ -96,7 +96,7 @@ def test_bad_data_is_named_by_file_and_line(
     before = state_of(registry.store)
 
     with pytest.raises(CorpusError) as caught:
-        registry.add_domain("sailing", data=[jsonl(*lines)])
+        registry.add_domain("sailing", data=[jsonl(*lines)], bank=BankConfig(expert_free=0.25))
 
     assert caught.value.exit_code == 2
     assert says in caught.value.message
@@ -121,7 +121,7 @@ def test_too_little_data_is_refused(lines: list[str], registry: Registry, jsonl:
     before = state_of(registry.store)
 
     with pytest.raises(InputError, match="needed") as caught:
-        registry.add_domain("sailing", data=[jsonl(*lines)])
+        registry.add_domain("sailing", data=[jsonl(*lines)], bank=BankConfig(expert_free=0.25))
 
     assert caught.value.exit_code == 2
     assert state_of(registry.store) == before
@@ -134,7 +134,9 @@ def test_a_file_that_is_not_there_is_not_found(registry: Registry, tmp_path: Pat
 
 def test_a_target_module_that_is_not_there_is_refused(registry: Registry, texts: Any) -> None:
     with pytest.raises(InputError, match="'query_proj'"):
-        registry.add_domain("sailing", data=[texts["sailing"]], bank=BankConfig(targets=("query_proj",)))
+        registry.add_domain(
+            "sailing", data=[texts["sailing"]], bank=BankConfig(targets=("query_proj",), expert_free=0.25)
+        )
 
 
 def test_a_store_whose_general_bank_is_missing_says_how_to_go_on(
@@ -251,8 +253,10 @@ def test_a_domain_may_be_called_newcomer(registry: Registry, texts: Any, short_r
 @pytest.mark.parametrize(
     "bank",
     [
-        BankConfig(rank=1, experts=1.0, rank_gates=False),
-        BankConfig(rank=3, alpha=5.0, method="rslora", schedule="quarters", targets=("q_proj", "down_proj")),
+        BankConfig(rank=1, experts=1.0, rank_gates=False, expert_free=0.25),
+        BankConfig(
+            rank=3, alpha=5.0, method="rslora", schedule="quarters", targets=("q_proj", "down_proj"), expert_free=0.25
+        ),
         BankConfig(rank=2, experts=3.5, schedule="uniform", expert_free=0.9),
     ],
     ids=["without rank gates", "rslora on two targets", "only the last layer"],

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorary.adapters.active import SLOT_THRESHOLD
 from lorary.adapters.attach import routing_of
 from lorary.adapters.bank import ExpertBank
 from lorary.adapters.router import Tempers
@@ -81,7 +82,8 @@ def test_the_slot_gates_sum_to_one_and_prefer_general_before_any_text(whole: Reg
 
     gate = routing_of(model).slot_gate
     assert gate is not None
-    torch.testing.assert_close(gate.sum(-1), torch.ones(gate.shape[:2]))
+    # gates under the threshold are closed, nothing is given to the others
+    torch.testing.assert_close(gate.sum(-1), torch.ones(gate.shape[:2]), atol=3 * SLOT_THRESHOLD, rtol=0)
 
 
 def test_no_composed_tensor_needs_a_gradient(whole: Registry) -> None:

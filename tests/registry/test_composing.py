@@ -14,9 +14,9 @@ from lorary.registry.composing import fixed_shares, prior_shares
     ("weights", "expected"),
     [
         ({"general": None}, {"general": 1.0}),
-        ({"a": None}, {"general": 0.7, "a": 0.3}),
-        ({"a": None, "b": None}, {"general": 0.7, "a": 0.15, "b": 0.15}),
-        ({"a": 3.0, "b": None}, {"general": 0.7, "a": 0.225, "b": 0.075}),
+        ({"a": None}, {"general": 0.6, "a": 0.4}),
+        ({"a": None, "b": None}, {"general": 0.6, "a": 0.2, "b": 0.2}),
+        ({"a": 3.0, "b": None}, {"general": 0.6, "a": 0.3, "b": 0.1}),
         ({"general": 2.0, "a": None, "b": None}, {"general": 0.5, "a": 0.25, "b": 0.25}),
         ({"general": 6.0, "a": 1.0, "b": 1.0}, {"general": 0.75, "a": 0.125, "b": 0.125}),
     ],
@@ -53,7 +53,7 @@ def test_a_plan_names_versions_and_has_general_first(text: str, whole: Registry)
     plan = whole.plan(text)
 
     assert plan.pinned == "general@1+cooking@1+sailing@1"
-    assert [slot.prior for slot in plan.slots] == pytest.approx([0.7, 0.15, 0.15])
+    assert [slot.prior for slot in plan.slots] == pytest.approx([0.6, 0.2, 0.2])
     assert plan.experts_per_layer == (0, 3, 6, 9)
     assert plan.ranks_per_layer == (0, 6, 12, 18)
     assert plan.parameters == sum(expert.parameters for m in whole.domains() for expert in m.experts)

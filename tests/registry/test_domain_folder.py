@@ -27,7 +27,7 @@ def test_append_tells_the_manifest_its_number(folder):
 def test_append_takes_the_next_number_when_somebody_is_faster(folder):
     def manifest_of(version):
         if version == 1:
-            folder.manifest_path(1).write_bytes(b"theirs")
+            folder.link(1, b"theirs")
         return b"ours"
 
     assert folder.append(manifest_of, first_only=False) == 2
@@ -36,7 +36,7 @@ def test_append_takes_the_next_number_when_somebody_is_faster(folder):
 
 def test_first_append_gives_up_when_somebody_is_faster(folder):
     def manifest_of(version):
-        folder.manifest_path(1).write_bytes(b"theirs")
+        folder.link(1, b"theirs")
         return b"ours"
 
     with pytest.raises(FileExistsError):

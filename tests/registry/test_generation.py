@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from lorary.adapters.active import SLOT_THRESHOLD
 from lorary.adapters.attach import routing_of
 from lorary.adapters.merge import merge_experts
 from lorary.domains.errors import InputError
@@ -28,15 +29,16 @@ def test_an_answer_says_how_each_token_was_routed(whole: Registry, model: Any) -
     assert answer.tokens[-1][1] == answer.tokens[-2][1]  # the last one was never read: its gates are those before it
     assert "".join(piece for piece, _ in answer.tokens).startswith("<|begin|>butter and flour")
     for _, gates in answer.tokens:
-        assert sum(gates) == pytest.approx(1, abs=1e-5)
-    assert sum(answer.route.values()) == pytest.approx(1, abs=1e-5)
+        assert sum(gates) == pytest.approx(1, abs=SLOT_THRESHOLD * 3)
+    assert sum(answer.route.values()) == pytest.approx(1, abs=SLOT_THRESHOLD * 3)
 
 
 def test_greedy_answers_are_those_of_transformers(whole: Registry, model: Any) -> None:
     inputs = whole.tokenizer("mast and keel", return_tensors="pt")
-    expected = model.generate(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=6, do_sample=False
-    )[0, inputs["input_ids"].shape[1] :]
+    with model.reading_prompts():
+        expected = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=6, do_sample=False
+        )[0, inputs["input_ids"].shape[1] :]
 
     answer = whole.generate(model, "mast and keel", max_new_tokens=6)
 
@@ -47,7 +49,8 @@ def test_the_gates_of_decoding_are_those_of_reading_the_whole(whole: Registry, m
     answer = whole.generate(model, "mast and flour", max_new_tokens=6)
     ids = torch.tensor([_ids(answer, whole)])
 
-    model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with model.reading_prompts([answer.prompt_tokens]):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
     gate = routing_of(model).slot_gate
     assert gate is not None
@@ -67,9 +70,10 @@ def test_a_merged_composition_answers_and_says_its_constant_gates(whole: Registr
 
 def _ids(answer: Any, whole: Registry) -> list[int]:
     """The prompt again, and the new tokens as the model chose them."""
-    model = whole.compose("cooking+sailing")
+    model: Any = whole.compose("cooking+sailing")
     inputs = whole.tokenizer("mast and flour", return_tensors="pt")
-    return model.generate(**inputs, max_new_tokens=answer.new_tokens, do_sample=False)[0].tolist()  # pyright: ignore
+    with model.reading_prompts():
+        return model.generate(**inputs, max_new_tokens=answer.new_tokens, do_sample=False)[0].tolist()
 
 
 def test_a_seed_gives_the_same_answer_and_another_seed_another(whole: Registry, model: Any) -> None:

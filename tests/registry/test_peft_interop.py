@@ -17,7 +17,7 @@ from lorary.adapters.bank import Expert, ExpertBank, LayerExperts
 from lorary.adapters.router import Tempers
 from lorary.adapters.stack import Stack
 from lorary.domains.base_model import find_anatomy, linear_shape, target_modules
-from lorary.domains.statistics import DomainStatistics
+from lorary.domains.statistics import PAIR_BUCKETS, DomainStatistics
 from lorary.registry import Registry
 from lorary.registry.pack import DomainPack, pack_files
 
@@ -191,7 +191,11 @@ def _random_bank(model: Any) -> ExpertBank:
 
 def _write(bank: ExpertBank, model: Any, folder: Path) -> None:
     statistics = DomainStatistics(
-        torch.ones(300, dtype=torch.int64), 1.0, torch.zeros(32).double(), torch.eye(32).double()
+        torch.ones(300, dtype=torch.int64),
+        torch.zeros(PAIR_BUCKETS, dtype=torch.int64),
+        1.0,
+        torch.zeros(32).double(),
+        torch.eye(32).double(),
     )
     prototypes = torch.eye(32)[:1]
     pack = DomainPack(bank=bank, statistics=statistics, prototypes=prototypes, tempers=Tempers(), feature_layer=1)

@@ -239,10 +239,12 @@ def test_a_repository_that_differs_from_its_manifest_is_refused_before_fetching(
 
 
 def test_a_changed_small_file_is_noticed(ours, theirs):
-    size = theirs.manifest("legal").file("router/router.json").size
-    edit_on_hub("router/router.json", b"x" * size)
+    path = "experts/e0/adapter_config.json"
+    file = theirs.manifest("legal").file(path)
+    ours.store.blobs.path(file.sha256).unlink()  # that of KP is the same, and would not be fetched
+    edit_on_hub(path, b"x" * file.size)
 
-    with pytest.raises(IntegrityError, match="router/router.json of acme/lorary-legal"):
+    with pytest.raises(IntegrityError, match=f"{path} of acme/lorary-legal"):
         ours.pull(REPO)
     assert ours.store.domains() == ["general"]
 

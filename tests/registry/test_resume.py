@@ -22,7 +22,7 @@ from lorary.registry import Registry
 
 stage, store, base, general, cooking = sys.argv[1:]
 run = {
-    "bank": BankConfig(rank=2),
+    "bank": BankConfig(rank=2, expert_free=0.25),
     "training": TrainingConfig(steps=6, block=64, batch=2, learning_rate=1e-2, checkpoint_every=2),
     "on_progress": lambda p: os.kill(os.getpid(), signal.SIGKILL) if (p.stage, p.done) == (stage, 5) else None,
 }

@@ -12,6 +12,8 @@ from lorary.registry import Registry
 from lorary.registry.canonical import canonical_json, parse_json
 from lorary.registry.verify import Checked, verify_store, verify_version
 
+OWN = "router/router.safetensors"  # a file that no other version shares
+
 
 @pytest.fixture
 def registry(both_store: Path, fresh_copy: Callable[[Path], Registry]) -> Registry:
@@ -49,10 +51,10 @@ def test_a_whole_store_has_every_file_ok(registry: Registry) -> None:
     ],
 )
 def test_a_damaged_blob_is_found(change: Any, state: str, registry: Registry) -> None:
-    file = registry.manifest("cooking").file("router/router.json")
+    file = registry.manifest("cooking").file(OWN)
     damage(registry.store.blobs.path(file.sha256), change)
 
-    assert problems(verify_version(registry.store, "cooking", 1)) == [("cooking@1", "router/router.json", state)]
+    assert problems(verify_version(registry.store, "cooking", 1)) == [("cooking@1", OWN, state)]
     assert problems(verify_version(registry.store, "sailing", 1)) == []
 
 
@@ -72,10 +74,10 @@ def test_bit_rot_anywhere_is_found(registry: Registry) -> None:
 
 
 def test_a_missing_blob_is_told_from_a_damaged_one(registry: Registry) -> None:
-    file = registry.manifest("cooking").file("router/router.json")
+    file = registry.manifest("cooking").file(OWN)
     os.unlink(registry.store.blobs.path(file.sha256))
 
-    assert problems(verify_store(registry.store)) == [("cooking@1", "router/router.json", "missing")]
+    assert problems(verify_store(registry.store)) == [("cooking@1", OWN, "missing")]
 
 
 def test_a_damaged_manifest_does_not_hide_the_other_versions(registry: Registry) -> None:
