@@ -4,12 +4,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lorary.adapters.training import TrainingConfig
 from lorary.domains.catalog import builtin_domains
+from lorary.registry import Registry
 
 SCRIPT = Path(__file__).with_name("ablations.py")
+SMALL = ("--max-bytes", "2000")
 
 
 @pytest.fixture
@@ -33,19 +37,47 @@ def run(*arguments: str | Path) -> str:
     return done.stdout
 
 
+def measured(out: Path) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (out / "ablations.jsonl").read_text().splitlines()]
+    assert len({line["command"] for line in lines}) == len(lines)
+    return {line["row"]: line for line in lines}
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_row_is_measured_once_and_shown(data: Path, tmp_path: Path) -> None:
-    small = ("--steps", "2", "--block", "64", "--max-bytes", "2000", "--data", data, "--out", tmp_path)
+def test_a_bank_is_measured_once_and_shown(data: Path, tmp_path: Path) -> None:
+    small = ("--steps", "2", "--block", "64", *SMALL, "--data", data, "--out", tmp_path)
 
-    first = run("--row", "zero", *small)
+    first = run("--row", "zero", "neighbour", *small)
     again = run("--row", "zero", *small)
-    run("--row", "neighbour", *small)
 
-    lines = [json.loads(line) for line in (tmp_path / "ablations.jsonl").read_text().splitlines()]
-    assert [line["row"] for line in lines] == ["zero", "neighbour"]
-    assert lines[0]["command"] in first
+    lines = measured(tmp_path)
+    assert list(lines) == ["zero", "neighbour"]
+    assert lines["zero"]["command"] in first
     assert "measured before" in again
-    assert lines[0]["parameters"] == lines[1]["parameters"]
-    assert lines[0]["losses"] != lines[1]["losses"]
-    assert "| zero | legal | 186,624 |" in run("--table", "--out", tmp_path)
+    assert lines["zero"]["parameters"] == lines["neighbour"]["parameters"]
+    assert lines["zero"]["losses"] != lines["neighbour"]["losses"]
+    assert 0.6 < lines["neighbour"]["similarity"] < 1
+    table = run("--table", "--out", tmp_path)
+    assert "| legal | zero | 1 1 1 2 2 3 3 3 | 248,832 |" in table
+    assert "| legal | neighbour (legal, " in table
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_stored_domains_are_composed_in_other_ways(data: Path, tmp_path: Path) -> None:
+    few = TrainingConfig(steps=8, block=64)
+    registry = Registry.init(tmp_path / "store", training=few)
+    for name in ("medicine", "legal"):
+        registry.add_domain(name, training=few)
+    rows = ("token+pair+hidden", "pair", "no-kp", "known", "static-known", "static-equal")
+
+    run("--row", *rows, "--store", tmp_path / "store", "--data", data, "--out", tmp_path, *SMALL)
+
+    lines = measured(tmp_path)
+    assert list(lines) == list(rows)
+    assert lines["known"]["share"] == {"medicine": 1.0, "legal": 1.0}
+    assert lines["token+pair+hidden"]["share"]["legal"] > lines["static-equal"]["share"]["legal"]
+    assert lines["token+pair+hidden"]["share"] != lines["pair"]["share"]
+    assert lines["static-known"]["share"]["legal"] == pytest.approx(1.0, abs=0.2)
+    assert "| A | static-equal | " in run("--table", "--out", tmp_path)

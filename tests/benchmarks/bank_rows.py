@@ -1,0 +1,154 @@
+"""Ablations of one bank alone: what it looks like, and what its first values are.
+
+The bank is trained over the bare base, slot gate 1 and no KP beside it, on every other row of a domain.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from streams import Domain, read_stream
+from transformers import PreTrainedModel
+
+from lorary.adapters.attach import attach, trained_bank
+from lorary.adapters.bank import ExpertBank, new_bank
+from lorary.adapters.config import BankConfig
+from lorary.adapters.stack import Stack
+from lorary.adapters.training import TrainingConfig, train_bank
+from lorary.adapters.warm_start import activation_weights, lend, seed_expert_gates
+from lorary.domains.blocks import Blocks, encode, pack_blocks
+from lorary.domains.corpus import read_examples
+from lorary.domains.evaluation import score_language
+from lorary.domains.example import Example
+from lorary.domains.progress import silent
+from lorary.domains.prototypes import PrototypeIndex, make_prototypes
+from lorary.domains.statistics import measure_statistics
+from lorary.registry.fingerprint import POCKET, find_base
+from lorary.registry.learning import feature_layer
+from lorary.registry.loaded_base import LoadedBase
+
+# 64 ranks over 8 layers; alpha stays, so scale times expert gate is the same for any number of experts
+SHAPES: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "quarters": {"schedule": "quarters"},
+    "uniform": {"schedule": "uniform"},
+    "data": {"schedule": "data"},
+    "free-quarter": {"experts": 16 / 6, "expert_free": 0.25},
+    "one-expert": {"experts": 1.0, "rank": 8},
+    "four-experts": {"experts": 4.0, "rank": 2},
+    "no-rank-gates": {"experts": 17 / 8, "rank_gates": False},  # an expert more for the parameters of the gates
+    "one-expert-no-rank-gates": {"experts": 1.0, "rank": 8, "rank_gates": False},
+}
+STARTS = ("zero", "random", "neighbour", "stranger")
+LENT = ("neighbour", "stranger")
+RANDOM_B = 0.02  # standard deviation of B in the row `random`
+
+
+def measure_bank(arguments: argparse.Namespace, row: str) -> dict[str, Any]:
+    """Trains one bank and scores it on the domain's test text."""
+    base = LoadedBase(find_base(POCKET))
+    stream = read_stream(
+        arguments.stream, arguments.data, order="forward", domains=None, max_bytes=arguments.max_bytes, questions=0
+    )
+    domain = next(each for each in stream if each.name == arguments.domain)
+    blocks = _blocks(domain.training_examples()[::2], base, arguments)
+    config = BankConfig(**SHAPES.get(row, {}))
+    bank = _fresh(base, config, blocks, arguments.seed)
+    notes = start_bank(row, bank, blocks, base, stream, arguments)
+    model, losses = _trained(base, bank, blocks, arguments)
+    return {
+        "domain": domain.name,
+        "bank": asdict(config),
+        "counts": bank.counts(base.anatomy.count),
+        "parameters": bank.parameters,
+        "base": _bits(base.model, base, domain.texts),
+        "bits": _bits(model, base, domain.texts),
+        "losses": losses,
+    } | notes
+
+
+def start_bank(
+    row: str,
+    bank: ExpertBank,
+    blocks: Blocks,
+    base: LoadedBase,
+    stream: Sequence[Domain],
+    arguments: argparse.Namespace,
+) -> dict[str, Any]:
+    """Gives a fresh bank, whose A is random and B zero, its first values.
+
+    Shapes start as `add-domain` starts without a close neighbour: each layer's experts at centroids of the activations.
+
+    Returns:
+        Of a lender, its domain and how like the two texts are: `add-domain` lends from `warm_start.CLOSE` on.
+    """
+    if row in LENT:
+        rows, name = _lenders_text(row, stream, base, arguments)
+        lender = _fresh(base, BankConfig(), rows, arguments.seed + 100)
+        seed_expert_gates(lender, base.model, rows)
+        lend(trained_bank(_trained(base, lender, rows, arguments)[0]), bank)
+        return {"lender": name, "similarity": _similarity(blocks, rows, base, arguments)}
+    if row == "random":
+        generator = torch.Generator().manual_seed(arguments.seed + 1)
+        for layer in bank.layers.values():
+            for matrix in layer.B.values():
+                matrix.normal_(std=RANDOM_B, generator=generator)
+    if row != "zero":
+        seed_expert_gates(bank, base.model, blocks)
+    return {}
+
+
+def _lenders_text(
+    row: str, stream: Sequence[Domain], base: LoadedBase, arguments: argparse.Namespace
+) -> tuple[Blocks, str]:
+    """`neighbour`: the other half of the same domain's rows. `stranger`: the next domain of the stream."""
+    found = {domain.name: domain for domain in stream}
+    after = dict(pairwise([*found, stream[0].name]))
+    name = arguments.domain if row == "neighbour" else after[arguments.domain]
+    examples = found[name].training_examples()
+    return _blocks(examples[1::2] if row == "neighbour" else examples, base, arguments), name
+
+
+def _similarity(blocks: Blocks, others: Blocks, base: LoadedBase, arguments: argparse.Namespace) -> float:
+    """Of two texts by their prototypes around the mean of general text, as `add-domain` measures it."""
+    general = _blocks(list(read_examples([arguments.data / "general" / "lm.train.jsonl"])), base, arguments)
+    layer = feature_layer(BankConfig(), base)
+    centre = measure_statistics(base.model, base.anatomy, general, layer=layer)[0].feature_mean
+    prototypes = [
+        make_prototypes(measure_statistics(base.model, base.anatomy, each, layer=layer)[1], centre)
+        for each in (blocks, others)
+    ]
+    return PrototypeIndex(["other"], prototypes[1:]).neighbours(prototypes[0])[0].similarity
+
+
+def _blocks(examples: Sequence[Example], base: LoadedBase, arguments: argparse.Namespace) -> Blocks:
+    return pack_blocks([encode(example, base.tokenizer) for example in examples], arguments.block)
+
+
+def _fresh(base: LoadedBase, config: BankConfig, blocks: Blocks, seed: int) -> ExpertBank:
+    first = feature_layer(config, base)
+    weights = activation_weights(base.model, blocks, first_layer=first) if config.schedule == "data" else None
+    generator = torch.Generator().manual_seed(seed)
+    return new_bank(base.model, base.anatomy, config, generator=generator, weights=weights)
+
+
+def _trained(
+    base: LoadedBase, bank: ExpertBank, blocks: Blocks, arguments: argparse.Namespace
+) -> tuple[PreTrainedModel, list[float]]:
+    stack = Stack(names=("alone",), banks=(bank,), trainable=True)
+    model = attach(base.model, stack, router=None, fixed=torch.ones(1))
+    recipe = TrainingConfig(
+        steps=arguments.steps, block=arguments.block, seed=arguments.seed, checkpoint_every=arguments.steps
+    )
+    with tempfile.TemporaryDirectory() as run:
+        figures = train_bank(model, blocks, recipe, run=Path(run), stage="training", on_progress=silent)
+    return model, figures["losses"]
+
+
+def _bits(model: PreTrainedModel, base: LoadedBase, texts: Sequence[Example]) -> float:
+    return score_language(model, base.tokenizer, texts).bits_per_byte
