@@ -57,7 +57,7 @@ class Routing:
         self._past = 0  # positions in the key-value cache before this forward
 
     @contextmanager
-    def reading_prompts(self, lengths: Sequence[int] | None = None) -> Iterator[None]:
+    def reading_prompts(self, lengths: int | Sequence[int] | None = None) -> Iterator[None]:
         """While it is open, prompts are read as a whole: all positions of a prompt have the slot gates of its last one.
 
         Slot gates are causal otherwise, as they must be where text is predicted token by token. But a prompt is known
@@ -66,10 +66,13 @@ class Routing:
         over an empty cache, or none, reads a prompt; what follows it is causal.
 
         Args:
-            lengths: Positions of each row's prompt; None: whatever the first forward pass is given.
+            lengths: Positions of each row's prompt, padding in front included, or one number for all rows. None: all
+                that a forward pass over an empty cache is given. `generate` gives it more than the prompt where it
+                keeps no cache, or checks guesses of an assistant or of a prompt lookup: say the number there.
         """
         before = self.prompts
-        self.prompts = torch.tensor([torch.iinfo(torch.int64).max] if lengths is None else list(lengths))
+        given = torch.iinfo(torch.int64).max if lengths is None else lengths
+        self.prompts = torch.tensor(given, dtype=torch.int64).reshape(-1)
         try:
             yield
         finally:
@@ -118,6 +121,12 @@ class Routing:
         gates = self.router.slot_gates(self._sums(self.router, self._input_ids, hidden, cache))
         if self.prompts is None or self._past:
             return gates
+        if len(self.prompts) not in (1, len(gates)):
+            raise InputError(
+                "The lengths of the prompts do not fit the batch.",
+                cause=f"there are {len(self.prompts)} lengths for {len(gates)} rows",
+                fix="prompts that are padded on the left are equally long: reading_prompts(input_ids.shape[1])",
+            )
         return whole_prompts(gates, self.prompts.clamp(max=gates.shape[1]).expand(len(gates)))
 
     def _sums(self, router: DomainRouter, ids: Tensor, hidden: Tensor, cache: Any) -> Float[Tensor, "batch seq sums"]:

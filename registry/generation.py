@@ -62,7 +62,7 @@ def generate(
     generator: Any = model
     routing.trace = []
     try:
-        with routing.reading_prompts(), torch.random.fork_rng():
+        with routing.reading_prompts(length), torch.random.fork_rng():
             torch.manual_seed(seed)
             output = generator.generate(
                 input_ids=inputs["input_ids"],

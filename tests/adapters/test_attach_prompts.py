@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 from lorary.adapters.attach import detach, fixed_slots
+from lorary.domains.errors import InputError
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -66,6 +67,44 @@ def test_padding_changes_nothing(base: Any, compose: Any, left: bool, prompts: A
         with composed.reading_prompts():
             expected = logits(composed, input_ids=prompt)[0]
         torch.testing.assert_close(found[row, mask[row].bool()], expected, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "how", [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}], ids=["no-cache", "prompt-lookup"]
+)
+def test_a_prompt_of_known_length_ends_there_however_text_is_generated(
+    base: Any, compose: Any, how: dict[str, Any], some_ids: Any, generated: Any
+) -> None:
+    composed, ids = compose(base, seed=1), some_ids(1, 4, seed=1).repeat(1, 3)
+    with composed.reading_prompts():
+        expected = generated(composed, input_ids=ids)
+        of_unknown_length = generated(composed, input_ids=ids, **how)
+
+    with composed.reading_prompts(12):
+        found = generated(composed, input_ids=ids, **how)
+
+    assert torch.equal(found, expected)
+    assert not torch.equal(of_unknown_length, expected)  # so the length does matter here
+
+
+def test_a_length_serves_every_beam(base: Any, compose: Any, some_ids: Any, generated: Any) -> None:
+    composed, ids = compose(base, seed=1), some_ids(2)
+    beams = {"num_beams": 3, "num_return_sequences": 3, "use_cache": False}
+
+    with composed.reading_prompts(12):
+        found = generated(composed, input_ids=ids, **beams)
+        expected = generated(composed, input_ids=ids, **beams | {"use_cache": True})
+
+    assert torch.equal(found, expected)
+
+
+def test_lengths_of_another_batch_are_refused(base: Any, compose: Any, some_ids: Any, logits: Any) -> None:
+    composed = compose(base)
+
+    with composed.reading_prompts([5, 5]), pytest.raises(InputError, match="do not fit") as caught:
+        logits(composed, input_ids=some_ids(3))
+
+    assert caught.value.cause == "there are 2 lengths for 3 rows"
 
 
 def test_it_ends_with_the_context_and_leaves_fixed_gates_alone(

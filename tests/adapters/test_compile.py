@@ -67,7 +67,10 @@ def gradients(fullgraph):
 
 match sys.argv[1]:
     case "routed":
-        one_graph(composed())
+        model = composed()
+        one_graph(model)
+        with model.reading_prompts(5):
+            one_graph(model)
     case "static":
         one_graph(composed(static=True))
     case "decoding":
