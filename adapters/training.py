@@ -193,7 +193,10 @@ class BankTrainer(Trainer):
         """Language-model loss plus the weighted balance loss of the new bank."""
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         assert isinstance(loss, Tensor)
-        return loss + self._balance * balance_loss(self._composed, inputs["attention_mask"])
+        # a loss over all tokens of a step is added up over its batches; the balance is a mean over them
+        is_shared = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        batches = self.current_gradient_accumulation_steps if is_shared else 1
+        return loss + self._balance / batches * balance_loss(self._composed, inputs["attention_mask"])
 
     def take_over(self, checkpoint: Path) -> None:
         """Ends a run whose last step was saved; resuming there would train one step more than was asked for."""

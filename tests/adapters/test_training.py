@@ -281,6 +281,21 @@ def test_memory_may_be_saved(changes: dict[str, Any], compose: Any, blocks: Bloc
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")  # renamed in 5.23
+def test_a_step_of_several_batches_has_the_losses_of_one(
+    compose: Any, blocks: Blocks, train: Any, tmp_path: Path
+) -> None:
+    ids = blocks.input_ids[:1].expand(8, -1)  # all batches are alike, so that their balance is one number
+    same = Blocks(ids, ids, torch.ones_like(ids))
+    once, often = compose(), compose()
+
+    expected = train(once, same, steps=2, batch=4, balance=5.0, run=tmp_path / "once")
+    found = train(often, same, steps=2, batch=1, accumulation=4, balance=5.0, run=tmp_path / "often")
+
+    assert found["losses"] == pytest.approx(expected["losses"], abs=2e-4)
+    for name, tensor in trained_bank(once).tensors():
+        torch.testing.assert_close(dict(trained_bank(often).tensors())[name], tensor, rtol=1e-3, atol=1e-4)
+
+
 def test_gradient_checkpointing_changes_no_number(compose: Any, blocks: Blocks, train: Any, tmp_path: Path) -> None:
     banks = []
     for i, checkpointing in enumerate((False, True)):
