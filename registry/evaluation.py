@@ -7,7 +7,7 @@ text's domain. A share of 1 means that routing loses nothing.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from ..adapters.attach import attach, fixed_slots, routing_of
 from ..adapters.stack import Stack
 from ..domains.blocks import encode
 from ..domains.choices import ChoiceScore, score_choices
-from ..domains.corpus import Source
+from ..domains.corpus import Source, first_within
 from ..domains.errors import InputError
 from ..domains.evaluation import LanguageScore, confidence_interval, score_language
 from ..domains.example import Example
@@ -97,13 +97,7 @@ def score_new_domain(
     scores = score_in_composition(composed, base, name, held_out, on_progress=on_progress)
     general_base = _language(base.model, base, general, "general text", on_progress)
     general_routed = _language(composed, base, general, "general text, routed", on_progress)
-    return DomainScores(
-        **{
-            **_fields(scores),
-            "general_base": general_base.bits_per_byte,
-            "general_routed": general_routed.bits_per_byte,
-        }
-    )
+    return replace(scores, general_base=general_base.bits_per_byte, general_routed=general_routed.bits_per_byte)
 
 
 def with_preservation(base: LoadedBase, preservation: DomainPack, pack: DomainPack, name: str) -> PreTrainedModel:
@@ -140,7 +134,7 @@ def score_in_composition(
         interval=confidence_interval(routed),
         bytes=routed.bytes,
         share_interval=_share_interval(before, alone, routed),
-        routed_right=routed_right(composed, base, name, held_out),
+        routed_right=routed_right(composed, base, name, first_within(held_out, MOST_BYTES)),
         accuracy=accuracy,
     )
 
@@ -196,10 +190,6 @@ def _share_interval(before: LanguageScore, alone: LanguageScore, routed: Languag
     base, own, ours = ratio_draws(nats, before.text_bytes).T
     has_gain = base > own
     return percentile_interval((base - ours)[has_gain] / (base - own)[has_gain])
-
-
-def _fields(scores: DomainScores) -> dict[str, Any]:
-    return {name: getattr(scores, name) for name in scores.__dataclass_fields__}
 
 
 def evaluate_composition(

@@ -14,7 +14,8 @@ from ..domains.corpus import corpus_digest
 from ..domains.evaluation import score_language
 from ..domains.example import Example
 from ..domains.progress import Progress
-from .evaluation import MOST_BYTES, with_preservation
+from .domain_data import MOST_BYTES
+from .evaluation import with_preservation
 from .learning import Ground
 from .pack import DomainPack
 

@@ -11,9 +11,10 @@ from lorary.adapters.attach import fixed_slots
 from lorary.domains.corpus import read_examples, split
 from lorary.domains.errors import CorpusError, InputError
 from lorary.domains.evaluation import score_language
+from lorary.domains.example import Example
 from lorary.registry import Registry
 from lorary.registry.domain_data import HELD_OUT, stored_held_out
-from lorary.registry.evaluation import DomainScores, routed_right
+from lorary.registry.evaluation import DomainScores, routed_right, score_in_composition
 
 
 def scores(**changes: Any) -> DomainScores:
@@ -74,6 +75,24 @@ def test_each_score_is_that_of_its_model(whole: Registry, texts: Any) -> None:
     with fixed_slots(model, {"cooking": 1.0}):
         assert found.alone == bits(model)
     assert found.interval[0] <= found.routed <= found.interval[1]
+
+
+def test_of_much_text_routing_is_measured_on_what_is_scored(whole: Registry, texts: Any, monkeypatch: Any) -> None:
+    examples = list(read_examples([texts["cooking"]]))
+    monkeypatch.setattr("lorary.registry.evaluation.MOST_BYTES", examples[0].target_bytes)
+    asked: list[list[Example]] = []
+
+    def right(_model: Any, _base: Any, _name: str, chosen: list[Example]) -> float:
+        asked.append(chosen)
+        return 1.0
+
+    monkeypatch.setattr("lorary.registry.evaluation.routed_right", right)
+    found = score_in_composition(
+        whole.compose("cooking"), whole.base, "cooking", examples, on_progress=lambda _progress: None
+    )
+
+    assert found.bytes == examples[0].target_bytes
+    assert asked == [examples[:1]]
 
 
 def test_held_out_text_was_never_trained_on(whole: Registry, texts: Any) -> None:
