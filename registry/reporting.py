@@ -7,9 +7,9 @@ from ..adapters.composition import parse_reference
 from ..domains.errors import InputError
 from ..domains.progress import OnProgress, silent
 from .composing import GENERAL
-from .domain_data import MOST_BYTES, HeldOut, general_text, measured_on
+from .domain_data import MOST_BYTES, general_text, measured_on
 from .loaded_base import LoadedBase
-from .manifest import BaseRecord, PackManifest
+from .manifest import BaseRecord
 from .retention import in_order_of_addition, measure_retention
 from .retention_report import RetentionReport
 from .store import Store
@@ -37,7 +37,7 @@ def report_retention(
         max_bytes: At most so much text of each domain.
 
     Raises:
-        InputError: There is no domain, one is named twice, or the data of a named one is not on this machine.
+        InputError: There is no domain, one is named twice, or data is not on this machine: of a named one, or of all.
         NotFoundError: There is no such domain or version.
     """
     limit = max_bytes or MOST_BYTES
@@ -54,17 +54,20 @@ def report_retention(
             if domains:
                 raise
             left_out[manifest.name] = error.message
+    added = [manifest for manifest in chosen if manifest.name in data]
+    if chosen and not added:
+        raise InputError(
+            "No domain can be measured: the held-out text of none is to be had.",
+            cause="; ".join(left_out.values()),
+            fix=f"measure one on text of your own: registry evaluate {chosen[0].name} --data FILE",
+        )
     scores = measure_retention(
         store,
         base,
         record,
-        added=_with_data(chosen, data),
+        added=added,
         data=data,
         machine=machine,
         on_progress=on_progress,
     )
     return RetentionReport(scores, left_out=left_out)
-
-
-def _with_data(chosen: Sequence[PackManifest], data: Mapping[str, HeldOut]) -> list[PackManifest]:
-    return [manifest for manifest in chosen if manifest.name in data]

@@ -134,6 +134,12 @@ def test_a_domain_whose_data_is_gone_is_left_out_unless_it_is_named(
     with pytest.raises(InputError, match="not on this machine"):
         registry.retention(["boats"])
 
+    registry.remove("cooking")
+    with pytest.raises(InputError, match="held-out text of none") as caught:
+        registry.retention()
+    assert "boats@1 is not on this machine" in str(caught.value.cause)
+    assert caught.value.fix == "measure one on text of your own: registry evaluate boats --data FILE"
+
 
 def test_odd_choices_of_domains_are_refused(whole: Registry, kp_store: Path) -> None:
     with pytest.raises(NotFoundError):
