@@ -1,5 +1,6 @@
 """What a bank of experts looks like before it is trained."""
 
+import math
 from dataclasses import dataclass
 
 from ..domains.errors import InputError
@@ -19,8 +20,10 @@ class BankConfig:
     rank_gates: bool = True  # rank-wise decoupling
 
     def __post_init__(self) -> None:
-        if self.rank < 1 or self.alpha <= 0:
-            raise InputError(f"rank and alpha must be positive, found rank {self.rank}, alpha {self.alpha}.")
+        for name in ("rank", "alpha", "experts"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} must be positive, found {value}.")
         if self.method not in ("lora", "rslora"):
             raise InputError(f"There is no LoRA method named {self.method!r}.", fix="use 'lora' or 'rslora'")
 

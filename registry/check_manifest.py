@@ -56,6 +56,7 @@ _FORMS: Final[dict[str, Any]] = {
         "seconds": _NUMBER,
         "warm_start": (str, type(None)),
         "settings": {"learning_rate!": _NUMBER, "seed!": int},
+        "bank": {"experts": _NUMBER, "schedule": str, "expert_free": _NUMBER, "rank_gates": bool},
         "imported": {"from!": str, "commit!": (str, type(None)), "files!": {"": str}},
         "data": {
             "files!": [str],

@@ -101,7 +101,8 @@ def _check(parent: PackManifest, *, mode: str, has_data: bool, has_bank: bool, t
 
 def _bank_config(parent: PackManifest, changes: Mapping[str, Any]) -> BankConfig:
     """The settings of the parent's newest experts with some changes; in the same target modules."""
-    saved = asdict(BankConfig()) | dict(parent.train.get("bank") or {})
+    usual, told = asdict(BankConfig()), parent.train.get("bank") or {}
+    saved = usual | {key: told[key] for key in usual.keys() & told.keys()}
     last = parent.experts[-1]
     targets = tuple(sorted({target for expert in parent.experts for target in expert.targets}))
     shape = {"rank": last.rank, "alpha": last.alpha, "method": last.method, "targets": targets}

@@ -326,6 +326,7 @@ MANIFEST_CHANGES = {
     "steps that are a list": assign("train", "steps", value=[1]),
     "data without rows": assign("train", "data", value={"files": ["a"]}),
     "settings that are text": assign("train", "settings", value="x"),
+    "experts a layer in words": assign("train", "bank", value={"experts": "two"}),
     "lineage that is a list": assign("lineage", "preservation", value=[1]),
     "proof that is text": assign("proof", "frozen", value="yes"),
     "drift that is text": assign("proof", "drift", value={"domains": "many"}),

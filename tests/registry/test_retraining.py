@@ -331,6 +331,19 @@ def test_what_cannot_be_done_is_refused_before_the_base_is_loaded(
     assert registry._base is None
 
 
+def test_new_experts_are_shaped_like_the_parents_as_far_as_its_settings_are_known(
+    registry: Registry, more: Path
+) -> None:
+    manifest = registry.manifest("cooking")
+    told = {"experts": 3.0, "rank_gates": False, "of_a_later_version": 1}
+    parent = replace(manifest, train=manifest.train | {"bank": told})
+
+    bank = plan_retraining(registry.store, parent, [more]).bank
+
+    assert (bank.experts, bank.rank_gates) == (3.0, False)
+    assert (bank.rank, bank.schedule) == (manifest.experts[-1].rank, "linear")
+
+
 # --- compositions of any versions ---
 
 
