@@ -25,6 +25,7 @@ def find_base(source: str, *, revision: str | None = None) -> Path:
 
     Raises:
         NotFoundError: There is no such folder or model.
+        RemoteError: The Hub cannot be asked, or does not give it.
     """
     if source == POCKET:
         return Path(__file__).resolve().parent.parent / "domains" / "builtin" / POCKET
@@ -62,8 +63,9 @@ def fingerprint(folder: Path, *, source: str, revision: str | None = None, cache
             fix="save the model with model.save_pretrained(folder)",
         )
     known = _read_cache(cache)
+    before = len(known)
     files = {path.name: _digest_of_file(path, known) for path in weights}
-    if cache is not None:
+    if cache is not None and len(known) > before:
         write_atomic(cache, canonical_json(known))
     is_named = source == POCKET or not Path(source).expanduser().is_dir()
     weights_digest = sha256_of(canonical_json(files))
@@ -106,18 +108,21 @@ def _short(value: object) -> str:
 
 
 def _download(source: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub import HfApi, snapshot_download
+
+    from .hub_errors import explained, failures, is_unknown
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError) as error:
-        raise NotFoundError(
-            f"The base model {source!r} cannot be had from the Hub.",
-            cause=str(error).splitlines()[0],
-            fix="check the id and your network, or use --base pocket",
-        ) from error
+    except failures() as error:
+        if is_unknown(error):
+            raise NotFoundError(
+                f"There is no base model {source!r} on the Hub, or you may not see it.",
+                cause=str(error).splitlines()[0],
+                fix="check the id and the revision, log in with hf auth login, or use --base pocket",
+            ) from error
+        raise explained(error, repo=source, endpoint=HfApi().endpoint) from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -123,6 +123,12 @@ def is_missing_repo(error: LoraryError) -> bool:
     return response is not None and response.headers.get("X-Error-Code") == "RepoNotFound"
 
 
+def is_unknown(error: BaseException) -> bool:
+    """Whether the Hub knows no such repository or revision, or the client that it cannot be the name of one."""
+    # a gated repository is known, and its error is a kind of RepositoryNotFoundError
+    return type(root_of(error)).__name__ in ("RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError")
+
+
 def wait_before_retry(error: BaseException, tries: int) -> float | None:
     """Seconds to wait before the next try, after so many; None where another try cannot help or must wait too long."""
     error = root_of(error)

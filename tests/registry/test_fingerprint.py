@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from lorary.domains.errors import IncompatibleError, NotFoundError
+from lorary.domains.errors import IncompatibleError, NotFoundError, RemoteError
 from lorary.registry.fingerprint import POCKET, check_same_base, find_base, fingerprint
 from lorary.registry.manifest import BaseRecord
 
@@ -52,10 +52,31 @@ def test_what_is_neither_a_folder_nor_an_id_is_not_found(source: str) -> None:
     assert caught.value.fix
 
 
-@pytest.mark.parametrize("source", ["nobody/nothing-of-this-name", "not an/id", "owner/", "/name"])
-def test_a_hub_model_that_cannot_be_had_is_not_found(source: str) -> None:
+@pytest.mark.parametrize("source", ["not an/id", "owner/", "/name"])
+def test_what_cannot_be_the_name_of_a_hub_model_is_not_found(source: str) -> None:
     with pytest.raises(NotFoundError):
         find_base(source)
+
+
+def test_a_model_that_the_hub_does_not_know_is_not_found(local_hub: Any) -> None:
+    with pytest.raises(NotFoundError, match="nobody/nothing") as caught:
+        find_base("nobody/nothing")
+
+    assert "hf auth login" in str(caught.value.fix)
+
+
+def test_a_hub_that_may_not_be_asked_is_no_missing_model() -> None:
+    with pytest.raises(RemoteError) as caught:
+        find_base("nobody/nothing")
+
+    assert caught.value.fix == "unset HF_HUB_OFFLINE, and repeat the command"
+
+
+def test_a_hub_that_does_not_answer_is_no_missing_model(local_hub: Any) -> None:
+    local_hub.fault("GET ", "drop", times=99)
+
+    with pytest.raises(RemoteError, match="cannot be reached"):
+        find_base("nobody/nothing")
 
 
 # --- what the fingerprint covers ---
@@ -210,6 +231,16 @@ def test_the_cache_changes_nothing(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache.json"
 
     assert record_of(folder, cache) == record_of(folder, cache) == record_of(folder)
+
+
+def test_a_cache_that_knows_all_is_not_written_again(folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache.json"
+    record_of(folder, cache)
+    before = cache.stat()
+
+    record_of(folder, cache)
+
+    assert cache.stat().st_ino == before.st_ino
 
 
 def test_a_changed_file_is_noticed_although_it_is_in_the_cache(folder: Path, tmp_path: Path) -> None:
