@@ -14,10 +14,10 @@ that a text has nothing to do with weigh no more than one.
 
 *Token evidence* is naive Bayes: log P(token | slot) - log P(token | background), each slot's counts smoothed towards
 the background (the mean of all slots' distributions); the same of hashed pairs of a token and the one before it is
-added. *Hidden-state evidence* is linear discriminant analysis on causal
-means of hidden-state features: with pooled within-class covariance C and class means mu, row w = C^-1 mu and bias
-b = -1/2 mu^T C^-1 mu (Fisher 1936; Hastie, Tibshirani and Friedman, Elements of Statistical Learning, eq. 4.10).
-Tokens are not independent, so each term is tempered.
+added. *Hidden-state evidence* is linear discriminant analysis on causal means of hidden-state features: with pooled
+within-class covariance C and class means mu, row w = C^-1 mu and bias b = -1/2 mu^T C^-1 mu (Fisher 1936; Hastie,
+Tibshirani and Friedman, Elements of Statistical Learning, eq. 4.10). Tokens are not independent, so each term is
+tempered.
 
 Everything comes from additive statistics of the chosen slots alone: the router of a subset does not depend on what else
 is stored, and there is nothing to train that could drift.
@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from ..domains.statistics import DomainStatistics, feature_projection, hidden_features, pair_buckets
 
+METHOD = 2  # part of the keys of all that is kept: raised when the same statistics and text give other gates
 SMOOTHING = 0.3  # share of the background in each slot; pseudo-counts would favour slots with little text
 UNIFORM_SHARE = 0.02  # of the background, so that no token is impossible
 RIDGE = 0.01  # of the mean variance, added to the covariance

@@ -17,6 +17,7 @@ from typing import Any, Final
 from transformers import PreTrainedModel
 
 from ..adapters.attach import fixed_slots
+from ..adapters.router import METHOD
 from ..domains.errors import InputError
 from ..domains.progress import OnProgress
 from .compose import compose_packs
@@ -30,7 +31,7 @@ from .score_cache import CellScores, ScoreCache
 from .scoring import BLOCK, score_held_out
 from .store import Store
 
-SCORER: Final = 3  # part of every key: raised when scores come out differently from the same packs and texts
+SCORER: Final = 3  # part of every key: raised when scores come out differently under the same gates
 BASE_STEP: Final = "base"
 
 
@@ -90,6 +91,7 @@ def measure_retention(
     own = [_Wanted(_plan(store, record, [m]), data[m.name], after="its own experts", alone=m) for m in added]
     shared = {
         "scorer": SCORER,
+        "router": METHOD,
         "programs": {name: version(name) for name in ("lorary", "torch", "transformers")},
         "base": [record.architecture, record.weights, record.tokenizer],
         "block": BLOCK,

@@ -2,8 +2,8 @@
 
     <store>/cache/scores/ab/ab12....json       {schema, key, digest, scores}, named by the digest of the key
 
-The key says everything the scores depend on: versions, base, composition with its digests and priors, text. A file that
-is damaged, or that says another key than it is named by, counts as not there.
+The key says everything the scores depend on: how is scored and routed, versions of the programs, base, composition with
+its digests and priors, text. A file that is damaged, or that says another key than it is named by, counts as not there.
 """
 
 import logging
@@ -31,9 +31,8 @@ class CellScores:
     text_nats: tuple[float, ...]  # of each text
     text_bytes: tuple[int, ...]
     right: tuple[bool, ...] = ()  # of each question
-    taken: dict[str, int] = field(
-        default_factory=dict
-    )  # texts by the slot with the largest mean gate; empty: no router
+    # texts by the slot with the largest mean gate; empty: no router
+    taken: dict[str, int] = field(default_factory=dict)
     gates: dict[str, float] = field(default_factory=dict)  # mean slot gate of all texts
 
     def __post_init__(self) -> None:

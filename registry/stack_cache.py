@@ -3,11 +3,11 @@
     <store>/cache/compositions/<key>.safetensors
 
 The key is the digest of everything that decides the content: the manifests of the slots (which name every byte by its
-digest), priors, kind, the base's type and this layout. The file holds a few long tensors, mapped into memory and used
-where they lie. Before it is used, every byte is read and compared with a checksum inside: sums over 64 KiB each, hashed
-together. That finds damage at the speed of memory, which sha256 does not reach; it is no protection from people who can
-write to the store, and neither would a digest be that lies beside the file. A damaged file is dropped and made anew
-from the packs, which are verified by sha256. Everything here may be deleted at any time.
+digest), priors, kind, the base's type, this layout and the router's method. The file holds a few long tensors, mapped
+into memory and used where they lie. Before it is used, every byte is read and compared with a checksum inside: sums
+over 64 KiB each, hashed together. That finds damage at the speed of memory, which sha256 does not reach; it is no
+protection from people who can write to the store, and neither would a digest be that lies beside the file. A damaged
+file is dropped and made anew from the packs, which are verified by sha256. Everything here may be deleted at any time.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from ..adapters.router import DomainRouter
+from ..adapters.router import METHOD, DomainRouter
 from ..adapters.stacked import StackedComposition
 from ..domains.errors import StorageFullError
 from .canonical import canonical_json
@@ -59,6 +60,7 @@ class StackCache:
         """Where a composition is, or would be."""
         content = {
             "layout": LAYOUT,
+            "router": METHOD,
             "dtype": str(dtype),
             "static": plan.static,
             "slots": [[sha256_of(slot.manifest.to_json()), slot.prior] for slot in plan.slots],
@@ -74,10 +76,12 @@ class StackCache:
             return None
         except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             logger.warning("The kept composition %s is damaged and is made anew: %s", path, error)
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a store that may only be read
+                path.unlink()
             return None
         if os.access(path, os.W_OK):
-            touch(path)  # the least recently used go first
+            with suppress(FileNotFoundError):  # dropped by another process meanwhile
+                touch(path)  # the least recently used go first
         return kept
 
     def put(self, plan: Plan, dtype: torch.dtype, kept: KeptComposition) -> None:
@@ -93,10 +97,14 @@ class StackCache:
         self._drop_oldest()
 
     def _drop_oldest(self) -> None:
-        files = sorted(self.folder.glob("*.safetensors"), key=lambda path: -path.stat().st_mtime_ns)
+        files: list[tuple[int, int, Path]] = []
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError):  # another process drops some, too
+                status = path.stat()
+                files.append((status.st_mtime_ns, status.st_size, path))
         total = 0
-        for place, path in enumerate(files):
-            total += path.stat().st_size
+        for place, (_, size, path) in enumerate(sorted(files, reverse=True)):
+            total += size
             if place and (place >= MOST_FILES or total > MOST_BYTES):
                 path.unlink(missing_ok=True)
 

@@ -4,8 +4,16 @@ from typing import Any
 
 import torch
 
-from lorary.adapters.router import TYPICAL_TOKENS, DomainRouter, Tempers, last_tokens, router_rows, typical_gates
-from lorary.domains.statistics import pair_buckets
+from lorary.adapters.router import (
+    METHOD,
+    TYPICAL_TOKENS,
+    DomainRouter,
+    Tempers,
+    last_tokens,
+    router_rows,
+    typical_gates,
+)
+from lorary.domains.statistics import PAIR_BUCKETS, DomainStatistics, pair_buckets
 
 VOCABULARY, WIDTH = 40, 8  # as in the fixtures
 
@@ -51,3 +59,23 @@ def test_a_pair_is_evidence_in_however_many_pieces_it_is_read(random_statistics:
     torch.testing.assert_close(torch.cat(parts, 1), whole)
     router.pair_evidence.zero_()
     assert not torch.allclose(router.increments(ids, hidden, mask), whole)
+
+
+def test_other_gates_need_another_method() -> None:
+    """Kept compositions and scores are found by METHOD: whoever changes these numbers raises it."""
+    statistics = []
+    for i in range(3):
+        text = torch.arange(60) * (i + 2) % 8
+        rows = torch.stack([torch.arange(6.0) % (i + 2), torch.arange(6.0) * (-1) ** i], 1).double()
+        pairs = torch.bincount(pair_buckets(text[:-1], text[1:]), minlength=PAIR_BUCKETS)
+        counts = torch.bincount(text, minlength=8)
+        statistics.append(DomainStatistics(counts, pairs, 6.0, rows.sum(0), rows.T @ rows))
+    router = DomainRouter(statistics, prior=torch.tensor([3.0, 1.0, 1.0]), tempers=Tempers(), width=2)
+    ids, hidden = torch.tensor([[0, 3, 6, 1]]), torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, -1.0]]])
+
+    sums = router.increments(ids, hidden, torch.ones(1, 4, dtype=torch.bool)).cumsum(1)
+
+    expected = [[0.49960, 0.20047, 0.29993], [0.35096, 0.45831, 0.19073], [0.22845, 0.68944, 0.08210]]
+    expected.append([0.04128, 0.94172, 0.01699])
+    assert METHOD == 2
+    torch.testing.assert_close(router.slot_gates(sums)[0], torch.tensor(expected), rtol=0, atol=2e-5)

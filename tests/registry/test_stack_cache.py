@@ -143,6 +143,37 @@ def test_the_least_recently_used_go_first(both_store: Path, fresh_copy: Any, mon
     assert kept_files(registry) == sorted(left)
 
 
+def test_another_process_may_drop_files_meanwhile(
+    both_store: Path, fresh_copy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = fresh_copy(both_store)
+    registry.compose("cooking")
+    folder = registry.store.cache / "compositions"
+    (folder / "gone.safetensors").symlink_to(folder / "gone")  # listed, and not there when it is looked at
+
+    def touch(path: Path) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(module, "touch", touch)
+
+    registry.compose("cooking")
+    registry.compose("sailing")
+
+    assert len(kept_files(registry)) == 3
+
+
+def test_another_way_to_route_is_another_file(
+    both_store: Path, fresh_copy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = fresh_copy(both_store)
+    registry.compose("cooking")
+    monkeypatch.setattr(module, "METHOD", module.METHOD + 1)
+
+    registry.compose("cooking")
+
+    assert len(kept_files(registry)) == 2
+
+
 def test_the_cache_may_be_deleted_at_any_time(both_store: Path, fresh_copy: Any, logits_of: Any) -> None:
     registry = fresh_copy(both_store)
     model = registry.compose("cooking")
