@@ -108,8 +108,9 @@ def measure(
 
 
 def write_result(out: Path, result: dict[str, Any]) -> None:
-    """One file for each stream, method, order and seed; a later recipe replaces an earlier one."""
+    """One file for each stream, method, order, seed and rate; a later recipe replaces an earlier one."""
     name = "-".join(str(result[key]) for key in ("stream", "method", "order", "seed"))
+    name += f"-{result['recipe']['learning_rate']:.3g}"
     path = out / "results" / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1), encoding="utf-8")

@@ -31,6 +31,8 @@ HEAD = (
 )
 
 Result = dict[str, Any]
+Group = dict[tuple[str, float], Result]  # by method and learning rate
+Groups = dict[tuple, Group]  # by stream, order and seed
 
 
 class Run:
@@ -39,6 +41,9 @@ class Run:
     def __init__(self, result: Result, metric: str, separate: Result):
         rows, steps = result["rows"], result["steps"]
         self.result = result
+        self.label = result["method"]
+        if rate(result) != rate(separate):
+            self.label += f", rate {rate(result):.2g}"
         self.domains = [domain for domain in result["domains"] if metric in rows[0][domain]]
         self.matrix = RetentionMatrix(
             steps=steps,
@@ -50,10 +55,6 @@ class Run:
             learned=[steps.index(domain) if domain in steps else len(steps) - 1 for domain in self.domains],
         )
 
-    @property
-    def method(self) -> str:
-        return self.result["method"]
-
     def general_changes(self) -> list[float]:
         """Change of bits per byte on both general texts, as a share of the base's; positive is worse."""
         first, last = self.result["rows"][0], self.result["rows"][-1]
@@ -63,10 +64,10 @@ class Run:
 def write_tables(out: Path, plot: Path | None) -> Iterator[str]:
     """The lines of all tables; the plot is written on the way."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "results").glob("*.json"))]
-    groups: dict[tuple, dict[str, Result]] = {}
+    groups: Groups = {}
     for result in results:
         key = (result["stream"], result["order"], result["seed"])
-        groups.setdefault(key, {})[result["method"]] = result
+        groups.setdefault(key, {})[result["method"], rate(result)] = result
     for (stream, order, seed), group in groups.items():
         yield f"### Stream {stream}, {order} order, seed {seed}"
         yield from _group_tables(group)
@@ -74,8 +75,13 @@ def write_tables(out: Path, plot: Path | None) -> Iterator[str]:
         plot.write_text(draw(groups), encoding="utf-8")
 
 
-def _group_tables(group: dict[str, Result]) -> Iterator[str]:
-    first = next(iter(group.values()))
+def rate(result: Result) -> float:
+    """The learning rate of a run."""
+    return result["recipe"]["learning_rate"]
+
+
+def _group_tables(group: Group) -> Iterator[str]:
+    first = _only(group, "separate") or next(iter(group.values()))
     recipe = first["recipe"]
     yield ""
     yield (
@@ -87,17 +93,25 @@ def _group_tables(group: dict[str, Result]) -> Iterator[str]:
         if runs and runs[0].domains:
             yield from _method_table(runs, metric)
             yield from _domain_table(runs)
-    if "ours" in group:
+    if ours := _only(group, "ours"):
         for metric in ("bits", "accuracy"):
-            yield from _own_table(group["ours"], metric)
-        yield from _routing_table(group["ours"])
+            yield from _own_table(ours, metric)
+        yield from _routing_table(ours)
     yield ""
 
 
-def _runs(group: dict[str, Result], metric: str) -> list[Run]:
+def _only(group: Group, method: str) -> Result | None:
+    """A method's run at its highest rate."""
+    return max((result for (name, _), result in group.items() if name == method), key=rate, default=None)
+
+
+def _runs(group: Group, metric: str) -> list[Run]:
     """The group's methods in the order of the tables; none without the oracle that all are measured by."""
-    separate = group.get("separate")
-    return [] if separate is None else [Run(group[method], metric, separate) for method in ORDER if method in group]
+    separate = _only(group, "separate")
+    if separate is None:
+        return []
+    ordered = sorted(group, key=lambda key: (ORDER.index(key[0]), -key[1]))
+    return [Run(group[key], metric, separate) for key in ordered]
 
 
 def _method_table(runs: list[Run], metric: str) -> Iterator[str]:
@@ -106,7 +120,7 @@ def _method_table(runs: list[Run], metric: str) -> Iterator[str]:
     for run in runs:
         shares = oracle_share(run.matrix)
         yield _line(
-            run.method,
+            run.label,
             f"{mean(final_score(run.matrix)):.4f}",
             f"{mean(shares):.3f}",
             f"{shares.min():.3f}",
@@ -123,7 +137,7 @@ def _domain_table(runs: list[Run]) -> Iterator[str]:
     yield from _header("after the last step", runs[0].domains)
     yield _line("base", *(f"{value:.4f}" for value in runs[0].matrix.R[0]))
     for run in runs:
-        yield _line(run.method, *(f"{value:.4f}" for value in final_score(run.matrix)))
+        yield _line(run.label, *(f"{value:.4f}" for value in final_score(run.matrix)))
 
 
 def _own_table(result: Result, metric: str) -> Iterator[str]:
@@ -175,9 +189,9 @@ def _signed(value: Values) -> str:
     return "" if math.isnan(value) else f"{value:+.4f}"
 
 
-def draw(groups: dict[tuple, dict[str, Result]]) -> str:
+def draw(groups: Groups) -> str:
     """Bars of the mean share of the separate adapters' gain that each method has after the last step, as SVG."""
-    height, left, width = 18, 110, 420
+    height, left, width = 18, 160, 370
     parts, y = [], 10
     for (stream, order, seed), group in groups.items():
         metric = "accuracy" if stream == "B" else "bits"
@@ -189,8 +203,8 @@ def draw(groups: dict[tuple, dict[str, Result]]) -> str:
         for run in runs:
             kept = float(mean(oracle_share(run.matrix)))
             bar, shown = max(0.0, min(kept, 1.2)) * width / 1.2, f"{kept:.2f}"
-            colour = "#2f6fab" if run.method == "ours" else "#9aa5b1"
-            parts.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{run.method}</text>')
+            colour = "#2f6fab" if run.result["method"] == "ours" else "#9aa5b1"
+            parts.append(f'<text x="{left - 8}" y="{y + 12}" text-anchor="end">{run.label}</text>')
             parts.append(f'<rect x="{left}" y="{y}" width="{bar:.1f}" height="{height - 5}" fill="{colour}"/>')
             parts.append(f'<text x="{left + bar + 6:.1f}" y="{y + 11}">{shown}</text>')
             y += height

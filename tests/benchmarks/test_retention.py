@@ -49,10 +49,10 @@ def test_every_method_runs_and_its_row_is_in_the_table(data: Path, tmp_path: Pat
     tables = run("--table", "--out", out, "--plot", tmp_path / "plot.svg")
 
     results = {path.stem: json.loads(path.read_text()) for path in (out / "results").iterdir()}
-    assert set(results) == {f"C-{method}-forward-0" for method in METHODS}
+    assert set(results) == {f"C-{method}-forward-0-0.0104" for method in METHODS}
     assert all(f"\n| {method} | " in tables for method in METHODS)
     assert all(f">{method}</text>" in (tmp_path / "plot.svg").read_text() for method in METHODS)
-    ours = results["C-ours-forward-0"]
+    ours = results["C-ours-forward-0-0.0104"]
     notes = ours["notes"]["cuad"]
     assert notes["explicit_at_the_end"]["medquad"]["bits"] == ours["notes"]["medquad"]["explicit"]["bits"]
     assert max(notes["order_invariance"].values()) <= 1e-6
