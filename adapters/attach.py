@@ -25,6 +25,7 @@ from ..domains.errors import InputError
 from .active import SLOT_THRESHOLD, Part, close_small_gates, plan_parts
 from .bank import ExpertBank, LayerExperts
 from .fused import FusedLinear, GateCell, OpenGates
+from .gated_mlp import GatedMLP, gated_mlps
 from .gates import LayerGates
 from .router import DomainRouter, last_tokens, whole_prompts
 from .router_cache import find_cache, router_layer
@@ -250,6 +251,9 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         for path, module in list(layer.named_modules()):
             if isinstance(module, FusedLinear):
                 layer.set_submodule(path, module.base)
+        for path, module in list(layer.named_modules()):
+            if isinstance(module, GatedMLP):
+                layer.set_submodule(path, module.original.train(module.training))
         del layer.expert_gates, layer.expert_groups, layer.gate_cell
     del model.routing, model.routing_handles, model.reading_prompts
     return model
@@ -322,6 +326,9 @@ def _kept(parameter: Tensor | None) -> Tensor:
 def _extend_layer(layer: nn.Module, stacked: StackedLayer) -> None:
     """Puts fused modules and gates into one decoder layer."""
     cell, groups = GateCell(), nn.ModuleList()
+    if stacked.new is not None:
+        for path, mlp in gated_mlps(layer):
+            layer.set_submodule(path, GatedMLP(mlp))
     for group in stacked.groups:
         bases = {target: layer.get_submodule(target) for target in group.targets}
         experts, fused = build_group(bases, stacked, group, cell)

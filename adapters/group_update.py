@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .gated_mlp import product_again, product_of
 from .kernels.dispatch import choose_kernels
 
 
@@ -15,8 +16,9 @@ class GroupUpdate(torch.autograd.Function):
     """y_m + B_m (g * (A_m x)) with gradients for x, the outputs, the gates and the trainable experts only.
 
     Frozen experts get no weight gradient: no matrix product is spent on one. Only x and rank-sized activations are kept
-    for the backward pass; the weights of frozen and trainable experts are put together again there. Where the base
-    modules are plain Linears they run inside, and the gradient of x is summed in place.
+    for the backward pass (and x is not, where it is a gated product that can be had again); the weights of frozen and
+    trainable experts are put together again there. Where the base modules are plain Linears they run inside, and the
+    gradient of x is summed in place.
     """
 
     @staticmethod
@@ -37,7 +39,8 @@ class GroupUpdate(torch.autograd.Function):
             group.weights(places, dtype),
             keep=True,
         )
-        ctx.save_for_backward(flat, low, gate, *trained)
+        ctx.product = product_of(x)
+        ctx.save_for_backward(flat if ctx.product is None else None, low, gate, *trained)
         ctx.group, ctx.places = group, places
         ctx.x_shape, ctx.x_type, ctx.gates_shape = x.shape, x.dtype, gates.shape
         return tuple(outputs)
@@ -46,6 +49,8 @@ class GroupUpdate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, *grads):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
         flat, low, gate, *_trained = ctx.saved_tensors
+        if flat is None:
+            flat = product_again(ctx.product).reshape(len(low), -1).to(low.dtype)
         group, members = ctx.group, [ctx.group.members[place] for place in ctx.places]
         needs = ctx.needs_input_grad
         flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
