@@ -3,7 +3,7 @@
 Three kinds of sums stand for the text, which itself is never stored:
 
 - token counts, and counts of pairs of neighbouring tokens hashed into 65,536 buckets, for the token evidence (naive
-  Bayes); what was seen only once is dropped before it is stored, so that no word of a single place leaks;
+  Bayes); what was counted only once is dropped before it is stored (docs/threat-model.md says what that leaves);
 - number, sum and sum of outer products of hidden-state features, for the hidden-state evidence (linear discriminant
   analysis). Features are a fixed projection of the hidden state that enters the first expert-bearing layer: a function
   of the frozen base model alone, so they never go stale.
@@ -23,7 +23,7 @@ from .base_model import Anatomy, hidden_states_at
 from .blocks import Blocks
 from .errors import IncompatibleError
 
-LEAST_COUNT = 2  # rarer tokens and pairs are dropped
+LEAST_COUNT = 2  # tokens and buckets of pairs with less are dropped
 PAIR_BUCKETS = 1 << 16
 MOST_FEATURES = 256
 MOST_TOKENS = 1 << 22  # of a vocabulary; what is said of one is not believed beyond
@@ -67,11 +67,11 @@ class DomainStatistics:
 
     @property
     def least_count(self) -> int:
-        """The smallest count of a token or a pair; 0 or more unless something was taken away that was never added."""
+        """The smallest count of a token or a bucket; 0 or more unless something was taken away that was never added."""
         return int(min(self.token_counts.min().item(), self.pair_counts.min().item()))
 
     def without_rare_tokens(self) -> "DomainStatistics":
-        """The same with every count of a token or a pair under `LEAST_COUNT` dropped."""
+        """The same with every count of a token or a bucket under `LEAST_COUNT` dropped."""
         tokens, pairs = (torch.where(c < LEAST_COUNT, 0, c) for c in (self.token_counts, self.pair_counts))
         return DomainStatistics(tokens, pairs, self.rows, self.feature_sum, self.feature_outer)
 
