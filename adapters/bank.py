@@ -42,7 +42,7 @@ class LayerExperts:
     B: dict[str, Float[Tensor, "d_out rank"]]
     expert_gate: Float[Tensor, "experts width"]  # W_e: rows that score the experts
     rank_gate: Float[Tensor, "rank width"] | None  # V: None where rank gates are off (every factor is 1)
-    mean_gate: Float[Tensor, " rank"] | None = None  # average of expert gate times rank gate on held-out text
+    mean_gate: Float[Tensor, " rank"] | None = None  # mean of expert gate times rank gate on the bank's own text
 
     @property
     def rank(self) -> int:

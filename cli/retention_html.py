@@ -207,7 +207,7 @@ def _prototypes(details: "ReportDetails") -> Html:
 
 
 def _layers(details: "ReportDetails") -> Html:
-    words = "How many experts each decoder layer has; a bar for each, as high as its mean gate on held-out text."
+    words = "How many experts each decoder layer has; a bar for each, as high as its mean gate on its own text."
     return join(tag("p", words), layers_grid(details))
 
 

@@ -1,7 +1,7 @@
 """What a report shows of the packs themselves: how their text lies, and how their experts stand and are used.
 
     places   prototypes of all domains in the plane that keeps most of their variance (principal components)
-    gates    each expert's mean gate, by decoder layer, on held-out text
+    gates    each expert's mean gate, by decoder layer, on text that it was trained on
 
 Packs are read, and so verified, one after another: however many there are, one is in memory.
 """
