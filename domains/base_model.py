@@ -65,6 +65,11 @@ def check_device(device: str) -> None:
         )
 
 
+def most_positions(model: PreTrainedModel) -> int | None:
+    """How many tokens the model reads at once; None where its config sets no bound (ALiBi, as in BLOOM)."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
 def find_anatomy(model: PreTrainedModel) -> Anatomy:
     """Finds the list of decoder layers: the outermost ModuleList that is as long as the config says.
 

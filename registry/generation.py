@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..adapters.attach import Routing, routing_of
+from ..domains.base_model import most_positions
 from ..domains.errors import InputError
 
 
@@ -49,10 +50,10 @@ def generate(
     text = _chat_text(tokenizer, prompt) if chat else prompt
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(next(model.parameters()).device)
     length = inputs["input_ids"].shape[1]
-    longest = model.config.get_text_config().max_position_embeddings
+    longest = most_positions(model)
     if length == 0:
         raise InputError("The prompt has no tokens.", fix="give some text")
-    if length + max_new_tokens > longest:
+    if longest is not None and length + max_new_tokens > longest:
         raise InputError(
             "The prompt is too long.",
             cause=f"{length} tokens and {max_new_tokens} new ones, the base model reads {longest}",

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ..adapters.attach import routing_of
-from ..domains.base_model import hidden_states_at
+from ..domains.base_model import hidden_states_at, most_positions
 from ..domains.errors import InputError
 from ..domains.prototypes import PrototypeIndex
 from ..domains.statistics import causal_means, feature_projection, hidden_features
@@ -36,8 +36,7 @@ def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str)
     if plan.static:
         raise InputError("A static composition does not route.", fix="leave out --static")
     model = compose_packs(plan, packs, base)
-    limit = base.model.config.get_text_config().max_position_embeddings
-    ids = base.tokenizer(text, return_tensors="pt")["input_ids"][:, :limit].to(base.model.device)
+    ids = base.tokenizer(text, return_tensors="pt")["input_ids"][:, : most_positions(base.model)].to(base.model.device)
     if ids.shape[1] == 0 or not text.strip():
         raise InputError("The text is empty.", fix='registry route "some text"')
     mask = torch.ones_like(ids)

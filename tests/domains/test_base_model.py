@@ -18,6 +18,7 @@ from lorary.domains.base_model import (
     hidden_states_at,
     linear_shape,
     load_base_model,
+    most_positions,
     target_modules,
 )
 from lorary.domains.errors import IncompatibleError, InputError
@@ -67,6 +68,15 @@ def model_of() -> Any:
             return AutoModelForCausalLM.from_config(config).eval()
 
     return make
+
+
+@pytest.mark.parametrize(("family", "most"), [("llama", 64), ("gpt2", 64), ("bloom", None)])
+def test_a_model_without_a_bound_reads_as_many_tokens_as_there_are(family: str, most: int | None) -> None:
+    bound = {"llama": {"max_position_embeddings": 64}, "gpt2": {"n_positions": 64}, "bloom": {}}[family]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **bound))
+
+    assert most_positions(model) == most
 
 
 @pytest.mark.parametrize(
