@@ -52,7 +52,8 @@ def collect_garbage(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = F
     old = {digest: path for digest, path in unnamed.items() if _is_older(path, oldest)}
     temporary = tuple(path for path in _temporary_files(store) if _is_older(path, oldest))
     checkpoints = tuple(path for path in _finished_checkpoints(store) if _is_older(path, oldest))
-    size = sum(map(_size, [*old.values(), *temporary, *checkpoints]))
+    sizes = {digest: _size(path) for digest, path in old.items()}
+    others = sum(map(_size, [*temporary, *checkpoints]))
     if not dry_run:
         for path in temporary:
             delete(path)
@@ -64,7 +65,7 @@ def collect_garbage(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = F
         blobs=tuple(sorted(old)),
         temporary=temporary,
         checkpoints=checkpoints,
-        bytes=size,
+        bytes=others + sum(sizes[digest] for digest in old),
         young=len(unnamed) - len(old),
         is_dry=dry_run,
     )
