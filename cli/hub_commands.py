@@ -8,10 +8,9 @@ import typer
 
 from . import manifest_facts as of
 from . import output
-from .look_commands import Reference
 from .numbers import brief, exact, percent, plural, size
 from .opening import open_registry, quiet_libraries
-from .options import Json, StorePath
+from .options import Json, Reference, StorePath
 from .page import Cell, Page, Span, cell, facts, faint, line, table, title
 from .watch import watch
 

@@ -125,7 +125,7 @@ def show_page(registry: "Registry", manifest: "PackManifest") -> Page:
         ("lineage", _lineage(manifest)),
         ("files", f"{len(manifest.files)}, {size(sum(file.size for file in manifest.files))}"),
         ("created", cell(manifest.created[:16].replace("T", " ") + " UTC", manifest.created)),
-        ("made with", ", ".join(f"{name} {value}" for name, value in _tools(manifest).items())),
+        ("made with", manifest.made_with),
         ("digest", manifest.digest),
     ]
     data = {
@@ -158,12 +158,6 @@ def _lineage(manifest: "PackManifest") -> str:
     if not preservation:
         return first
     return f"{first}, over general@{preservation['version']} {brief(preservation['digest'])}"
-
-
-def _tools(manifest: "PackManifest") -> dict[str, object]:
-    tool = dict(manifest.tool)
-    named = {str(tool.pop("name", "lorary")): tool.pop("version", "?")}
-    return {**named, **tool}
 
 
 def version(as_json: Json = False) -> None:

@@ -19,14 +19,13 @@ from .compose import compose_packs
 from .composing import Plan
 from .digest import hex_of, sha256_of
 from .domain_data import general_examples
-from .export_plan import Exported, check_static
+from .export_plan import VLLM_RANKS, Exported, check_static
 from .files import new_path
 from .loaded_base import LoadedBase
 from .manifest import ADAPTER_TENSORS, BaseRecord
 from .pack import DomainPack
 from .static_adapter import adapter_files, one_rank, static_bank
 
-VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes (vllm/config/lora.py)
 # largest difference of logits, as a share of the largest logit, at which a merged model is the composed one
 LIMITS: Final = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 CHECKED_TEXTS: Final = 4

@@ -163,6 +163,13 @@ class PackManifest:
         return sha256_of(canonical_json(content))
 
     @property
+    def made_with(self) -> str:
+        """The programs that made it, with their versions: `lorary 0.1.0, torch 2.9.0, ...`."""
+        tool = dict(self.tool)
+        named = {str(tool.pop("name", "lorary")): tool.pop("version", "?")}
+        return ", ".join(f"{name} {version}" for name, version in {**named, **tool}.items())
+
+    @property
     def parent(self) -> int | None:
         """The version that this one was retrained from; None for one that began anew."""
         parent = self.lineage.get("parent")

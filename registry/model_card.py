@@ -9,6 +9,7 @@ import shlex
 from typing import Any, Final
 
 from .composing import GENERAL
+from .export_plan import VLLM_RANKS
 from .manifest import ExpertRecord, PackManifest
 
 TAGS: Final = ("lora", "peft", "lorary", "lora-experts", "continual-learning")
@@ -215,7 +216,7 @@ def _provenance(manifest: PackManifest) -> str:
         ("steps, seed", _texts(manifest.train.get("steps"), settings.get("seed"))),
         ("version before", _texts(manifest.lineage.get("parent") or "none")),
         ("trained over the KP bank", _code(preservation.get("digest") or "-")),
-        ("made", f"{_code(manifest.created)} with {_code(_tools(manifest))}"),
+        ("made", f"{_code(manifest.created)} with {_code(manifest.made_with)}"),
         ("license", plain(manifest.license)),
     ]
     return "\n".join(["## Provenance", "", "| | |", "|---|---|", *(f"| {label} | {value} |" for label, value in rows)])
@@ -239,12 +240,6 @@ registry show {manifest.name} --json
 prints has to be `{manifest.digest}`."""
 
 
-def _tools(manifest: PackManifest) -> str:
-    tool = dict(manifest.tool)
-    named = {str(tool.pop("name", "lorary")): tool.pop("version", "?")}
-    return ", ".join(f"{name} {version}" for name, version in {**named, **tool}.items())
-
-
 def _number(value: object) -> str:
     return "-" if value is None or isinstance(value, bool) or not isinstance(value, int | float) else f"{value:.4g}"
 
@@ -257,7 +252,7 @@ def _ranks(experts: tuple[ExpertRecord, ...]) -> list[int]:
 
 def _served_rank(rank: int) -> int:
     """The least --max-lora-rank of vLLM that holds so many."""
-    return next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+    return next((size for size in VLLM_RANKS if size >= rank), rank)
 
 
 def _ranges(layers: tuple[int, ...]) -> str:
