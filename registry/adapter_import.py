@@ -15,22 +15,21 @@ from ..adapters.bank import ExpertBank
 from ..adapters.router import Tempers
 from ..adapters.training import TrainingConfig
 from ..domains.blocks import encode, pack_blocks
-from ..domains.progress import OnProgress, Progress
-from ..domains.prototypes import Neighbour, PrototypeIndex, make_prototypes
-from ..domains.statistics import measure_statistics
+from ..domains.progress import OnProgress
+from ..domains.prototypes import Neighbour, PrototypeIndex
 from .adapter_bank import bank_of_adapter
 from .adapter_source import Import
 from .add_domain import other_domains
 from .canonical import canonical_json
-from .composing import GENERAL, plan_composition
 from .domain_data import general_examples
 from .drift import Drift, measure_drift
 from .evaluation import DomainScores, score_new_domain
 from .files import make_folder, write_atomic
+from .ground import Ground, measure_over
 from .loaded_base import LoadedBase
 from .manifest import ADAPTER_TENSORS, BaseRecord, PackManifest
 from .new_version import tool_record
-from .pack import DomainPack, expert_records, pack_files, read_pack, read_routing
+from .pack import DomainPack, expert_records, pack_files, read_routing
 from .store import Store
 from .tensor_file import load_tensors
 
@@ -58,10 +57,10 @@ def import_adapter(
     files, data = what.files, what.data
     tensors = load_tensors(files.tensors, source=f"{files.source}: {ADAPTER_TENSORS}")
     bank = bank_of_adapter(tensors, what.config, base.model, base.anatomy, source=files.source)
-    kp = plan_composition(store, GENERAL, base=record).slots[0].manifest
-    preservation = read_pack(store, kp)
+    ground = Ground.of(store, base, record, on_progress)
+    preservation = ground.preservation
     others = {m.name: read_routing(store, m) for m in other_domains(store, record)}
-    pack = _measured_pack(bank, what, base, preservation, on_progress)
+    pack = _measured_pack(bank, what, ground)
     index = PrototypeIndex(list(others), [other.prototypes for other in others.values()])
     drift = measure_drift(preservation, others, pack, width=base.anatomy.width)
     general = general_examples()
@@ -74,7 +73,7 @@ def import_adapter(
         base=record,
         experts=expert_records(bank),
         allocation={"schedule": "imported", "counts": list(bank.counts(base.anatomy.count))},
-        lineage={"parent": None, "preservation": {"version": kp.version, "digest": kp.digest}},
+        lineage={"parent": None, "preservation": ground.lineage},
         train={"run": _remember_sources(store, what), "data": data.record, "imported": _import_record(what)},
         evaluation=scores.as_json(),
         proof={"drift": asdict(drift)},
@@ -86,25 +85,17 @@ def import_adapter(
     return ImportedAdapter(manifest=manifest, scores=scores, drift=drift, neighbours=index.neighbours(pack.prototypes))
 
 
-def _measured_pack(
-    bank: ExpertBank, what: Import, base: LoadedBase, preservation: DomainPack, on_progress: OnProgress
-) -> DomainPack:
+def _measured_pack(bank: ExpertBank, what: Import, ground: Ground) -> DomainPack:
     """The bank with all that a domain's text says; features are read where KP's are, so that they can be compared."""
-    layer, block = preservation.feature_layer, TrainingConfig().block
-    blocks = pack_blocks([encode(example, base.tokenizer) for example in what.data.train], block)
-    statistics, means = measure_statistics(
-        base.model,
-        base.anatomy,
-        blocks,
-        layer=layer,
-        on_batch=lambda done, total: on_progress(Progress(f"reading {what.name}", done, total)),
-    )
+    tokenizer = ground.base.tokenizer
+    blocks = pack_blocks([encode(example, tokenizer) for example in what.data.train], TrainingConfig().block)
+    statistics, prototypes = measure_over(ground, what.name, blocks)
     return DomainPack(
         bank=bank,
-        statistics=statistics.without_rare_tokens(),
-        prototypes=make_prototypes(means, preservation.statistics.feature_mean),
+        statistics=statistics,
+        prototypes=prototypes,
         tempers=Tempers(),
-        feature_layer=layer,
+        feature_layer=ground.preservation.feature_layer,
     )
 
 

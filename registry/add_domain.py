@@ -10,12 +10,13 @@ from ..domains.corpus import Source
 from ..domains.errors import ConflictError
 from ..domains.progress import OnProgress
 from ..domains.prototypes import Neighbour, near_duplicate
-from .composing import GENERAL, plan_composition
+from .composing import GENERAL
 from .domain_data import check_new_name, general_examples, read_domain_data, spec_of
 from .drift import Drift, measure_drift
 from .evaluation import DomainScores, score_new_domain, score_preservation
 from .fingerprint import check_same_base
-from .learning import Ground, OnNeighbours, learn_domain, learn_preservation
+from .ground import Ground
+from .learning import OnNeighbours, learn_domain, learn_preservation
 from .loaded_base import LoadedBase
 from .manifest import BaseRecord, PackManifest
 from .new_version import draft_of, new_lesson, store_version
@@ -102,17 +103,10 @@ def add_domain(
     check_new_name(store, name)
     spec = spec_of(name, data)
     found = read_domain_data(spec, data)
-    kp = plan_composition(store, GENERAL, base=record).slots[0].manifest
+    ground = Ground.of(store, base, record, on_progress)
     manifests = {manifest.name: manifest for manifest in other_domains(store, record)}
     others = {other: read_routing(store, manifest) for other, manifest in manifests.items()}
     lesson = new_lesson(store, name, found, record, bank, training.for_width(base.anatomy.width))
-    ground = Ground(
-        base=base,
-        store=store,
-        preservation=read_pack(store, kp),
-        general=general_examples(),
-        on_progress=on_progress,
-    )
     learned = learn_domain(
         lesson,
         ground,
@@ -122,11 +116,11 @@ def add_domain(
     )
     drift = measure_drift(ground.preservation, others, learned.pack, width=base.anatomy.width)
     scores = score_new_domain(
-        base, ground.preservation, learned.pack, name, found.held_out, ground.general, on_progress=on_progress
+        base, ground.preservation, learned.pack, name, found.held_out, general_examples(), on_progress=on_progress
     )
     draft = draft_of(spec, "domain", record, learned, found, lesson, scores.as_json(), base)
     draft.proof["drift"] = asdict(drift)
-    draft.lineage["preservation"] = {"version": kp.version, "digest": kp.digest}
+    draft.lineage["preservation"] = ground.lineage
     manifest = store_version(store, draft, learned.pack, base, lesson)
     return AddedDomain(
         manifest=manifest,

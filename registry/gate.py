@@ -16,7 +16,7 @@ from ..domains.example import Example
 from ..domains.progress import Progress
 from .domain_data import MOST_BYTES
 from .evaluation import with_preservation
-from .learning import Ground
+from .ground import Ground
 from .pack import DomainPack
 
 

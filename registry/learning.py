@@ -26,10 +26,11 @@ from ..adapters.warm_start import CLOSE, activation_weights, can_lend, lend, see
 from ..domains.blocks import Blocks, encode, pack_blocks
 from ..domains.errors import InputError, IntegrityError
 from ..domains.example import Example
-from ..domains.progress import OnProgress, Progress
+from ..domains.progress import OnProgress
 from ..domains.prototypes import Neighbour, PrototypeIndex, join_prototypes, make_prototypes
-from ..domains.statistics import DomainStatistics, measure_statistics
-from .composing import KP_PRIOR
+from ..domains.statistics import DomainStatistics
+from .composing import GENERAL, KP_PRIOR
+from .ground import Ground, measure, measure_over
 from .loaded_base import LoadedBase
 from .pack import DomainPack, RoutingData
 from .proof import check_only_new_is_trainable, frozen_digests, prove
@@ -44,7 +45,6 @@ class Lesson:
 
     name: str
     train: Sequence[Example]
-    held_out: Sequence[Example]
     bank: BankConfig
     training: TrainingConfig
     run: Path
@@ -62,17 +62,6 @@ class Learned:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ground:
-    """What a domain is trained over."""
-
-    base: LoadedBase
-    store: Store
-    preservation: DomainPack  # KP's
-    general: Sequence[Example]  # general held-out text, which must be predicted as well as before
-    on_progress: OnProgress
-
-
-@dataclass(frozen=True, kw_only=True)
 class Start:
     """What a bank is before it is trained, and the text that it will stand for."""
 
@@ -86,7 +75,7 @@ def learn_preservation(lesson: Lesson, *, base: LoadedBase, store: Store, on_pro
     """Trains the KP bank on general text."""
     blocks = _blocks(lesson, base)
     layer = feature_layer(lesson.bank, base)
-    statistics, means = _measure(lesson, base, blocks, layer, on_progress)
+    statistics, means = measure(lesson.name, blocks, base, layer, on_progress)
     bank = _fresh_bank(lesson, base, blocks)
     seed_expert_gates(bank, base.model, blocks)
     stack = Stack(names=(lesson.name,), banks=(bank,), trainable=True)
@@ -120,7 +109,7 @@ def learn_domain(
     base = ground.base
     _check_first_layer(lesson, ground)
     blocks = _blocks(lesson, base)
-    statistics, prototypes = _measure_over(lesson, ground, blocks)
+    statistics, prototypes = measure_over(ground, lesson.name, blocks)
     neighbours = PrototypeIndex(list(others), [other.prototypes for other in others.values()]).neighbours(prototypes)
     on_neighbours(neighbours)
     bank = _fresh_bank(lesson, base, blocks)
@@ -142,7 +131,7 @@ def learn_more(lesson: Lesson, ground: Ground, parent: DomainPack, *, mode: str)
     if mode != "continue":
         _check_first_layer(lesson, ground)
     blocks = _blocks(lesson, base)
-    statistics, prototypes = _measure_over(lesson, ground, blocks)
+    statistics, prototypes = measure_over(ground, lesson.name, blocks)
     if mode != "fresh":
         shares = [parent.statistics.rows, statistics.rows]
         prototypes = join_prototypes([parent.prototypes, prototypes], shares)
@@ -164,7 +153,7 @@ def _learn(lesson: Lesson, ground: Ground, start: Start, blocks: Blocks) -> Lear
     prior = torch.tensor([KP_PRIOR, 1 - KP_PRIOR])
     router = DomainRouter(slots, prior=prior, tempers=Tempers(), width=base.anatomy.width)
     banks = [preservation.bank, start.older, start.bank]
-    stack = Stack(names=("general", lesson.name), banks=tuple(filter(None, banks)), trainable=True)
+    stack = Stack(names=(GENERAL, lesson.name), banks=tuple(filter(None, banks)), trainable=True)
     composed = attach(base.model, stack, router=router)
     proof, figures = _train_and_prove(
         lesson, composed, blocks, base=base, store=ground.store, on_progress=ground.on_progress
@@ -203,26 +192,6 @@ def _check_first_layer(lesson: Lesson, ground: Ground) -> None:
 
 def _blocks(lesson: Lesson, base: LoadedBase) -> Blocks:
     return pack_blocks([encode(example, base.tokenizer) for example in lesson.train], lesson.training.block)
-
-
-def _measure(
-    lesson: Lesson, base: LoadedBase, blocks: Blocks, layer: int, on_progress: OnProgress
-) -> tuple[DomainStatistics, Tensor]:
-    statistics, means = measure_statistics(
-        base.model,
-        base.anatomy,
-        blocks,
-        layer=layer,
-        on_batch=lambda done, total: on_progress(Progress(f"reading {lesson.name}", done, total)),
-    )
-    return statistics.without_rare_tokens(), means
-
-
-def _measure_over(lesson: Lesson, ground: Ground, blocks: Blocks) -> tuple[DomainStatistics, Tensor]:
-    """Statistics, and prototypes around the mean of general text."""
-    layer = ground.preservation.feature_layer
-    statistics, means = _measure(lesson, ground.base, blocks, layer, ground.on_progress)
-    return statistics, make_prototypes(means, ground.preservation.statistics.feature_mean)
 
 
 def _fresh_bank(lesson: Lesson, base: LoadedBase, blocks: Blocks, *, older: Sequence[Expert] = ()) -> ExpertBank:

@@ -42,7 +42,7 @@ def new_lesson(
     run = store.runs / f"{name}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]}"
     make_folder(run)
     write_atomic(run / "run.json", canonical_json({"name": name, "sources": found.sources, "state": "running"}))
-    return Lesson(name=name, train=found.train, held_out=found.held_out, bank=bank, training=training, run=run)
+    return Lesson(name=name, train=found.train, bank=bank, training=training, run=run)
 
 
 def draft_of(

@@ -13,13 +13,13 @@ from ..domains.corpus import corpus_digest
 from ..domains.errors import IntegrityError
 from ..domains.progress import OnProgress
 from .add_domain import other_domains
-from .composing import GENERAL, plan_composition
 from .domain_data import general_examples
 from .drift import Drift, measure_drift
 from .evaluation import score_new_domain
 from .fingerprint import check_same_base
 from .gate import Gate, measure_gate
-from .learning import Ground, learn_more
+from .ground import Ground
+from .learning import learn_more
 from .loaded_base import LoadedBase
 from .manifest import BaseRecord, PackManifest
 from .new_version import draft_of, new_lesson, store_version
@@ -71,20 +71,13 @@ def retrain(
     stored = _stored_by(store, name, lesson.run.name)
     if stored:
         return _judged_again(store, stored, plan)
-    kp = plan_composition(store, GENERAL, base=record).slots[0].manifest
-    ground = Ground(
-        base=base,
-        store=store,
-        preservation=read_pack(store, kp),
-        general=general_examples(),
-        on_progress=on_progress,
-    )
+    ground = Ground.of(store, base, record, on_progress)
     older = read_pack(store, parent)
     learned = learn_more(lesson, ground, older, mode=plan.mode)
     inherited = _inherited(plan, older, learned.pack)
     gate = measure_gate(ground, older, learned.pack, name, plan.older, tolerance=plan.tolerance)
     scores = score_new_domain(
-        base, ground.preservation, learned.pack, name, plan.data.held_out, ground.general, on_progress=on_progress
+        base, ground.preservation, learned.pack, name, plan.data.held_out, general_examples(), on_progress=on_progress
     )
     evaluation = scores.as_json() | {"gate": gate.as_json()}
     draft = draft_of(plan.spec, "domain", record, learned, plan.data, lesson, evaluation, base)
@@ -92,7 +85,7 @@ def retrain(
     draft.lineage.update(
         parent={"version": parent.version, "digest": parent.digest},
         mode=plan.mode,
-        preservation={"version": kp.version, "digest": kp.digest},
+        preservation=ground.lineage,
     )
     alias = LATEST if gate.holds else None
     manifest = store_version(store, draft, learned.pack, base, lesson, first_only=False, alias=alias)
