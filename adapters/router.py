@@ -36,7 +36,7 @@ METHOD = 2  # part of the keys of all that is kept: raised when the same statist
 SMOOTHING = 0.3  # share of the background in each slot; pseudo-counts would favour slots with little text
 UNIFORM_SHARE = 0.02  # of the background, so that no token is impossible
 RIDGE = 0.01  # of the mean variance, added to the covariance
-TYPICAL_TOKENS = 64  # length of the typical text on which drift is measured
+TYPICAL_TOKENS = 8  # of the typical text on which drift is measured; longer ones are so sure that none could be seen
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -168,14 +168,14 @@ def drift(manifest: "PackManifest") -> Cell | None:
     found = manifest.proof.get("drift")
     if not found or not found["domains"]:
         return None
-    flips = found["top1_flips"]
-    most = percent(found["newcomer_share"], digits=1)
-    text = (
-        f"{plural(found['domains'], 'older domain')} compared: "
-        f"mean KL {found['mean_kl']:.4f} nats, the newcomer takes at most {most}, "
-    )
+    from ..registry.manifest import DRIFT_EPSILON
+
+    flips, share = found["top1_flips"], found["newcomer_share"]
+    compared = f"{plural(found['domains'], 'older domain')} compared: mean KL {found['mean_kl']:z.4f} nats, "
+    taken = f"the newcomer takes at most {percent(share, digits=1)}"
+    taken += f", more than {percent(DRIFT_EPSILON)}" if share > DRIFT_EPSILON else ""
     flipped = Span(f"{flips or 'none'} routed elsewhere now", "warn" if flips else "good")
-    return cell(line(text, flipped))
+    return cell(line(compared, Span(taken, "warn") if share > DRIFT_EPSILON else taken, ", ", flipped))
 
 
 def neighbours(found: "Iterable[Neighbour]") -> Cell | None:

@@ -25,6 +25,7 @@ MANIFEST_FILE: Final = "lorary.json"  # the manifest's own name in a pack folder
 ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # at the root, and of an expert
 ROUTER_TENSORS, ROUTER_CONFIG = "router/router.safetensors", "router/router.json"
 ROLES: Final = ("domain", "preservation")
+DRIFT_EPSILON: Final = 0.05  # of an older domain's gates: a newcomer that takes more is pointed out
 METHODS: Final = ("lora", "rslora")
 MAX_PATH: Final = 255  # characters
 

@@ -1,6 +1,12 @@
 """list, show, version: a table for people, tab-separated values in a pipe, one JSON document with --json."""
 
 import json
+from dataclasses import replace
+
+import pytest
+
+from lorary.cli.manifest_facts import drift
+from lorary.registry.store import Store
 
 
 def test_list_draws_a_table_on_a_terminal(run, store):
@@ -65,6 +71,19 @@ def test_show_manifest_prints_the_manifest_itself(run, store):
     result = run("show", "legal", "--manifest", store=store)
 
     assert json.loads(result.stdout)["name"] == "legal"
+
+
+@pytest.mark.parametrize(
+    ("share", "says"), [(0.05, "at most 5.0 %, none"), (0.2, "at most 20.0 %, more than 5 %, none")]
+)
+def test_a_newcomer_that_takes_much_of_an_older_domain_is_pointed_out(share, says, store):
+    manifest = Store.open(store).manifest("legal")
+    found = {"domains": 1, "mean_kl": 0.0, "top1_flips": 0, "newcomer_share": share}
+
+    told = drift(replace(manifest, proof={"drift": found}))
+
+    assert told is not None
+    assert says in told.plain
 
 
 def test_version_names_the_libraries(run, document):
