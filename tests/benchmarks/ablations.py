@@ -151,10 +151,11 @@ def parse_arguments() -> argparse.Namespace:
         return arguments
     if not arguments.row or not arguments.data:
         parser.error("a row and --data are needed to measure")
-    if arguments.domain not in STREAMS[arguments.stream]:
-        parser.error(f"stream {arguments.stream} has no domain {arguments.domain}")
-    if not arguments.store and any(row in COMPOSITIONS for row in arguments.row):
+    is_composition = [row in COMPOSITIONS for row in arguments.row]
+    if any(is_composition) and not arguments.store:
         parser.error("a composition needs --store")
+    if not all(is_composition) and arguments.domain not in STREAMS[arguments.stream]:
+        parser.error(f"stream {arguments.stream} has no domain {arguments.domain}, give --domain for a bank alone")
     return arguments
 
 

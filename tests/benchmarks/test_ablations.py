@@ -81,3 +81,16 @@ def test_stored_domains_are_composed_in_other_ways(data: Path, tmp_path: Path) -
     assert lines["token+pair+hidden"]["share"] != lines["pair"]["share"]
     assert lines["static-known"]["share"]["legal"] == pytest.approx(1.0, abs=0.2)
     assert "| A | static-equal | " in run("--table", "--out", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("row", "error"), [("known", "a composition needs --store"), ("zero", "stream B has no domain legal")]
+)
+def test_what_a_row_needs_is_said_before_anything_is_read(row: str, error: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(SCRIPT), "--row", row, "--stream", "B", "--data", "nowhere", "--out", str(tmp_path)]
+
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=SCRIPT.parents[2])
+
+    assert done.returncode == 2
+    assert error in done.stderr
