@@ -17,16 +17,17 @@ from typing import Any, Final
 from transformers import PreTrainedModel
 
 from ..adapters.attach import fixed_slots
+from ..adapters.composition import GENERAL
 from ..adapters.router import METHOD
 from ..domains.errors import InputError
 from ..domains.progress import OnProgress
 from .compose import compose_packs
-from .composing import GENERAL, Plan, plan_composition
+from .composing import Plan, plan_composition
 from .domain_data import HeldOut
 from .drift import Drift, measure_drift
 from .loaded_base import LoadedBase
 from .manifest import BaseRecord, PackManifest
-from .pack import DomainPack, read_pack
+from .pack import DomainPack, Routable, read_pack, read_routing
 from .score_cache import CellScores, ScoreCache
 from .scoring import BLOCK, score_held_out
 from .store import Store
@@ -154,6 +155,10 @@ class _Composer:
             self._packs[manifest.digest] = read_pack(self._store, manifest)
         return self._packs[manifest.digest]
 
+    def routing(self, manifest: PackManifest) -> Routable:
+        """What a pack routes by; its experts are not read for that."""
+        return self._packs.get(manifest.digest) or read_routing(self._store, manifest)
+
     def model(self, plan: Plan | None) -> PreTrainedModel:
         """The bare base, or the routed composition."""
         if plan is None:
@@ -191,9 +196,10 @@ def _drifts(composer: _Composer, preservation: PackManifest, added: Sequence[Pac
     """What each addition did to the routing of the domains before it."""
     kp = composer.pack(preservation)
     width = kp.bank.layers[kp.bank.first_layer].expert_gate.shape[1]
+    routing = {manifest.name: composer.routing(manifest) for manifest in added}
     for i, manifest in enumerate(added):
-        others = {older.name: composer.pack(older) for older in added[:i]}
-        yield measure_drift(kp, others, composer.pack(manifest), width=width)
+        others = {older.name: routing[older.name] for older in added[:i]}
+        yield measure_drift(kp, others, routing[manifest.name], width=width)
 
 
 def _first_created(store: Store, name: str) -> str:

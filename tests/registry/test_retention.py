@@ -11,7 +11,7 @@ from lorary.adapters.attach import fixed_slots
 from lorary.domains.errors import InputError, NotFoundError
 from lorary.domains.evaluation import score_language
 from lorary.domains.progress import Progress
-from lorary.registry import Registry
+from lorary.registry import Registry, pack
 from lorary.registry.domain_data import general_examples, stored_held_out
 from lorary.registry.retention import in_order_of_addition, measured_cells
 
@@ -102,12 +102,19 @@ def test_an_interrupted_report_goes_on(whole: Registry, reported: Any, fresh_cop
     assert len(measured_now(registry, "cooking")) == 3 * 2 + 1 - 3
 
 
-def test_what_was_measured_needs_no_base_model(whole: Registry, reported: Any, monkeypatch: Any) -> None:
-    again = Registry.open(whole.store.path)
+def test_what_was_measured_needs_no_base_model_and_no_experts(whole: Registry, reported: Any, monkeypatch: Any) -> None:
+    again, read = Registry.open(whole.store.path), []
+
+    def read_pack(files: Any, manifest: Any) -> Any:
+        read.append(manifest.name)
+        return pack.read_pack(files, manifest)
+
+    monkeypatch.setattr("lorary.registry.retention.read_pack", read_pack)
 
     found = again.retention()
 
     assert again._base is None
+    assert read == ["general"]  # of the others only what they route by, for drift
     assert found.as_json() == reported.as_json()
 
 
