@@ -128,10 +128,10 @@ def doctor(store: StorePath = None, as_json: Json = False) -> None:
     Example: registry doctor
     """
     from ..registry.doctor import examine
-    from ..registry.store import Store
+    from ..registry.location import locate_store
 
     quiet_libraries()
-    found = examine(Store.locate(store, os.environ, Path.cwd()))
+    found = examine(locate_store(store, os.environ, Path.cwd()))
     output.show(doctor_page(found), command="doctor", as_json=as_json)
 
 

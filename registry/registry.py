@@ -14,11 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..adapters.composition import parse_reference
+from ..adapters.composition import GENERAL, parse_reference
 from ..domains.errors import ConflictError, IntegrityError
 from ..domains.progress import OnProgress, silent
-from .composing import GENERAL, Plan, plan_composition
+from .composing import Plan, plan_composition
 from .fingerprint import POCKET, find_base, fingerprint
+from .location import locate_store
 from .manifest import BaseRecord, PackManifest
 from .removal import remove_version, restore_version
 from .saved_composition import is_saved_composition, open_plan, save_composition
@@ -80,7 +81,7 @@ class Registry:
             ConflictError: There is a complete registry already, or an unfinished one for another base.
         """
         folder = find_base(base, revision=revision)
-        root = Store.locate(path, os.environ, Path.cwd())
+        root = locate_store(path, os.environ, Path.cwd())
         record = fingerprint(folder, source=base, revision=revision)
         settings = {
             "source": base if base == POCKET or not Path(base).is_dir() else str(folder),
@@ -107,7 +108,7 @@ class Registry:
         Raises:
             NotFoundError: There is none.
         """
-        return cls(Store.open(Store.locate(path, os.environ, Path.cwd())), device=device, dtype=dtype)
+        return cls(Store.open(locate_store(path, os.environ, Path.cwd())), device=device, dtype=dtype)
 
     @property
     def base_record(self) -> BaseRecord:

@@ -96,20 +96,6 @@ class Store:
         minor = minor_of(schema, known=SCHEMA, source=str(source))
         return cls(root, record_from_json(StoreRecord, value, source=str(source), keeps_unknown=minor > 0))
 
-    @staticmethod
-    def locate(explicit: str | Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
-        """Where the store is, or would be: as asked, $LORARY_STORE, the nearest `.lorary` above, the user's own."""
-        asked = explicit or environ.get("LORARY_STORE")
-        if asked:
-            return cwd / Path(asked).expanduser()
-        for folder in (cwd, *cwd.parents):
-            if (folder / ".lorary").is_dir():
-                return folder / ".lorary"
-        data_home = Path(environ.get("XDG_DATA_HOME", ""))
-        if not data_home.is_absolute():  # the XDG specification says to ignore it then
-            data_home = Path(environ.get("HOME") or Path.home()) / ".local" / "share"
-        return data_home / "lorary"
-
     @property
     def settings(self) -> JsonObject:
         """What `create` was given; changing it changes nothing on disk."""

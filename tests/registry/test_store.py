@@ -1,7 +1,6 @@
 import errno
 import os
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -96,29 +95,6 @@ def test_damaged_store_file_is_found(store, data):
 
     with pytest.raises(IntegrityError, match="store.json"):
         Store.open(store.path)
-
-
-def test_locate_prefers_what_is_asked_then_environment_then_parents_then_home(tmp_path):
-    project = tmp_path / "project"
-    (project / ".lorary").mkdir(parents=True)
-    (project / "deep" / "er").mkdir(parents=True)
-    environ = {"LORARY_STORE": "/env", "XDG_DATA_HOME": "/xdg", "HOME": "/home/me"}
-    without = {key: value for key, value in environ.items() if key != "LORARY_STORE"}
-
-    assert Store.locate("/asked", environ, project) == Path("/asked")
-    assert Store.locate("asked", environ, project) == project / "asked"
-    assert Store.locate(None, environ, project) == Path("/env")
-    assert Store.locate(None, without, project / "deep" / "er") == project / ".lorary"
-    assert Store.locate(None, without, tmp_path) == Path("/xdg/lorary")
-    assert Store.locate(None, {"HOME": "/home/me"}, tmp_path) == Path("/home/me/.local/share/lorary")
-    assert Store.locate(None, {"HOME": "/home/me", "XDG_DATA_HOME": "rel"}, tmp_path).is_relative_to("/home/me")
-
-
-def test_locate_passes_over_empty_variables_and_files_named_lorary(tmp_path):
-    (tmp_path / ".lorary").write_bytes(b"")
-    environ = {"LORARY_STORE": "", "XDG_DATA_HOME": "", "HOME": "/home/me"}
-
-    assert Store.locate("", environ, tmp_path) == Path("/home/me/.local/share/lorary")
 
 
 def test_committed_version_reads_back(store, draft):
