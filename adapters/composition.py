@@ -25,7 +25,7 @@ from ..domains.errors import InputError
 from ..domains.names import check_name, parse_selector
 from ..domains.remote_ref import REMOTE_PREFIX, RemoteRef
 
-PRESERVATION_SLOT: Final = "general"
+GENERAL: Final = "general"  # the knowledge-preservation slot
 
 # an exponent has no plus sign: that sign separates terms
 _WEIGHT = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]-?[0-9]+)?")
@@ -94,9 +94,9 @@ class Composition:
     @property
     def slots(self) -> tuple[Term, ...]:
         """All slots that the composition loads: the terms, with `general` in front even where it is not written."""
-        if self.terms[0].name == PRESERVATION_SLOT:
+        if self.terms[0].name == GENERAL:
             return self.terms
-        return (Term(PRESERVATION_SLOT), *self.terms)
+        return (Term(GENERAL), *self.terms)
 
     def __str__(self) -> str:
         return "+".join(str(term) for term in self.terms)
@@ -123,8 +123,8 @@ def _canonical(terms: tuple[Term, ...]) -> tuple[Term, ...]:
         if names.count(name) > 1:
             raise InputError(f"The composition names {name!r} twice.", fix=_FIX)
     if len(terms) > 1:
-        terms = tuple(term for term in terms if term != Term(PRESERVATION_SLOT))
-    return tuple(sorted(terms, key=lambda term: (term.name != PRESERVATION_SLOT, term.name)))
+        terms = tuple(term for term in terms if term != Term(GENERAL))
+    return tuple(sorted(terms, key=lambda term: (term.name != GENERAL, term.name)))
 
 
 def _parse_term(text: str, part: str, position: int) -> Term:

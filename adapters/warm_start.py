@@ -9,7 +9,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,11 +28,7 @@ def activation_weights(model: PreTrainedModel, blocks: Blocks, *, first_layer: i
 
     Mean over tokens of |h_out / |h_out| - h_in / |h_in||: a layer that turns its input more is given more experts.
     """
-    device = next(model.parameters()).device
-    ids = blocks.input_ids[:SAMPLED_BLOCKS].to(device)
-    mask = blocks.attention_mask[:SAMPLED_BLOCKS].to(device)
-    states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
-    kept = mask.bool()
+    states, kept = _hidden_states(model, blocks)
     # directions, because transformers gives the last of the hidden states after the final norm
     change = [
         (F.normalize(after[kept].float(), dim=-1) - F.normalize(before[kept].float(), dim=-1))
@@ -47,15 +43,21 @@ def activation_weights(model: PreTrainedModel, blocks: Blocks, *, first_layer: i
 @torch.inference_mode()
 def seed_expert_gates(bank: ExpertBank, model: PreTrainedModel, blocks: Blocks) -> None:
     """Sets each layer's expert rows to centroids of the unit hidden states that enter the layer."""
-    device = next(model.parameters()).device
-    ids = blocks.input_ids[:SAMPLED_BLOCKS].to(device)
-    mask = blocks.attention_mask[:SAMPLED_BLOCKS].to(device)
-    states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False).hidden_states
-    stride = max(1, ids.shape[1] // TOKENS_PER_BLOCK)
-    kept = mask[:, ::stride].bool().cpu()
+    states, is_real = _hidden_states(model, blocks)
+    stride = max(1, is_real.shape[1] // TOKENS_PER_BLOCK)
+    kept = is_real[:, ::stride].cpu()
     for index, layer in bank.layers.items():
         points = F.normalize(states[index].float().cpu()[:, ::stride][kept], dim=-1)
         layer.expert_gate = centroids(points, len(layer.experts))
+
+
+def _hidden_states(model: PreTrainedModel, blocks: Blocks) -> tuple[tuple[Tensor, ...], Bool[Tensor, "blocks block"]]:
+    """What enters each decoder layer, and what leaves the last, for some blocks; and where they hold text."""
+    device = next(model.parameters()).device
+    ids = blocks.input_ids[:SAMPLED_BLOCKS].to(device)
+    mask = blocks.attention_mask[:SAMPLED_BLOCKS].to(device)
+    found = model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+    return found.hidden_states, mask.bool()
 
 
 def centroids(points: Float[Tensor, "points width"], count: int) -> Float[Tensor, "count width"]:

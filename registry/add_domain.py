@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
+from ..adapters.composition import GENERAL
 from ..adapters.config import BankConfig
 from ..adapters.training import TrainingConfig
 from ..domains.catalog import find_domain
@@ -10,7 +11,6 @@ from ..domains.corpus import Source
 from ..domains.errors import ConflictError
 from ..domains.progress import OnProgress
 from ..domains.prototypes import Neighbour, near_duplicate
-from .composing import GENERAL
 from .domain_data import check_new_name, general_examples, read_domain_data, spec_of
 from .drift import Drift, measure_drift
 from .evaluation import DomainScores, score_new_domain, score_preservation

@@ -7,13 +7,12 @@ on what is composed, never on what is stored.
 import math
 from dataclasses import dataclass
 
-from ..adapters.composition import Composition
+from ..adapters.composition import GENERAL, Composition
 from ..domains.errors import IntegrityError, NotFoundError
 from .fingerprint import check_same_base
 from .manifest import BaseRecord, PackManifest
 from .store import Store
 
-GENERAL = "general"  # the KP slot
 KP_PRIOR = 0.6  # KP's share of the prior: an empty prompt and unknown text behave like base + KP (docs/log.md)
 
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ..adapters.composition import GENERAL
 from ..domains.catalog import builtin_domains, find_domain
 from ..domains.corpus import Source, check_corpus, corpus_counts, corpus_digest, first_within, read_examples, split
 from ..domains.errors import ConflictError, InputError, LoraryError
@@ -17,7 +18,6 @@ from ..domains.example import Example
 from ..domains.names import check_name
 from ..domains.questions import find_labels, find_questions
 from ..domains.spec import DomainSpec
-from .composing import GENERAL
 from .digest import sha256_of
 from .manifest import PackManifest
 from .store import Store

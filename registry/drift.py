@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ..adapters.composition import GENERAL
 from ..adapters.router import typical_gates
 from .compose import build_router
-from .composing import GENERAL, prior_shares
+from .composing import prior_shares
 from .pack import Routable
 
 FLOOR = 1e-9

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..adapters.attach import attach, fixed_slots, routing_of
+from ..adapters.composition import GENERAL
 from ..adapters.stack import Stack
 from ..domains.blocks import encode
 from ..domains.choices import ChoiceScore, score_choices
@@ -24,7 +25,7 @@ from ..domains.example import Example
 from ..domains.intervals import percentile_interval, ratio_draws
 from ..domains.progress import OnProgress, Progress
 from .compose import build_router
-from .composing import GENERAL, Plan, prior_shares
+from .composing import Plan, prior_shares
 from .domain_data import MOST_BYTES, measured_on
 from .loaded_base import LoadedBase
 from .pack import DomainPack

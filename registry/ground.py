@@ -5,11 +5,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapters.composition import GENERAL
 from ..domains.blocks import Blocks
 from ..domains.progress import OnProgress, Progress
 from ..domains.prototypes import make_prototypes
 from ..domains.statistics import DomainStatistics, measure_statistics
-from .composing import GENERAL, plan_composition
+from .composing import plan_composition
 from .loaded_base import LoadedBase
 from .manifest import BaseRecord, PackManifest
 from .pack import DomainPack, read_pack

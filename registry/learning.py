@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..adapters.allocation import expert_free_layers
 from ..adapters.attach import attach, routing_of, trained_bank
 from ..adapters.bank import Expert, ExpertBank, extended, new_bank
+from ..adapters.composition import GENERAL
 from ..adapters.config import BankConfig
 from ..adapters.gates import LayerGates
 from ..adapters.router import DomainRouter, Tempers
@@ -29,7 +30,7 @@ from ..domains.example import Example
 from ..domains.progress import OnProgress
 from ..domains.prototypes import Neighbour, PrototypeIndex, join_prototypes, make_prototypes
 from ..domains.statistics import DomainStatistics
-from .composing import GENERAL, KP_PRIOR
+from .composing import KP_PRIOR
 from .ground import Ground, measure, measure_over
 from .loaded_base import LoadedBase
 from .pack import DomainPack, RoutingData

@@ -8,7 +8,7 @@ import re
 import shlex
 from typing import Any, Final
 
-from .composing import GENERAL
+from ..adapters.composition import GENERAL
 from .export_plan import VLLM_RANKS
 from .manifest import ExpertRecord, PackManifest
 

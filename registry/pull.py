@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+from ..adapters.composition import GENERAL
 from ..domains.errors import ConflictError, InputError, IntegrityError
 from ..domains.names import check_name
 from ..domains.progress import OnProgress, Progress
 from ..domains.remote_ref import RemoteRef
 from .check_manifest import check_manifest
-from .composing import GENERAL
 from .digest import sha256_of
 from .fingerprint import check_same_base
 from .hub_client import Hub, RemoteFile, Snapshot

@@ -1,9 +1,8 @@
 """Removing a version and bringing it back, by what a person calls it."""
 
-from ..adapters.composition import parse_reference
+from ..adapters.composition import GENERAL, parse_reference
 from ..domains.errors import ConflictError, InputError, NotFoundError
 from ..domains.names import parse_selector
-from .composing import GENERAL
 from .manifest import PackManifest
 from .store import Store
 

@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..adapters.composition import parse_reference
+from ..adapters.composition import GENERAL, parse_reference
 from ..domains.errors import InputError
 from ..domains.progress import OnProgress, silent
-from .composing import GENERAL
 from .domain_data import MOST_BYTES, general_text, measured_on
 from .loaded_base import LoadedBase
 from .manifest import BaseRecord

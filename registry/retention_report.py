@@ -12,8 +12,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from ..adapters.composition import GENERAL
 from ..domains.intervals import DRAWS, percentile_interval, ratio_draws, wilson_interval
-from .composing import GENERAL
 from .retention import RetentionScores
 from .retention_metrics import METRICS, RetentionMatrix, Values, mean
 from .score_cache import CellScores

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
+from ..adapters.composition import GENERAL
 from ..adapters.config import BankConfig
 from ..domains.corpus import Source
 from ..domains.errors import InputError
 from ..domains.example import Example
 from ..domains.spec import DomainSpec
-from .composing import GENERAL
 from .domain_data import FRESH, DomainData, read_checked, read_domain_data, stored_held_out, together
 from .manifest import PackManifest
 from .store import Store

@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 
 from ..adapters.attach import routing_of
+from ..adapters.composition import GENERAL
 from ..domains.base_model import hidden_states_at, most_positions
 from ..domains.errors import InputError
 from ..domains.prototypes import PrototypeIndex
 from ..domains.statistics import causal_means, feature_projection, hidden_features
 from .compose import compose_packs
-from .composing import GENERAL, Plan
+from .composing import Plan
 from .loaded_base import LoadedBase
 from .pack import DomainPack
 

@@ -27,12 +27,13 @@ from transformers import PreTrainedModel
 
 from lorary.adapters.attach import attach
 from lorary.adapters.bank import new_bank
+from lorary.adapters.composition import GENERAL
 from lorary.adapters.config import BankConfig
 from lorary.adapters.router import DomainRouter
 from lorary.adapters.stack import Stack
 from lorary.registry import Registry
 from lorary.registry.compose import build_router, read_packs
-from lorary.registry.composing import GENERAL, Plan
+from lorary.registry.composing import Plan
 from lorary.registry.loaded_base import LoadedBase
 from lorary.registry.pack import DomainPack
 

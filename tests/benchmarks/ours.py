@@ -22,13 +22,13 @@ from streams import Domain
 from torch import nn
 
 from lorary.adapters.attach import routing_of
+from lorary.adapters.composition import GENERAL
 from lorary.adapters.router import router_rows
 from lorary.adapters.training import TrainingConfig
 from lorary.domains.corpus import corpus_digest, read_examples
 from lorary.domains.statistics import DomainStatistics
 from lorary.registry import Registry
 from lorary.registry.compose import read_packs
-from lorary.registry.composing import GENERAL
 from lorary.registry.evaluation import routed_right
 from lorary.registry.pack import read_pack
 
