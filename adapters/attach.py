@@ -50,6 +50,7 @@ class Routing:
         self.fixed = fixed  # constant slot gates (slots,), used instead of the router's
         self.threshold = threshold
         self.slot_gate: Tensor | None = None  # of the latest forward: (batch, seq, slots)
+        self.by_position = torch.empty(0, 0)  # the same as (positions, slots), for forwards without gradients
         self.trace: list[Tensor] | None = None  # collects the slot gates of forwards while it is a list
         self.prompts: Tensor | None = None  # positions of each prompt that is read as a whole
         self._input_ids: Tensor | None = None
@@ -94,6 +95,7 @@ class Routing:
             with torch.no_grad():
                 slot_gate = self._slot_gate(hidden, find_cache([*args, *kwargs.values()]))
                 self.slot_gate = close_small_gates(slot_gate, self.threshold)
+                self.by_position = self.slot_gate.reshape(-1, self.slot_gate.shape[-1])
                 self._parts = self._plan(self.slot_gate)
             if self.trace is not None:
                 self.trace.append(self.slot_gate.detach().cpu())
@@ -136,8 +138,8 @@ class Routing:
         if cache is None:
             return router.increments(ids, hidden, is_real).cumsum(1)
         kept = router_layer(cache, past=self._past, layers=self.anatomy.count, sums=2 * router.slots + 1)
-        before = kept.last_tokens()
-        return kept.append(router.increments(ids, hidden, is_real, before), last_tokens(ids, is_real, before)[:, 1:])
+        last = last_tokens(ids, is_real, kept.last_tokens())
+        return kept.append(router.increments(ids, hidden, is_real, last), last[:, 1:])
 
     def _real_tokens(self, hidden: Tensor) -> Tensor:
         """True where a position holds text; padding adds no evidence."""
@@ -168,12 +170,10 @@ class LayerHook:
         if torch.is_grad_enabled():
             self.cell.gates = self.gates(hidden, slot_gate)
             return
-        hidden, slot_gate = hidden.reshape(-1, hidden.shape[-1]), slot_gate.reshape(-1, slot_gate.shape[-1])
-        count = len(hidden)
+        hidden, slot_gate = hidden.reshape(-1, hidden.shape[-1]), self.routing.by_position
         if len(parts) == 1:
-            self.cell.gates = (
-                OpenGates(0, count, True, parts[0].slots, self.gates(hidden, slot_gate, parts[0].slots)),
-            )
+            slots = parts[0].slots
+            self.cell.gates = (OpenGates(0, hidden.shape[0], True, slots, self.gates(hidden, slot_gate, slots)),)
             return
         found = []
         for part in parts:

@@ -11,8 +11,7 @@ arithmetic is in `kernels/`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +26,7 @@ from .kernels.group import GroupWeights
 MOST_SELECTIONS = 16  # sets of slots whose weights a group keeps side by side
 
 
-@dataclass(frozen=True)
-class OpenGates:
+class OpenGates(NamedTuple):  # one is made in every layer of every step, and a frozen dataclass takes longer
     """The gates of some positions, of the slots that are open there."""
 
     start: int  # positions, counted over all rows of the batch

@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
@@ -145,19 +146,20 @@ class DomainRouter(nn.Module):
         input_ids: Int64[Tensor, "batch seq"],
         hidden: Float[Tensor, "batch seq width"],
         mask: Bool[Tensor, "batch seq"],
-        before: Int64[Tensor, " batch"] | None = None,  # the last token of what was read earlier, -1 for none
+        last: Int64[Tensor, "batch later"] | None = None,  # `last_tokens`; None: of this text alone
     ) -> Float[Tensor, "batch seq sums"]:
         """What each position adds to the sums: token evidence, feature scores (a slot each) and one for the count."""
         # the projection is folded into the rows
         unit = hidden_features(hidden, None)
-        tokens = self.token_evidence[input_ids] + self._pair_evidence(input_ids, last_tokens(input_ids, mask, before))
+        last = last_tokens(input_ids, mask, None) if last is None else last
+        tokens = F.embedding(input_ids, self.token_evidence) + self._pair_evidence(input_ids, last)
         return torch.cat([tokens, unit @ self.rows.T, torch.ones_like(unit[..., :1])], dim=-1) * mask.unsqueeze(-1)
 
     def _pair_evidence(
         self, ids: Int64[Tensor, "batch seq"], last: Int64[Tensor, "batch later"]
     ) -> Float[Tensor, "batch seq slots"]:
         earlier = last[:, :-1]
-        found = self.pair_evidence[pair_buckets(earlier.clamp(min=0), ids)]
+        found = F.embedding(pair_buckets(earlier.clamp(min=0), ids), self.pair_evidence)
         return found * (earlier >= 0).unsqueeze(-1)
 
     def slot_gates(self, sums: Float[Tensor, "batch seq sums"]) -> Float[Tensor, "batch seq slots"]:
@@ -181,6 +183,8 @@ def last_tokens(
     Padding is passed over, wherever it stands.
     """
     first = torch.full_like(ids[:, :1], -1) if before is None else before[:, None]
+    if ids.shape[1] == 1:  # decoding, in a third of the operators
+        return torch.cat([first, torch.where(mask, ids, first)], dim=1)
     known = torch.cat([first, ids], dim=1)
     positions = torch.arange(known.shape[1], device=ids.device)
     is_real = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)

@@ -149,6 +149,8 @@ def first_tensor(args: tuple, kwargs: dict) -> Tensor:
 
 def bind_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of a module's forward by name, however they were passed."""
+    if not args:  # the usual call of a decoder; a signature costs as much as a decoder layer's gates
+        return dict(kwargs)
     bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     return {**bound, **bound.get("kwargs", {})}
 

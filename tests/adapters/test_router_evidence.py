@@ -54,7 +54,9 @@ def test_a_pair_is_evidence_in_however_many_pieces_it_is_read(random_statistics:
     whole = router.increments(ids, hidden, mask)
 
     parts = [router.increments(ids[:, :7], hidden[:, :7], mask[:, :7])]
-    parts.append(router.increments(ids[:, 7:], hidden[:, 7:], mask[:, 7:], ids[:, 6]))
+    parts.append(
+        router.increments(ids[:, 7:], hidden[:, 7:], mask[:, 7:], last_tokens(ids[:, 7:], mask[:, 7:], ids[:, 6]))
+    )
 
     torch.testing.assert_close(torch.cat(parts, 1), whole)
     router.pair_evidence.zero_()
