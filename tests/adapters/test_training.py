@@ -280,7 +280,6 @@ def test_memory_may_be_saved(changes: dict[str, Any], compose: Any, blocks: Bloc
     assert figures["losses"][-1] < figures["losses"][0]
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")  # renamed in 5.23
 def test_a_step_of_several_batches_has_the_losses_of_one(
     compose: Any, blocks: Blocks, train: Any, tmp_path: Path
 ) -> None:
@@ -296,6 +295,7 @@ def test_a_step_of_several_batches_has_the_losses_of_one(
         torch.testing.assert_close(dict(trained_bank(often).tensors())[name], tensor, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")  # renamed in 5.23
 def test_gradient_checkpointing_changes_no_number(compose: Any, blocks: Blocks, train: Any, tmp_path: Path) -> None:
     banks = []
     for i, checkpointing in enumerate((False, True)):
