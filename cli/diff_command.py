@@ -98,7 +98,7 @@ def _score_table(found: "Difference", names: tuple[str, str]) -> Table:
             continue
         delta = None if before is None or after is None else after - before
         style = "" if delta is None or abs(delta) < 0.0005 else "good" if delta < 0 else "bad"
-        shown = "-" if delta is None else f"{delta:+.3f}"
+        shown = "-" if delta is None else f"{delta:+z.3f}"
         rows.append(
             [
                 cell(_SCORE_NAMES[key]),

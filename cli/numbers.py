@@ -25,30 +25,30 @@ def size(number: int) -> str:
 
 
 def bits(number: float | None) -> str:
-    """Bits per byte.
+    """Bits per byte; what rounds to zero has no sign.
 
-    >>> bits(2.91449), bits(None)
-    ('2.914', '-')
+    >>> bits(2.91449), bits(-0.0001), bits(None)
+    ('2.914', '0.000', '-')
     """
-    return "-" if number is None or math.isnan(number) else f"{number:.3f}"
+    return "-" if number is None or math.isnan(number) else f"{number:z.3f}"
 
 
 def percent(share: float | None, *, digits: int = 0) -> str:
-    """A share of 1.
+    """A share of 1; what rounds to zero has no sign.
 
-    >>> percent(0.964), percent(0.0312, digits=1), percent(None)
-    ('96 %', '3.1 %', '-')
+    >>> percent(0.964), percent(0.0312, digits=1), percent(-0.0001), percent(None)
+    ('96 %', '3.1 %', '0 %', '-')
     """
-    return "-" if share is None or math.isnan(share) else f"{share * 100:.{digits}f} %"
+    return "-" if share is None or math.isnan(share) else f"{share * 100:z.{digits}f} %"
 
 
 def exact(number: float | None) -> str:
     """For a pipe: empty where there is no number.
 
-    >>> exact(0.5), exact(None)
-    ('0.5', '')
+    >>> exact(0.5), exact(-0.0), exact(None)
+    ('0.5', '0', '')
     """
-    return "" if number is None or math.isnan(number) else f"{number:.6g}"
+    return "" if number is None or math.isnan(number) else f"{number:z.6g}"
 
 
 def clock(seconds: float) -> str:

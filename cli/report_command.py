@@ -145,7 +145,7 @@ def cells_csv(report: "RetentionReport") -> str:
             for j, name in enumerate(scores.matrix.domains):
                 value, interval = scores.value(i, j), scores.intervals[i][j]
                 if value is not None and interval is not None:
-                    numbers = [f"{x:.6g}" for x in (value, *interval)]
+                    numbers = [f"{x:z.6g}" for x in (value, *interval)]
                     writer.writerow([i, step, name, metric, *numbers, scores.counts[name]])
     return text.getvalue()
 

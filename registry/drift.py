@@ -55,8 +55,10 @@ def measure_drift(
         before = _gates([*old_packs, parent], [*names, NEWCOMER], texts, width)
     kept = after[:, : before.shape[1]].clamp(min=FLOOR)
     divergence = (before * (before.clamp(min=FLOOR).log() - kept.log())).sum(1)
+    # it cannot be negative; rounding in float64 can make it so
+    mean_kl = max(0.0, round(divergence.mean().item(), 6))
     flips = int((before.argmax(1) != after.argmax(1)).sum())
-    return Drift(round(divergence.mean().item(), 6), flips, round(after[:, -1].max().item(), 6), len(names))
+    return Drift(mean_kl, flips, round(after[:, -1].max().item(), 6), len(names))
 
 
 def _gates(packs: Sequence[Routable], names: list[str], texts: list, width: int) -> torch.Tensor:

@@ -241,7 +241,7 @@ prints has to be `{manifest.digest}`."""
 
 
 def _number(value: object) -> str:
-    return "-" if value is None or isinstance(value, bool) or not isinstance(value, int | float) else f"{value:.4g}"
+    return "-" if value is None or isinstance(value, bool) or not isinstance(value, int | float) else f"{value:z.4g}"
 
 
 def _ranks(experts: tuple[ExpertRecord, ...]) -> list[int]:

@@ -167,7 +167,7 @@ def _routing_table(result: Result) -> Iterator[str]:
             domain,
             f"{last['routed_right'][domain]:.3f}",
             "0" if kept == 0 else f"{-kept:+.2e}",
-            f"{drift['mean_kl']:.4f}",
+            f"{drift['mean_kl']:z.4f}",
             str(drift["top1_flips"]),
             f"{drift['newcomer_share']:.4f}",
         )

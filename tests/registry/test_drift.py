@@ -1,5 +1,6 @@
 """Routing drift, measured from statistics alone."""
 
+import math
 from dataclasses import fields, replace
 
 import pytest
@@ -29,6 +30,7 @@ def test_a_distinct_domain_takes_no_text_away(packs: dict[str, DomainPack]) -> N
     assert drift.domains == 1
     assert drift.top1_flips == 0
     assert 0 <= drift.newcomer_share < 0.5
+    assert math.copysign(1, drift.mean_kl) == 1  # and so never -0.0
 
 
 def test_a_copy_of_a_domain_takes_half_of_its_text(packs: dict[str, DomainPack]) -> None:
