@@ -16,7 +16,7 @@ from ..domains.spec import DomainSpec
 from .adapter_config import AdapterConfig, read_config
 from .canonical import MAX_BYTES
 from .digest import sha256_of
-from .domain_data import DomainData, check_new_name, read_domain_data, spec_of
+from .domain_data import UNKNOWN_LICENSE, DomainData, check_new_name, read_domain_data, spec_of
 from .fingerprint import check_same_base, fingerprint
 from .manifest import ADAPTER_CONFIG, ADAPTER_TENSORS, BaseRecord
 from .store import Store
@@ -71,7 +71,7 @@ def read_import(store: Store, name: str, source: str, data: Sequence[Source], *,
     files = read_adapter(source)
     config = read_config(files.config, source=f"{source}: {ADAPTER_CONFIG}")
     # whoever trained the adapter says under which license it is, not the built-in domain
-    spec = replace(spec_of(name, data), license="unknown")
+    spec = replace(spec_of(name, data), license=UNKNOWN_LICENSE)
     if base is not None:
         _check_base(files, config, base)
     return Import(name=name, spec=spec, data=read_domain_data(spec, data), files=files, config=config)

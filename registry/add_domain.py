@@ -6,7 +6,6 @@ from dataclasses import asdict, dataclass, replace
 from ..adapters.composition import GENERAL
 from ..adapters.config import BankConfig
 from ..adapters.training import TrainingConfig
-from ..domains.catalog import find_domain
 from ..domains.corpus import Source
 from ..domains.errors import ConflictError
 from ..domains.progress import OnProgress
@@ -59,7 +58,7 @@ def train_preservation(
         ConflictError: There is one already.
     """
     bank, training = bank or BankConfig(), training or TrainingConfig()
-    spec = find_domain(GENERAL)
+    spec = spec_of(GENERAL, data)
     if store.versions(GENERAL):
         raise ConflictError(
             f"{store.path} has a KP bank already.", cause="it is trained once", fix="registry init another-folder"

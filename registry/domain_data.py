@@ -5,7 +5,7 @@ Nothing heavy is imported here, so that a command can refuse a name or a row bef
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .store import Store
 
 HELD_OUT = 0.15  # share of the rows that is never trained on
 FRESH = "fresh"  # the mode of retraining that takes nothing from the parent
+UNKNOWN_LICENSE = "unknown"
 MOST_BYTES = 120_000  # of held-out text that is scored
 MOST_QUESTIONS = 400
 
@@ -74,14 +75,15 @@ def check_new_name(store: Store, name: str) -> None:
 def spec_of(name: str, data: Sequence[Source]) -> DomainSpec:
     """What is known of a domain: the built-in spec, or what can be said of one whose data the user brings.
 
+    The licence of a built-in domain is that of its bundled corpus; that of the user's data nobody told.
+
     Raises:
         NotFoundError: No data was given and no built-in domain has this name.
     """
     if not data:
         return find_domain(name)
-    return builtin_domains().get(name) or DomainSpec(
-        name=name, description=f"{name}, from the user's own data", license="unknown"
-    )
+    own = DomainSpec(name=name, description=f"{name}, from the user's own data", license=UNKNOWN_LICENSE)
+    return replace(builtin_domains().get(name, own), license=UNKNOWN_LICENSE)
 
 
 def read_domain_data(spec: DomainSpec, data: Sequence[Source]) -> DomainData:

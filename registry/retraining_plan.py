@@ -11,7 +11,7 @@ from ..domains.corpus import Source
 from ..domains.errors import InputError
 from ..domains.example import Example
 from ..domains.spec import DomainSpec
-from .domain_data import FRESH, DomainData, read_checked, read_domain_data, stored_held_out, together
+from .domain_data import FRESH, UNKNOWN_LICENSE, DomainData, read_checked, read_domain_data, stored_held_out, together
 from .manifest import PackManifest
 from .store import Store
 
@@ -56,7 +56,7 @@ def plan_retraining(
     name = parent.name
     tolerance = TOLERANCE if tolerance is None else tolerance
     _check(parent, mode=mode, has_data=bool(data), has_bank=bool(bank), tolerance=tolerance)
-    spec = DomainSpec(name=name, description=parent.description, license=parent.license)
+    spec = DomainSpec(name=name, description=parent.description, license=UNKNOWN_LICENSE)
     found = read_domain_data(spec, data)
     older = read_checked(gate_data) if gate_data else _held_out_of(store, parent)
     judged_by = {example.digest() for example in older}
