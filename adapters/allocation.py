@@ -17,6 +17,7 @@ from collections.abc import Sequence
 
 from ..domains.errors import InputError
 
+MOST_EXPERTS = 1024  # a layer on average, so that a slip of the pen does not fill the memory
 SCHEDULES = ("linear", "quarters", "uniform", "data")
 
 
@@ -43,10 +44,13 @@ def allocate(
         One count a layer; their sum is `round(experts * bearing)`.
 
     Raises:
-        InputError: Unknown schedule, too few experts to give each bearing layer one, or weights that do not fit.
+        InputError: Unknown schedule, too few experts to give each bearing layer one, too many, or weights that do not
+            fit.
     """
     free = expert_free_layers(layers, expert_free)
     bearing = layers - free
+    if not experts <= MOST_EXPERTS:  # so written, it refuses nan as well
+        raise InputError(f"There can be at most {MOST_EXPERTS:,} experts a layer, found {experts:,}.")
     total = round(experts * bearing)
     if total < bearing:
         raise InputError(

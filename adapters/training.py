@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ..domains.blocks import Blocks
-from ..domains.errors import InputError
+from ..domains.errors import InputError, IntegrityError
 from ..domains.progress import OnProgress, Progress
 from .gates import LayerGates
 
@@ -75,6 +75,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise InputError(f"{name} must be positive, found {value}.")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be at least 0 and below 2**32, found {self.seed}.")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"warmup must be in [0, 1], found {self.warmup}.")
         if not (math.isfinite(self.balance) and self.balance >= 0):
@@ -122,6 +124,9 @@ def train_bank(
 
     Returns:
         The loss curve and figures of the run: steps, tokens, first and last loss, seconds, the step resumed from.
+
+    Raises:
+        IntegrityError: The loss is not finite any more.
     """
     steps = config.planned_steps(len(blocks.input_ids))
     rate = config.for_width(model.config.get_text_config().hidden_size).learning_rate
@@ -272,6 +277,13 @@ def balance_loss(model: nn.Module, mask: Tensor) -> Tensor:
     return torch.stack(losses).mean() if losses else weight.new_zeros(())
 
 
+def diverged(cause: str, rate: float) -> IntegrityError:
+    """The error for a bank that learns nothing any more, at this learning rate."""
+    return IntegrityError(
+        "Training diverged.", cause=cause, fix=f"repeat with a lower rate: --learning-rate {rate / 3:.1g}"
+    )
+
+
 def last_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run that was written to its end; a kill in the middle of one leaves the one before."""
     numbered = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdecimal()]
@@ -338,7 +350,10 @@ class _Reporter(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs and "loss" in logs:
+            loss = float(logs["loss"])
+            if not math.isfinite(loss):
+                raise diverged(f"the loss of step {state.global_step} is {loss}", args.learning_rate)
             elapsed = max(time.monotonic() - self._began, 1e-9)
             rate = (state.global_step - self._first_step) * self.tokens_per_step / elapsed
-            figures = {"loss": float(logs["loss"]), "tokens_per_second": rate}
+            figures = {"loss": loss, "tokens_per_second": rate}
             self.on_progress(Progress(self.stage, state.global_step, self.steps, figures))

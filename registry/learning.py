@@ -22,8 +22,9 @@ from ..adapters.config import BankConfig
 from ..adapters.gates import LayerGates
 from ..adapters.router import DomainRouter, Tempers
 from ..adapters.stack import Stack
-from ..adapters.training import TrainingConfig, discard_checkpoints, train_bank
+from ..adapters.training import TrainingConfig, discard_checkpoints, diverged, train_bank
 from ..adapters.warm_start import CLOSE, activation_weights, can_lend, lend, seed_expert_gates
+from ..domains.base_model import target_modules
 from ..domains.blocks import Blocks, encode, pack_blocks
 from ..domains.errors import InputError, IntegrityError
 from ..domains.example import Example
@@ -74,6 +75,7 @@ class Start:
 
 def learn_preservation(lesson: Lesson, *, base: LoadedBase, store: Store, on_progress: OnProgress) -> Learned:
     """Trains the KP bank on general text."""
+    _check_fits(lesson, base)
     blocks = _blocks(lesson, base)
     layer = feature_layer(lesson.bank, base)
     statistics, means = measure(lesson.name, blocks, base, layer, on_progress)
@@ -108,6 +110,7 @@ def learn_domain(
         on_neighbours: Told which stored domains are like this one, nearest first, before training begins.
     """
     base = ground.base
+    _check_fits(lesson, base)
     _check_first_layer(lesson, ground)
     blocks = _blocks(lesson, base)
     statistics, prototypes = measure_over(ground, lesson.name, blocks)
@@ -129,6 +132,7 @@ def learn_more(lesson: Lesson, ground: Ground, parent: DomainPack, *, mode: str)
             parent's; both add the statistics. `fresh` takes nothing from the parent.
     """
     base = ground.base
+    _check_fits(lesson, base)
     if mode != "continue":
         _check_first_layer(lesson, ground)
     blocks = _blocks(lesson, base)
@@ -173,6 +177,29 @@ def _learn(lesson: Lesson, ground: Ground, start: Start, blocks: Blocks) -> Lear
 def feature_layer(config: BankConfig, base: LoadedBase) -> int:
     """The first expert-bearing decoder layer, whose input the router reads."""
     return expert_free_layers(base.anatomy.count, config.expert_free)
+
+
+def _check_fits(lesson: Lesson, base: LoadedBase) -> None:
+    """Refuses what the base model has no room for, before anything is read.
+
+    Raises:
+        InputError: An expert would be wider than the model, a block longer than its context, or a target is not there.
+    """
+    width, rank, block = base.anatomy.width, lesson.bank.rank, lesson.training.block
+    longest = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    if rank > width:
+        raise InputError(
+            f"Experts of rank {rank:,} are wider than the base model.",
+            cause=f"its hidden state has {width:,} numbers: a higher rank can add nothing",
+            fix=f"choose --rank {width} or less",
+        )
+    if longest is not None and block > longest:
+        raise InputError(
+            f"Blocks of {block:,} tokens are longer than the base model reads.",
+            cause=f"it reads {longest:,} tokens",
+            fix=f"choose --block {longest} or less",
+        )
+    target_modules(base.model, base.anatomy, lesson.bank.targets)
 
 
 def _check_first_layer(lesson: Lesson, ground: Ground) -> None:
@@ -259,11 +286,8 @@ def _train_and_prove(
 def _check_finite(composed: PreTrainedModel, lesson: Lesson) -> None:
     bad = [name for name, tensor in trained_bank(composed).tensors() if not torch.isfinite(tensor).all()]
     if bad:
-        raise IntegrityError(
-            "Training diverged: the new bank has values that are not finite.",
-            cause=f"first in {bad[0]}",
-            fix=f"repeat with a lower rate: --learning-rate {(lesson.training.learning_rate or 0.01) / 3:.1g}",
-        )
+        rate = lesson.training.learning_rate or 0.01
+        raise diverged(f"the new bank has values that are not finite, first in {bad[0]}", rate)
 
 
 @torch.inference_mode()

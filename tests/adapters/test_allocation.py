@@ -92,6 +92,8 @@ def test_one_layer_always_carries_experts(layers: int, fraction: float, free: in
         ({"schedule": "quadratic"}, "quadratic"),
         ({"experts": 0.5}, "0.5"),
         ({"expert_free": 1.0}, "1.0"),
+        ({"experts": 1e9}, "1,024"),
+        ({"experts": float("nan")}, "nan"),
         ({"expert_free": -0.1}, "-0.1"),
         ({"schedule": "data"}, "none"),
         ({"schedule": "data", "weights": [1.0]}, "3 positive weights"),

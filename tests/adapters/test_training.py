@@ -153,6 +153,8 @@ def test_the_balance_has_a_gradient_towards_even_use(compose: Any, blocks: Block
         {"least_steps": 0},
         {"most_steps": 0},
         {"checkpoint_every": 0},
+        {"seed": -1},
+        {"seed": 2**32},
         {"warmup": -0.1},
         {"warmup": 1.5},
         {"balance": -1.0},

@@ -22,6 +22,7 @@ from lorary.domains.errors import (
     LoraryError,
     NotFoundError,
 )
+from lorary.domains.progress import Progress
 from lorary.registry import Registry
 from lorary.registry.domain_data import general_examples, read_domain_data, stored_held_out
 from lorary.registry.pack import read_pack
@@ -271,6 +272,32 @@ def test_banks_of_any_shape_compose_with_the_others(
     assert logits_of(registry.compose("sailing", static=True)).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("bank", "training", "said"),
+    [
+        ({"rank": 33}, {}, "32"),
+        ({}, {"block": 513}, "512"),
+        ({"targets": ("query_proj",)}, {}, "q_proj"),
+    ],
+    ids=["a rank above the width", "a block above the context", "no such module"],
+)
+def test_what_the_base_model_has_no_room_for_is_refused_before_anything_is_read(
+    bank: dict[str, Any], training: dict[str, Any], said: str, registry: Registry, texts: Any
+) -> None:
+    told: list[Progress] = []
+    with pytest.raises(InputError) as caught:
+        registry.add_domain(
+            "sailing",
+            data=[texts["sailing"]],
+            bank=BankConfig(**{"expert_free": 0.25} | bank),
+            training=TrainingConfig(**{"steps": 1, "block": 64} | training),
+            on_progress=told.append,
+        )
+
+    assert said in str(caught.value.fix)
+    assert not [progress for progress in told if progress.stage.startswith("reading")]
+
+
 def test_experts_in_front_of_what_the_router_reads_are_refused(registry: Registry, texts: Any, state_of: Any) -> None:
     before = state_of(registry.store)
 
@@ -297,10 +324,14 @@ def test_statistics_are_of_one_layer_wherever_the_experts_begin(
 def test_training_that_diverges_stores_nothing(registry: Registry, texts: Any, short_run: Any, state_of: Any) -> None:
     before = state_of(registry.store)
 
+    told: list[Progress] = []
     with pytest.raises(IntegrityError, match="diverged") as caught:
-        registry.add_domain("sailing", data=[texts["sailing"]], **short_run(learning_rate=1e38))
+        registry.add_domain(
+            "sailing", data=[texts["sailing"]], **short_run(learning_rate=1e38, steps=40), on_progress=told.append
+        )
 
     assert "--learning-rate" in str(caught.value.fix)
+    assert len([progress for progress in told if progress.stage.startswith("training")]) < 5  # it stops at once
     assert state_of(registry.store) == before
     assert not list(registry.store.runs.glob("sailing-*/checkpoint-*"))
 
@@ -314,6 +345,16 @@ def test_prompts_with_completions_are_learned_too(registry: Registry, jsonl: Any
 
 
 # --- the data ---
+
+
+@pytest.mark.parametrize("name", ["sailing", "medicine"])
+def test_nobody_told_the_licence_of_the_users_own_text(
+    name: str, registry: Registry, texts: Any, short_run: Any
+) -> None:
+    manifest = registry.add_domain(name, data=[texts["sailing"]], **short_run(steps=1)).manifest
+
+    assert manifest.license == "unknown"
+    assert builtin_domains()["medicine"].license == "Apache-2.0"
 
 
 def test_training_and_held_out_text_have_nothing_in_common(texts: Any) -> None:
