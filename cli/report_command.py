@@ -17,7 +17,15 @@ from .options import Device, Dtype, Json, StorePath
 from .page import Block, Page, Words, faint, line, title
 from .retention_html import PageSource, retention_html
 from .retention_plot import check_plot, retention_png
-from .retention_views import WIDE, confusion_table, domains_table, figures_table, heat_table, verdict_lines
+from .retention_views import (
+    WIDE,
+    confusion_table,
+    domains_table,
+    figures_table,
+    heat_table,
+    questions_table,
+    verdict_lines,
+)
 from .version_commands import history_of
 from .watch import watch
 
@@ -125,6 +133,7 @@ def retention_page(report: "RetentionReport", verdicts: "list[Verdict]") -> Page
             heat_table(report.accuracy),
         ]
     blocks += [title("Domains"), domains_table(report)]
+    blocks += [questions_table(report.accuracy)] if report.accuracy else []
     blocks += [title("Where texts go", faint("   held-out texts by the slot that takes most of them"))]
     blocks += [confusion_table(report), title("Figures", faint("   " + SYMBOLS)), figures_table(report.figures)]
     blocks += verdict_lines(verdicts)

@@ -22,7 +22,7 @@ def shares_picture(report: "RetentionReport") -> Html:
     bounds = [b for of in values.values() for v in of.values() if v.value is not None for b in (v.interval or ())]
     low = max(_CLIP[0], min([0.75, *bounds]) - 0.02)
     high = min(_CLIP[1], max([1.05, *bounds]) + 0.02)
-    left, width, step = 150, 980, 38
+    left, width, step = 150, 600, 38
     bottom = 34 + step * len(report.domains)
 
     def x(share: float) -> float:

@@ -52,9 +52,7 @@ def _heat_cell(scores: "ScoreTable", step: int, column: int, level: int | None, 
 def domains_table(report: "RetentionReport") -> Table:
     """What became of each domain: when it was learned, and after the last step."""
     figures = {figure.name: figure for figure in report.figures}
-    columns = ["DOMAIN", "BASE", "LEARNED", "NOW", "95 %", "KEPT", "ORACLE GAIN", "95 %", "ROUTED RIGHT"]
-    has_questions = report.accuracy is not None
-    columns += ["RIGHT BEFORE", "RIGHT NOW", "95 %"] if has_questions else []
+    columns = ("DOMAIN", "BASE", "LEARNED", "NOW", "95 %", "KEPT", "ORACLE GAIN", "95 %")
     rows = []
     for j, name in enumerate(report.columns):
         interval = report.bits.intervals[-1][j]
@@ -66,29 +64,22 @@ def domains_table(report: "RetentionReport") -> Table:
             _shown(figures["retention"].domains.get(name), "share"),
             _shown(share, "share"),
             _interval(share and share.interval, "share"),
-            _shown(figures["routing_accuracy"].domains[name], "share"),
         ]
-        rows.append(row + (_questions(report, name) if has_questions else []))
-    return Table(
-        tuple(columns),
-        tuple(tuple(row) for row in rows),
-        right=frozenset(range(1, len(columns))),
-        tight=frozenset(range(len(columns))),
-    )
+        rows.append(tuple(row))
+    numbers = frozenset(range(1, len(columns)))
+    # where it is narrow, the one heading of two words breaks before a number is cut
+    return Table(columns, tuple(rows), right=numbers, tight=numbers - {columns.index("ORACLE GAIN")})
 
 
-def _questions(report: "RetentionReport", name: str) -> list[Cell]:
-    scores = report.accuracy
-    assert scores is not None
-    if name not in scores.matrix.domains:
-        return [cell("-", "")] * 3
-    j, last = scores.matrix.domains.index(name), len(report.steps) - 1
-    before, after = scores.value(0, j), scores.value(last, j)
-    return [
-        cell(percent(before), exact(before)),
-        cell(percent(after), exact(after)),
-        _interval(scores.intervals[last][j], "share"),
-    ]
+def questions_table(scores: "ScoreTable") -> Table:
+    """The share of each domain's questions that is answered right: by the base, and after the last step."""
+    last, rows = len(scores.matrix.steps) - 1, []
+    for j, name in enumerate(scores.matrix.domains):
+        before, after = scores.value(0, j), scores.value(last, j)
+        interval = _interval(scores.intervals[last][j], "share")
+        rows.append([cell(name), cell(percent(before), exact(before)), cell(percent(after), exact(after)), interval])
+    columns = ("QUESTIONS", "BASE", "NOW", "95 %")
+    return table(columns, rows, right=columns[1:], tight=columns)
 
 
 def figures_table(figures: Sequence["Figure"]) -> Table:
@@ -111,13 +102,14 @@ def figures_table(figures: Sequence["Figure"]) -> Table:
 
 def confusion_table(report: "RetentionReport") -> Table:
     """Texts by true domain and the slot that took most of them; only what is not zero."""
-    rows = []
+    rows, right = [], report.figure("routing_accuracy").domains
     for name in report.columns:
         taken = sorted(report.confusion[name].items(), key=lambda item: -item[1])
         parts = [Span(f"{slot} {count}", "good" if slot == name else "warn") for slot, count in taken]
         spaced = [part for span in parts for part in (span, Span("   "))]
-        rows.append([cell(name), cell(line(*spaced), " ".join(f"{slot}:{count}" for slot, count in taken))])
-    return table(("TRUE DOMAIN", "TEXTS BY SLOT"), rows, tight=("TRUE DOMAIN",))
+        texts = cell(line(*spaced), " ".join(f"{slot}:{count}" for slot, count in taken))
+        rows.append([cell(name), _shown(right[name], "share"), texts])
+    return table(("TRUE DOMAIN", "RIGHT", "TEXTS BY SLOT"), rows, right=("RIGHT",), tight=("TRUE DOMAIN", "RIGHT"))
 
 
 def verdict_lines(verdicts: Sequence["Verdict"]) -> list[Block]:
@@ -135,16 +127,28 @@ def show_value(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
     if unit == "share":
-        return percent(value, digits=2 if 0 < abs(value) < 0.02 else 0)
+        return percent(value, digits=_digits(value))
     return f"{value:g}" if unit == "count" else bits(value)
 
 
 def show_interval(interval: "Interval | None", unit: str) -> str:
-    """An interval in the unit of its figure."""
+    """An interval in the unit of its figure, both bounds with the same number of digits.
+
+    >>> show_interval((-0.09, 0.0046), "share"), show_interval((-0.003, 0.0012), "share")
+    ('-9 to 0', '-0.30 to 0.12')
+    """
     if interval is None:
         return "-"
-    low, high = (show_value(bound, unit).removesuffix(" %") for bound in interval)
+    if unit == "share":
+        digits = min((_digits(bound) for bound in interval if bound), default=0)
+        low, high = (percent(bound, digits=digits).removesuffix(" %") for bound in interval)
+    else:
+        low, high = (show_value(bound, unit) for bound in interval)
     return f"{low} to {high}" if "-" in low + high else f"{low}–{high}"
+
+
+def _digits(share: float) -> int:
+    return 2 if abs(share) < 0.02 and share else 0
 
 
 def _number(value: float | None) -> Cell:

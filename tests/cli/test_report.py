@@ -30,6 +30,14 @@ def test_people_get_heat_maps_and_formulas(run, store, reported):
         assert words in shown
 
 
+def test_no_number_is_cut_off_on_a_narrow_terminal(run, store, reported):
+    shown = run("report", store=store, tty=True, env={"COLUMNS": "80"}).stdout
+
+    tables = shown[: shown.index("Figures")]
+    assert "QUESTIONS" in tables
+    assert "…" not in tables
+
+
 def test_a_pipe_gets_exact_numbers(run, store, reported, values):
     lines = values(run("report", store=store))
 
