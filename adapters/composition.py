@@ -106,11 +106,16 @@ def parse_reference(text: str) -> tuple[str, str | None]:
     """Name and selector of one version: `medicine`, `medicine@2`, `medicine@production`.
 
     Raises:
-        InputError: It names several domains, or weighs one.
+        InputError: It names several domains, weighs one, or breaks the grammar.
     """
-    terms = Composition.parse(text).terms
+    refusal = InputError(f"{text!r} does not name one version.", fix="write NAME, NAME@2 or NAME@ALIAS")
+    try:
+        terms = Composition.parse(text).terms
+    except InputError as error:
+        refusal.cause = error.cause
+        raise refusal from error
     if len(terms) != 1 or terms[0].weight is not None:
-        raise InputError(f"{text!r} does not name one version.", fix="write NAME, NAME@2 or NAME@ALIAS")
+        raise refusal
     return terms[0].name, terms[0].selector
 
 

@@ -86,7 +86,8 @@ def _foreseen(error: LoraryError) -> dict[str, Any]:
 def _wrong_usage(error: typer.TyperException) -> dict[str, Any]:
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "registry"
-    return _record("usage", error.exit_code, error.format_message(), None, f"see {path} --help")
+    message = error.format_message().replace(": Value error, ", ": ")  # words of the library that checks values
+    return _record("usage", error.exit_code, message, None, f"see {path} --help")
 
 
 def _unexpected(error: Exception) -> dict[str, Any]:

@@ -100,7 +100,8 @@ def alias(
     manifest = registry.manifest(ref)
     name = manifest.name
     if remove and alias is None:
-        raise InputError("--remove needs the alias.", fix=f"registry alias {name} ALIAS --remove")
+        named = ref.partition("@")[2] or "ALIAS"
+        raise InputError("--remove needs the alias.", fix=f"registry alias {name} {named} --remove")
     if remove:
         registry.store.drop_alias(name, str(alias))
     elif alias is not None:
@@ -127,8 +128,11 @@ def remove(
 
     Example: registry remove medicine@2
     """
+    from ..registry.removal import check_removable
+
     registry = open_registry(store)
     manifest = registry.manifest(ref)
+    check_removable(manifest)  # before anybody is asked
     name = of.reference(manifest)
     if not yes and not output.confirmed(
         f"Remove {name} ({manifest.description})?", instead=f"registry remove {name} -y"

@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Final
 
+from ..domains.catalog import builtin_domains
 from ..domains.errors import NotFoundError
 
 _LISTED: Final = 20
@@ -17,10 +18,11 @@ def no_such_store(path: Path) -> NotFoundError:
 
 def no_such_domain(name: str, *, known: list[str]) -> NotFoundError:
     """The error for a domain that has no version."""
+    data = "" if name in builtin_domains() else " --data FILE"
     return NotFoundError(
         f"There is no domain named {name!r}.",
         cause=f"Known domains: {_listed(known)}.",
-        fix=_did_you_mean(name, known) or f"Add it: registry add-domain {name}",
+        fix=_did_you_mean(name, known) or f"Add it: registry add-domain {name}{data}",
     )
 
 

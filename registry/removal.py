@@ -15,10 +15,19 @@ def remove_version(store: Store, reference: str) -> PackManifest:
         ConflictError: An alias other than `latest` means it, or it is KP's, over which the domains were trained.
     """
     manifest = store.manifest(*parse_reference(reference))
-    if manifest.name == GENERAL:
-        raise ConflictError("The KP bank cannot be removed.", cause="every domain of the registry was trained over it")
+    check_removable(manifest)
     store.remove(manifest.name, manifest.version)
     return manifest
+
+
+def check_removable(manifest: PackManifest) -> None:
+    """Refuses to remove the KP bank.
+
+    Raises:
+        ConflictError: It is KP's.
+    """
+    if manifest.name == GENERAL:
+        raise ConflictError("The KP bank cannot be removed.", cause="every domain of the registry was trained over it")
 
 
 def restore_version(store: Store, reference: str) -> PackManifest:

@@ -94,8 +94,20 @@ def save_composition(store: Store, plan: Plan, out: Path) -> Path:
 
 
 def is_saved_composition(text: str) -> bool:
-    """Whether this is the path of a saved composition; a bare name is always a domain's, so write ./name."""
-    return ("/" in text or os.sep in text) and (Path(text) / COMPOSITION_FILE).is_file()
+    """Whether this is the path of a saved composition; a bare name is always a domain's, so write ./name.
+
+    Raises:
+        NotFoundError: It is a path, and no saved composition is there.
+    """
+    if "://" in text or not ("/" in text or os.sep in text):
+        return False
+    if not (Path(text) / COMPOSITION_FILE).is_file():
+        raise NotFoundError(
+            f"There is no saved composition in {text}.",
+            cause=f"it has no {COMPOSITION_FILE}" if Path(text).is_dir() else "there is no such folder",
+            fix=f"save one with: registry compose medicine+legal --out {text}; or name domains, see registry list",
+        )
+    return True
 
 
 def open_plan(folder: Path, *, base: BaseRecord) -> Plan:

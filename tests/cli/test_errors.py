@@ -82,6 +82,27 @@ def test_a_bad_composition(run, store, spec):
     check(run("compose", spec, store=store), 2, "Cannot read the composition", "At character")
 
 
+@pytest.mark.parametrize("ref", ["Medicine", "medicine@", "medicine+legal", "medicine:2"])
+def test_a_bad_reference(run, store, ref):
+    check(run("show", ref, store=store), 2, f"'{ref}' does not name one version", "write NAME, NAME@2 or NAME@ALIAS")
+
+
+@pytest.mark.parametrize(("path", "why"), [("./none", "there is no such folder"), ("./", "it has no composition.json")])
+def test_a_path_without_a_saved_composition(run, store, path, why):
+    check(run("compose", path, store=store), 3, f"no saved composition in {path}", why, "--out")
+
+
+def test_a_word_that_an_option_does_not_know(run, store):
+    result = run("retrain", "medicine", "--mode", "more", store=store)
+
+    check(result, 2, "'more' is not one of 'extend', 'continue', 'fresh'")
+    assert "Value error" not in result.stderr
+
+
+def test_what_cannot_be_removed_is_refused_before_anybody_is_asked(run, store):
+    check(run("remove", "general", store=store), 4, "The KP bank cannot be removed")
+
+
 def test_routing_of_a_static_composition(run, store, tmp_path):
     folder = tmp_path / "static"
     assert run("compose", "medicine:1", "--static", "--out", str(folder), store=store).exit_code == 0

@@ -20,7 +20,13 @@ from lorary.registry.missing import no_such_domain, no_such_store, no_such_versi
             no_such_domain("zoo", known=[]),
             "There is no domain named 'zoo'.",
             "Known domains: none.",
-            "Add it: registry add-domain zoo",
+            "Add it: registry add-domain zoo --data FILE",
+        ),
+        (
+            no_such_domain("medicine", known=[]),
+            "There is no domain named 'medicine'.",
+            "Known domains: none.",
+            "Add it: registry add-domain medicine",
         ),
         (
             no_such_version("legal", "lates", versions=[1, 2], aliases={"latest": 2}),
