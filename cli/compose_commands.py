@@ -1,5 +1,6 @@
 """`registry compose` and `generate`: putting domains together, and asking the result."""
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -90,8 +91,15 @@ def compose_page(plan: "Plan", *, saved: Path | None, answer: "Answer | None") -
     blocks: list[Block] = [facts(rows), _slot_table(plan)]
     if answer:
         blocks += [title("Answer"), Words(answer_line(answer))]
-    again = f'Ask it: registry generate {saved or plan.composition} "..."'
+    again = f'Ask it: registry generate {_spec_of(plan, saved)} "..."'
     return Page(data=_data(plan, saved, answer), blocks=tuple(blocks), hints=() if answer else (again,))
+
+
+def _spec_of(plan: "Plan", saved: Path | None) -> str:
+    """What names this composition in a command; a bare name is a domain's, so a folder needs a slash."""
+    if saved is None:
+        return f"{plan.composition} --static" if plan.static else str(plan.composition)
+    return shlex.quote(str(saved) if len(saved.parts) > 1 else f"./{saved}")
 
 
 def _slot_table(plan: "Plan") -> Table:

@@ -1,5 +1,7 @@
 """`registry init`: a registry for a base model, with its knowledge-preservation bank trained."""
 
+import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,5 +95,13 @@ def init_page(registry: "Registry") -> Page:
             "proof": manifest.proof,
         },
         blocks=(title("A registry is ready"), facts(rows), of.scores(manifest)),
-        hints=("Add a domain: registry add-domain medicine",),
+        hints=(f"Add a domain: registry add-domain medicine{_where(registry.store.path)}",),
     )
+
+
+def _where(store: Path) -> str:
+    """The option that the next command needs to find this registry from this folder; empty where it finds it."""
+    from ..registry.store import Store
+
+    is_found = Store.locate(None, os.environ, Path.cwd()).resolve() == store.resolve()
+    return "" if is_found else f" --store {shlex.quote(str(store))}"

@@ -121,7 +121,9 @@ class TrainingOptions:
     epochs: Annotated[float | None, _training("Passes over the data, if --steps is not given.", "4.0")] = None
     batch: Annotated[int | None, _training("Blocks a step.", "8", min=1)] = None
     block: Annotated[int | None, _training("Tokens a block.", "256", min=2)] = None
-    learning_rate: Annotated[float | None, _training("Highest learning rate.", "2 / width of the base")] = None
+    learning_rate: Annotated[
+        float | None, _training("Highest learning rate.", "2 / width of the base; for init .03 of it")
+    ] = None
     seed: Annotated[int | None, _training("Same data and seed, same experts.", "0")] = None
     checkpoint_every: Annotated[
         int | None, _training("Steps between checkpoints, from which a repeated command resumes.", "50", min=1)

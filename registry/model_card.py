@@ -187,7 +187,7 @@ def _scores(manifest: PackManifest) -> str:
     if drift.get("domains"):
         flips = _number(drift.get("top1_flips"))
         older = _number(drift.get("domains"))
-        lines += ["", f"Routing of the {older} domains that were there before: {flips} texts go elsewhere."]
+        lines += ["", f"Of the domains that were there before ({older}), {flips} are routed elsewhere now."]
     if manifest.proof.get("unchanged"):
         lines += ["", "The base model and all older experts were byte-identical before and after its training."]
     return "\n".join(lines)

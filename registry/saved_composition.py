@@ -71,7 +71,11 @@ def save_composition(store: Store, plan: Plan, out: Path) -> Path:
         ConflictError: The folder holds something already.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConflictError(f"{out} is not empty.", cause="a composition is never written over other files")
+        raise ConflictError(
+            f"{out} is not empty.",
+            cause="a composition is never written over other files",
+            fix="name another place: --out DIR",
+        )
     slots = []
     for slot in plan.slots:
         folder = out / "packs" / slot.name

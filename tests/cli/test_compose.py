@@ -28,6 +28,18 @@ def test_compose_with_constant_weights(run, store, document):
     assert {slot["name"]: slot["prior"] for slot in found["slots"]} == {"general": 0, "legal": 0.3, "medicine": 0.7}
 
 
+def test_what_it_says_to_type_next_is_a_command_that_works(run, store, saved, tmp_path):
+    routed = run("compose", "medicine+legal", store=store).stderr
+    constant = run("compose", "medicine:1", "--static", store=store).stderr
+    kept = run("compose", "medicine", "--out", "kept", store=store).stderr
+
+    assert 'registry generate legal+medicine "..."' in routed
+    assert 'registry generate medicine:1 --static "..."' in constant
+    assert 'registry generate ./kept "..."' in kept
+    assert (tmp_path / "kept").is_dir()
+    assert run("compose", "./kept", store=store).exit_code == 0
+
+
 def test_compose_in_a_pipe(run, store, values):
     lines = values(run("compose", "medicine+legal", store=store))
 

@@ -2,6 +2,9 @@
 
 import json
 
+from lorary.cli.init_command import init_page
+from lorary.registry import Registry
+
 
 def test_init_says_what_it_made(built, document):
     found = document(built["printed"]["general"])
@@ -74,3 +77,13 @@ def test_the_data_is_remembered_by_its_absolute_path(run, bare, rows, tmp_path, 
 
     [record] = [json.loads(path.read_text()) for path in (bare / "runs").glob("contracts-*/run.json")]
     assert record["sources"] == [str(tmp_path / "relative.jsonl")]
+
+
+def test_after_init_the_next_command_finds_the_registry(store, monkeypatch):
+    registry = Registry.open(store)
+
+    monkeypatch.delenv("LORARY_STORE", raising=False)
+    assert init_page(registry).hints == (f"Add a domain: registry add-domain medicine --store {store}",)
+
+    monkeypatch.setenv("LORARY_STORE", str(store))
+    assert init_page(registry).hints == ("Add a domain: registry add-domain medicine",)
