@@ -37,6 +37,7 @@ $(BIN)/python:
 
 quickstart: .venv/.installed
 	$(BIN)/registry quickstart
+	@echo 'To type registry instead of $(BIN)/registry: . $(BIN)/activate' >&2
 
 # one thread per process: small tensors on many threads spend their time waiting for each other
 test slow: export OMP_NUM_THREADS := 1

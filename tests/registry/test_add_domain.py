@@ -275,24 +275,18 @@ def test_banks_of_any_shape_compose_with_the_others(
 @pytest.mark.parametrize(
     ("bank", "training", "said"),
     [
-        ({"rank": 33}, {}, "32"),
-        ({}, {"block": 513}, "512"),
-        ({"targets": ("query_proj",)}, {}, "q_proj"),
+        (BankConfig(rank=33), TrainingConfig(block=64), "32"),
+        (BankConfig(), TrainingConfig(block=513), "512"),
+        (BankConfig(targets=("query_proj",)), TrainingConfig(block=64), "q_proj"),
     ],
     ids=["a rank above the width", "a block above the context", "no such module"],
 )
 def test_what_the_base_model_has_no_room_for_is_refused_before_anything_is_read(
-    bank: dict[str, Any], training: dict[str, Any], said: str, registry: Registry, texts: Any
+    bank: BankConfig, training: TrainingConfig, said: str, registry: Registry, texts: Any
 ) -> None:
     told: list[Progress] = []
     with pytest.raises(InputError) as caught:
-        registry.add_domain(
-            "sailing",
-            data=[texts["sailing"]],
-            bank=BankConfig(**{"expert_free": 0.25} | bank),
-            training=TrainingConfig(**{"steps": 1, "block": 64} | training),
-            on_progress=told.append,
-        )
+        registry.add_domain("sailing", data=[texts["sailing"]], bank=bank, training=training, on_progress=told.append)
 
     assert said in str(caught.value.fix)
     assert not [progress for progress in told if progress.stage.startswith("reading")]
