@@ -101,7 +101,7 @@ def init_page(registry: "Registry") -> Page:
 
 def _where(store: Path) -> str:
     """The option that the next command needs to find this registry from this folder; empty where it finds it."""
-    from ..registry.store import Store
+    from ..registry.location import locate_store
 
-    is_found = Store.locate(None, os.environ, Path.cwd()).resolve() == store.resolve()
+    is_found = locate_store(None, os.environ, Path.cwd()).resolve() == store.resolve()
     return "" if is_found else f" --store {shlex.quote(str(store))}"
