@@ -279,6 +279,22 @@ def _copy_with(store: Path, name: str, texts: dict[str, Path], short_run: Callab
     return copy.store.path
 
 
+@pytest.fixture
+def theirs(local_hub: Any, light_store: Any, light_pack: Any, no_waiting: None) -> "Registry":
+    """A registry whose domain legal is on the Hub in two versions, as acme/lorary-legal."""
+    registry = light_store("theirs")
+    for text in ("one", "two"):
+        light_pack(registry, text=text)
+        registry.push("legal", "acme/lorary-legal")
+    return registry
+
+
+@pytest.fixture
+def ours(theirs: "Registry", light_store: Any) -> "Registry":
+    """Another registry, for the same base model and with the same KP bank."""
+    return light_store("ours")
+
+
 # --- adapters of PEFT, beside ours ---
 
 

@@ -11,22 +11,6 @@ REPO = "acme/lorary-legal"
 LARGE = "adapter_model.safetensors"
 
 
-@pytest.fixture
-def theirs(local_hub, light_store, light_pack, no_waiting):
-    """A registry whose domain legal is on the Hub in two versions."""
-    registry = light_store("theirs")
-    for text in ("one", "two"):
-        light_pack(registry, text=text)
-        registry.push("legal", REPO)
-    return registry
-
-
-@pytest.fixture
-def ours(theirs, light_store):
-    """Another registry, for the same base model and with the same KP bank."""
-    return light_store("ours")
-
-
 @pytest.mark.parametrize(
     "fault", [("status", 503), ("status", 429), ("drop", 0), ("cut", 100), ("short", 5), ("status", 500)]
 )
