@@ -73,22 +73,18 @@ def _point_out(found: "list[Neighbour]", watching: Watch, data: list[str], *, as
 def added_page(added: "AddedDomain", data: list[str]) -> Page:
     """What adding the domain brought; `data` is how the command named its files."""
     manifest = added.manifest
-    optional: list[tuple[str, Cell | None]] = [
-        ("loss", of.loss(manifest)),
-        ("neighbours", of.neighbours(added.neighbours)),
-        ("warm start", cell(f"from the experts of {added.lender}") if added.lender else None),
-        ("routing drift", of.drift(manifest)),
-        ("frozen", of.proof(manifest)),
-    ]
-    resumed = [("resumed", cell(f"from step {added.resumed_from}"))] if added.resumed_from else []
-    rows: list[tuple[str, Cell | Part]] = [
+    rows: list[tuple[str, Cell | Part | None]] = [
         ("version", cell(of.reference(manifest))),
         ("digest", cell(manifest.digest)),
         ("experts", of.experts(manifest)),
         ("per layer", of.per_layer(manifest.allocation["counts"])),
         ("training", of.training(manifest)),
-        *resumed,
-        *((label, value) for label, value in optional if value),
+        ("resumed", f"from step {added.resumed_from}" if added.resumed_from else None),
+        ("loss", of.loss(manifest)),
+        ("neighbours", of.neighbours(added.neighbours)),
+        ("warm start", f"from the experts of {added.lender}" if added.lender else None),
+        ("routing drift", of.drift(manifest)),
+        ("frozen", of.proof(manifest)),
     ]
     return Page(
         data=_data(added, data),

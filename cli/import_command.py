@@ -62,17 +62,14 @@ def import_adapter(
 def imported_page(imported: "ImportedAdapter") -> Page:
     """What the import brought."""
     manifest = imported.manifest
-    optional: list[tuple[str, Cell | None]] = [
-        ("neighbours", of.neighbours(imported.neighbours)),
-        ("routing drift", of.drift(manifest)),
-    ]
-    rows: list[tuple[str, Cell | Part]] = [
+    rows: list[tuple[str, Cell | Part | None]] = [
         ("version", cell(of.reference(manifest))),
         ("digest", cell(manifest.digest)),
         ("experts", of.experts(manifest)),
         ("per layer", of.per_layer(manifest.allocation["counts"])),
         ("training", of.training(manifest)),
-        *((label, value) for label, value in optional if value),
+        ("neighbours", of.neighbours(imported.neighbours)),
+        ("routing drift", of.drift(manifest)),
     ]
     return Page(
         data={

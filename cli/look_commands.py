@@ -107,8 +107,7 @@ def show_page(registry: "Registry", manifest: "PackManifest") -> Page:
     """A version as a person wants to know it."""
     versions = registry.store.versions(manifest.name)
     aliases = [alias for alias, number in registry.store.aliases(manifest.name).items() if number == manifest.version]
-    optional = {"loss": of.loss(manifest), "routing drift": of.drift(manifest), "frozen": of.proof(manifest)}
-    rows: list[tuple[str, Cell | Part]] = [
+    rows: list[tuple[str, Cell | Part | None]] = [
         ("description", manifest.description),
         ("version", cell(of.reference(manifest) + (f", {', '.join(aliases)}" if aliases else ""))),
         ("all versions", ", ".join(map(str, versions))),
@@ -121,7 +120,9 @@ def show_page(registry: "Registry", manifest: "PackManifest") -> Page:
         ("schedule", manifest.allocation["schedule"]),
         ("data", of.data(manifest) or "-"),
         ("training", of.training(manifest)),
-        *((label, value) for label, value in optional.items() if value),
+        ("loss", of.loss(manifest)),
+        ("routing drift", of.drift(manifest)),
+        ("frozen", of.proof(manifest)),
         ("lineage", _lineage(manifest)),
         ("files", f"{len(manifest.files)}, {size(sum(file.size for file in manifest.files))}"),
         ("created", cell(manifest.created[:16].replace("T", " ") + " UTC", manifest.created)),

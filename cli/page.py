@@ -93,9 +93,9 @@ def cell(shown: Part, plain: object = None) -> Cell:
     return Cell(whole, "".join(span.text for span in whole) if plain is None else str(plain))
 
 
-def facts(rows: Iterable[tuple[str, Cell | Part] | None]) -> Facts:
-    """Labels with values; a row that is None is left out."""
-    kept = [row for row in rows if row is not None]
+def facts(rows: Iterable[tuple[str, Cell | Part | None] | None]) -> Facts:
+    """Labels with values; a row that is None, or has None for its value, is left out."""
+    kept = [(row[0], row[1]) for row in rows if row is not None and row[1] is not None]
     return Facts(tuple((label, value if isinstance(value, Cell) else cell(value)) for label, value in kept))
 
 

@@ -126,21 +126,18 @@ def retrained_page(done: "Retrained") -> Page:
         verdict,
     )
     inherited = manifest.proof.get("inherited")
-    optional: list[tuple[str, Cell | Part | None]] = [
-        ("kept", inherited and _kept(inherited)),
-        ("resumed", f"from step {done.resumed_from}" if done.resumed_from else None),
-        ("loss", of.loss(manifest)),
-        ("routing drift", of.drift(manifest)),
-        ("frozen", of.proof(manifest)),
-    ]
-    rows: list[tuple[str, Cell | Part]] = [
+    rows: list[tuple[str, Cell | Part | None]] = [
         ("version", cell(f"{of.reference(manifest)}, {manifest.lineage['mode']} of {of.reference(done.parent)}")),
         ("digest", cell(manifest.digest)),
         ("gate", cell(judged, f"{exact(gate.parent)} {exact(gate.new)} {'holds' if gate.holds else 'held back'}")),
         ("experts", of.experts(manifest)),
         ("per layer", of.per_layer(manifest.allocation["counts"])),
         ("training", of.training(manifest)),
-        *((label, value) for label, value in optional if value),
+        ("kept", _kept(inherited) if inherited else None),
+        ("resumed", f"from step {done.resumed_from}" if done.resumed_from else None),
+        ("loss", of.loss(manifest)),
+        ("routing drift", of.drift(manifest)),
+        ("frozen", of.proof(manifest)),
     ]
     head = f"{manifest.name} is retrained" if not done.is_repeated else f"{of.reference(manifest)} was stored before"
     hints = (f"Compare them: registry diff {of.reference(done.parent)} {of.reference(manifest)}",)
