@@ -10,7 +10,8 @@ import time
 
 def test_an_interrupted_add_domain_resumes(run, bare, rows, tmp_path, document):
     data = rows(tmp_path / "new.jsonl", "legal")
-    options = ["--data", str(data), "--steps", "80", "--block", "32", "--batch", "1", "--rank", "2"]
+    options = ["--data", str(data), "--steps", "240", "--block", "32", "--batch", "1", "--rank", "2"]
+    # many steps, so that a busy machine does not end the run before this process has seen its first checkpoint
     words = ["add-domain", "contracts", *options, "--checkpoint-every", "5"]
 
     code, said = _interrupted(words, bare)
@@ -38,6 +39,7 @@ def _interrupted(words: list[str], store) -> tuple[int, str]:
         until = time.monotonic() + 60
         while not _checkpoints(store) and process.poll() is None and time.monotonic() < until:
             time.sleep(0.02)
+        assert process.poll() is None, "it ended before it could be interrupted"
         process.send_signal(signal.SIGINT)
         return process.wait(60), said + process.stderr.read()
 
