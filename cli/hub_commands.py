@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..adapters.composition import GENERAL
 from . import manifest_facts as of
 from . import output
 from .numbers import brief, exact, percent, plural, size
@@ -208,8 +209,8 @@ def pull_hints(done: "Pulled") -> list[str]:
     if done.preservation == "other":
         owner = done.origin.repo.partition("/")[0]
         digest = brief(manifest.lineage["preservation"]["digest"])
-        hints.append(f"Its KP bank is {digest}. If it was pushed too: registry pull {owner}/lorary-{of.GENERAL}")
-    if manifest.name == of.GENERAL and not done.is_latest:
+        hints.append(f"Its KP bank is {digest}. If it was pushed too: registry pull {owner}/lorary-{GENERAL}")
+    if manifest.name == GENERAL and not done.is_latest:
         hints.append(f"Yours stays in use; this one is used where it is named: {of.reference(manifest)}+DOMAIN")
     if not done.is_checked:
         hints.append("The Hub was not asked: there may be a newer version.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..adapters.composition import GENERAL
 from . import manifest_facts as of
 from . import output
 from .opening import fetch_base, quiet_libraries
@@ -68,7 +69,7 @@ def init(
 
 def init_page(registry: "Registry") -> Page:
     """What was made."""
-    manifest = registry.manifest(of.GENERAL)
+    manifest = registry.manifest(GENERAL)
     loss, proof = of.loss(manifest), of.proof(manifest)
     rows = [
         ("registry", cell(str(registry.store.path))),

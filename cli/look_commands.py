@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..adapters.composition import GENERAL
 from . import manifest_facts as of
 from . import output
 from .numbers import brief, exact, percent, short, size
@@ -58,7 +59,7 @@ def _row(manifest: "PackManifest") -> list[Cell]:
     return [
         cell(manifest.name),
         cell(str(manifest.version)),
-        cell("KP bank" if manifest.name == of.GENERAL else manifest.role, manifest.role),
+        cell("KP bank" if manifest.name == GENERAL else manifest.role, manifest.role),
         cell(str(of.expert_count(manifest))),
         cell(short(total), total),
         of.number(routed),
@@ -158,7 +159,7 @@ def _lineage(manifest: "PackManifest") -> str:
     first = "begun anew" if parent is None else f"{mode}, from {manifest.name}@{parent}"
     if not preservation:
         return first
-    return f"{first}, over general@{preservation['version']} {brief(preservation['digest'])}"
+    return f"{first}, over {GENERAL}@{preservation['version']} {brief(preservation['digest'])}"
 
 
 def version(as_json: Json = False) -> None:

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from ..domains.prototypes import Neighbour
     from ..registry.manifest import PackManifest
 
-GENERAL = "general"
 SCORES = ("BITS/BYTE", "BASE", "OWN EXPERTS", "ROUTED", "95 %", "ORACLE GAIN")  # the last: the share of it that is kept
 
 

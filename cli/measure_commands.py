@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..adapters.composition import GENERAL
 from . import manifest_facts as of
 from . import output
 from .hub_commands import localised
@@ -44,14 +45,14 @@ def route(
 
 def route_page(report: "RouteReport") -> Page:
     """Where the text goes."""
-    order = sorted(report.gates, key=lambda name: (name != of.GENERAL, name))
+    order = sorted(report.gates, key=lambda name: (name != GENERAL, name))
     bars = shares(report.gates, order, heading="GATE")
     rows = [
         (*row, similarity_cell(report.similarity.get(name))) for row, name in zip(bars.rows, report.gates, strict=True)
     ]
     listed = table((*bars.columns, "SIMILARITY"), rows, right=("GATE", "SIMILARITY"), tight=bars.columns)
     taker = report.taken_by
-    meaning = "no domain takes it: the base and KP answer" if taker == of.GENERAL else taker
+    meaning = "no domain takes it: the base and KP answer" if taker == GENERAL else taker
     summary = facts(
         [
             ("taken by", cell(line(Span(meaning, slot_style(order.index(taker)))), taker)),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..adapters.allocation import allocate
+from ..adapters.composition import GENERAL
 from ..adapters.config import BankConfig
 from ..domains.corpus import Source
 from .charts import layers
@@ -43,7 +44,7 @@ def plan_addition(
     from ..registry.domain_data import check_new_name, read_domain_data, spec_of
 
     check_new_name(registry.store, name)
-    depth = len(registry.plan("general").experts_per_layer)
+    depth = len(registry.plan(GENERAL).experts_per_layer)
     is_measured = bank.schedule == "data"
     schedule = "uniform" if is_measured else bank.schedule  # the total is always the same
     counts = allocate(depth, experts=bank.experts, schedule=schedule, expert_free=bank.expert_free)

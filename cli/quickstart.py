@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..adapters.composition import GENERAL
 from ..domains.errors import ConflictError
 from ..domains.progress import OnProgress
 
@@ -65,7 +66,7 @@ def take_tour(folder: Path, *, on_progress: OnProgress, on_step: OnStep) -> Tour
     marker.unlink(missing_ok=True)
     return Tour(
         registry=registry,
-        manifests=tuple(registry.manifest(name) for name in ("general", *DOMAINS)),
+        manifests=tuple(registry.manifest(name) for name in (GENERAL, *DOMAINS)),
         plan=registry.plan(COMPOSITION),
         answer=answer,
         retention=retention,
@@ -93,7 +94,7 @@ def _ready(folder: Path, on_progress: OnProgress) -> "Registry":
 
     if (folder / "store.json").exists():
         registry = Registry.open(folder)
-        if registry.store.versions("general"):
+        if registry.store.versions(GENERAL):
             return registry
     return Registry.init(folder, on_progress=on_progress)
 
