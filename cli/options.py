@@ -129,17 +129,17 @@ class TrainingOptions:
         int | None, _training("Steps between checkpoints, from which a repeated command resumes.", "50", min=1)
     ] = None
 
-    @property
-    def given(self) -> dict[str, Any]:
-        """The options that were given, by their name in the library."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
-
     def config(self) -> "TrainingConfig":
         """The same for the library; imports torch."""
         from ..adapters.training import TrainingConfig
 
-        return TrainingConfig(**self.given)
+        return TrainingConfig(**given_options(self))
+
+
+def given_options(group: Any) -> dict[str, Any]:
+    """The options of a group that were given, those that are not None, by their name in the library."""
+    values = {field.name: getattr(group, field.name) for field in fields(group)}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def takes_groups(command: Callable[..., None]) -> Callable[..., None]:

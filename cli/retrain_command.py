@@ -1,7 +1,6 @@
 """`registry retrain`: the next version of a domain, from new text."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -19,6 +18,7 @@ from .options import (
     Reference,
     StorePath,
     TrainingOptions,
+    given_options,
     shape_option,
     sources,
     takes_groups,
@@ -39,12 +39,6 @@ class ShapeOptions:
     experts: Annotated[float | None, shape_option("New experts a layer, on average.", show_default="as the parent")] = (
         None
     )
-
-    @property
-    def given(self) -> Mapping[str, Any]:
-        """The options that were given, by their name in the library."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 @takes_groups
@@ -91,7 +85,7 @@ def retrain(
     from ..registry.retraining_plan import plan_retraining
 
     registry = open_registry(store, device=device, dtype=dtype)
-    options = {"mode": mode, "bank": shape.given, "gate_data": sources(gate_data), "tolerance": tolerance}
+    options = {"mode": mode, "bank": given_options(shape), "gate_data": sources(gate_data), "tolerance": tolerance}
     plan = plan_retraining(registry.store, registry.manifest(ref), sources(data), **options)
     if not as_json:
         output.hint(plan_text(plan))

@@ -7,7 +7,7 @@ from typing import get_type_hints
 import pytest
 
 from lorary.cli.app import COMMANDS
-from lorary.cli.options import BankOptions, TrainingOptions
+from lorary.cli.options import BankOptions, TrainingOptions, given_options
 from lorary.cli.reference import PAGE, reference
 
 EXAMPLES = {
@@ -36,7 +36,7 @@ def test_options_become_the_library_s_settings():
     assert BankOptions().config() == BankConfig()
     given = BankOptions(rank=2, targets="q_proj, v_proj", no_rank_gates=True, method="rslora").config()
     assert (given.targets, given.rank_gates, given.method) == (("q_proj", "v_proj"), False, "rslora")
-    assert TrainingOptions(steps=3, seed=1).given == {"steps": 3, "seed": 1}
+    assert given_options(TrainingOptions(steps=3, seed=1)) == {"steps": 3, "seed": 1}
 
 
 def test_the_reference_page_is_fresh():
