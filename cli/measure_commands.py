@@ -11,7 +11,7 @@ from . import output
 from .hub_commands import localised
 from .numbers import exact, percent, plural
 from .opening import open_registry
-from .options import Data, Device, Dtype, Json, Spec, StorePath, sources
+from .options import Data, Device, Dtype, Json, NoQuestions, Spec, StorePath, sources
 from .page import Cell, Page, Span, Table, cell, facts, line, slot_style, table
 from .slot_views import shares, similarity_cell
 from .watch import watch
@@ -66,7 +66,7 @@ def route_page(report: "RouteReport") -> Page:
 def evaluate(
     spec: Spec,
     data: Data = None,
-    no_questions: Annotated[bool, typer.Option("--no-questions", metavar="", help="Leave out the questions.")] = False,
+    no_questions: NoQuestions = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     store: StorePath = None,

@@ -55,6 +55,7 @@ Dtype = Annotated[
         metavar="TYPE", help="auto, float32, bfloat16 or float16: numbers of the base model.", rich_help_panel=_MACHINE
     ),
 ]
+NoQuestions = Annotated[bool, typer.Option("--no-questions", metavar="", help="Leave out the questions.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="At most so many tokens are written.")]
 
 

@@ -13,7 +13,7 @@ import typer
 from ..domains.errors import InputError
 from . import output
 from .opening import open_registry
-from .options import Device, Dtype, Json, StorePath
+from .options import Device, Dtype, Json, NoQuestions, StorePath
 from .page import Block, Page, Words, faint, line, title
 from .retention_html import PageSource, retention_html
 from .retention_plot import check_plot, retention_png
@@ -64,7 +64,7 @@ def report(
     max_bytes: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Most held-out text of a domain.", show_default="120000")
     ] = None,
-    no_questions: Annotated[bool, typer.Option("--no-questions", metavar="", help="Leave out the questions.")] = False,
+    no_questions: NoQuestions = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     store: StorePath = None,

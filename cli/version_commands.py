@@ -82,7 +82,7 @@ def _row(version: dict[str, Any]) -> Iterable[Cell]:
 
 
 def alias(
-    ref: Annotated[str, typer.Argument(metavar="REF", help="NAME, NAME@2 or NAME@ALIAS.", show_default=False)],
+    ref: Reference,
     alias: Annotated[
         str | None, typer.Argument(metavar="ALIAS", help="What the version is to be called.", show_default="list them")
     ] = None,
