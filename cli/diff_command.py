@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from . import manifest_facts as of
 from . import output
-from .numbers import bits, exact, size
+from .numbers import brief, exact, size
 from .opening import open_registry
 from .options import Json, Reference, StorePath
 from .page import Block, Cell, Page, Span, Table, cell, facts, line, table
@@ -52,7 +52,7 @@ def diff_page(found: "Difference") -> Page:
         ("parameters", *(cell(f"{number:,}", number) for number in parameters)),
         *((name, *(cell(f"{number:,}", number) for number in pair)) for name, pair in found.statistics.items()),
         ("size", *(cell(size(number), number) for number in sizes)),
-        ("digest", *(cell(manifest.digest[:19], manifest.digest) for manifest in found.versions)),
+        ("digest", *(cell(brief(manifest.digest), manifest.digest) for manifest in found.versions)),
     ]
     blocks: list[Block] = [
         table(("", *names), rows, right=names, tight=("", *names)),
@@ -102,8 +102,8 @@ def _score_table(found: "Difference", names: tuple[str, str]) -> Table:
         rows.append(
             [
                 cell(_SCORE_NAMES[key]),
-                cell(bits(before), exact(before)),
-                cell(bits(after), exact(after)),
+                of.number(before),
+                of.number(after),
                 cell(line(Span(shown, style)), exact(delta)),
             ]
         )

@@ -12,6 +12,7 @@ import typer
 
 from ..domains.errors import InputError
 from . import output
+from .numbers import exact
 from .opening import open_registry
 from .options import Device, Dtype, Json, NoQuestions, StorePath
 from .page import Block, Page, Words, faint, line, title
@@ -154,7 +155,7 @@ def cells_csv(report: "RetentionReport") -> str:
             for j, name in enumerate(scores.matrix.domains):
                 value, interval = scores.value(i, j), scores.intervals[i][j]
                 if value is not None and interval is not None:
-                    numbers = [f"{x:z.6g}" for x in (value, *interval)]
+                    numbers = map(exact, (value, *interval))
                     writer.writerow([i, step, name, metric, *numbers, scores.counts[name]])
     return text.getvalue()
 

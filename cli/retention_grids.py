@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Final
 
 from .markup import Html, tag
 from .numbers import bits, exact, percent
-from .retention_views import heat_levels, show_interval, show_value
+from .retention_views import heat_levels, show_interval, show_step, show_value
 
 if TYPE_CHECKING:
     from ..registry.report_details import ReportDetails
@@ -21,7 +21,7 @@ def heat_grid(scores: "ScoreTable", name: str) -> Html:
     matrix = scores.matrix
     levels = [heat_levels(scores, j, levels=LEVELS) for j in range(len(matrix.domains))]
     rows = [
-        (("" if i == 0 else "+ ") + step, [_heat_cell(scores, i, j, column[i]) for j, column in enumerate(levels)])
+        (show_step(i, step), [_heat_cell(scores, i, j, column[i]) for j, column in enumerate(levels)])
         for i, step in enumerate(matrix.steps)
     ]
     headings = [(domain, f"n = {scores.counts[domain]}") for domain in matrix.domains]
@@ -90,9 +90,9 @@ def domains_table(report: "RetentionReport") -> Html:
             number(bits(base), base),
             number(bits(learned), learned),
             number(bits(now), now, show_interval(report.bits.intervals[last][j], "bits/byte")),
-            *(_value(figures[figure].domains.get(name), unit) for figure, unit in units.items()),
+            *(value_cell(figures[figure].domains.get(name), unit) for figure, unit in units.items()),
             *(_questions(report.accuracy, name) if report.accuracy else []),
-            _value(figures["routing_accuracy"].domains[name], "share"),
+            value_cell(figures["routing_accuracy"].domains[name], "share"),
         ]
         rows.append(("general text" if j == 0 else name, cells))
     return sortable(columns, rows, "Domains", numeric=range(1, len(columns)))
@@ -116,7 +116,8 @@ def number(shown: str, value: float | None, interval: str = "") -> Html:
     return tag("td", shown, small, data_v=exact(value), class_="n")
 
 
-def _value(value: "Value | None", unit: str) -> Html:
+def value_cell(value: "Value | None", unit: str) -> Html:
+    """A cell with a figure in its unit, and its interval."""
     if value is None:
         return number("-", None)
     return number(show_value(value.value, unit), value.value, show_interval(value.interval, unit))

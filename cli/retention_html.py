@@ -7,9 +7,19 @@ from typing import TYPE_CHECKING, Any, Final
 
 from .markup import Html, document, join, tag
 from .numbers import brief, plural, size
-from .retention_grids import confusion_grid, domains_table, heat_grid, layers_grid, number, scroller, sortable
+from .retention_grids import (
+    LEVELS,
+    confusion_grid,
+    domains_table,
+    heat_grid,
+    layers_grid,
+    number,
+    scroller,
+    sortable,
+    value_cell,
+)
 from .retention_pictures import lineage_picture, prototype_map, shares_picture
-from .retention_views import show_interval, show_value
+from .retention_views import show_failed, show_interval, show_value
 
 if TYPE_CHECKING:
     from ..registry.manifest import BaseRecord
@@ -141,11 +151,10 @@ def _gates(verdicts: "Sequence[Verdict]") -> Html:
     rows = []
     for verdict in verdicts:
         word = tag("span", "holds" if verdict.holds else "fails", class_="pill good" if verdict.holds else "pill bad")
-        failed = ", ".join(f"{name} {show_value(value, 'nats')}" for name, value in verdict.failed.items())
         cells = [
             tag("td", word),
             number(str(verdict.checked), verdict.checked),
-            tag("td", failed or "-", class_="prose"),
+            tag("td", show_failed(verdict) or "-", class_="prose"),
         ]
         rows.append((str(verdict.threshold), cells))
     return join(tag("h3", "Gates"), sortable(("Gate", "Verdict", "Checked", "Failed"), rows, "Gates", numeric=[2]))
@@ -155,7 +164,7 @@ def _matrices(report: "RetentionReport") -> Html:
     legend = tag(
         "p",
         tag("span", "best"),
-        [tag("i", class_=f"swatch h{level}") for level in range(9)],
+        [tag("i", class_=f"swatch h{level}") for level in range(LEVELS)],
         tag("span", "worst of a column"),
         tag("span", "outlined: when the domain was learned"),
         tag("span", "a column spans at least 5\u00a0% of its bits, or 20 points of accuracy"),
@@ -252,18 +261,9 @@ def _data(source: PageSource) -> Html:
 def _formulas(report: "RetentionReport") -> Html:
     rows = []
     for figure in report.figures:
-        value = number(
-            show_value(figure.whole.value, figure.unit),
-            figure.whole.value,
-            show_interval(figure.whole.interval, figure.unit),
-        )
-        cells = [value, tag("td", figure.unit), tag("td", tag("code", figure.formula), class_="prose")]
-        rows.append(
-            (
-                figure.title,
-                [*cells, tag("td", figure.meaning, class_="prose"), tag("td", figure.source, class_="prose")],
-            )
-        )
+        prose = (tag("code", figure.formula), figure.meaning, figure.source)
+        cells = [value_cell(figure.whole, figure.unit), tag("td", figure.unit)]
+        rows.append((figure.title, [*cells, *(tag("td", text, class_="prose") for text in prose)]))
     columns = ("Figure", "Value", "Unit", "Formula", "Meaning", "Source")
     symbols = [join(tag("dt", tag("code", symbol)), tag("dd", meaning)) for symbol, meaning in SYMBOLS]
     return join(

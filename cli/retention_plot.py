@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from ..domains.errors import InputError
 from .charts import HEAT_COLOURS, HEAT_LEVELS
-from .retention_views import WIDE, heat_levels, show_interval, show_value
+from .retention_views import WIDE, heat_levels, show_interval, show_step, show_value
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,7 +101,7 @@ def _heat_map(place: "Axes", scores: "ScoreTable", title: str, *, names_steps: b
     place.set_xticks(
         range(len(columns)), [_plain(name) for name in matrix.domains], rotation=45, ha="left", fontsize=size
     )
-    steps = [_plain(("" if i == 0 else "+ ") + step) for i, step in enumerate(matrix.steps)]
+    steps = [_plain(show_step(i, step)) for i, step in enumerate(matrix.steps)]
     place.set_yticks(range(len(steps)), steps if names_steps else [""] * len(steps), fontsize=size)
     place.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, colors=_INK)
     place.spines[:].set_visible(False)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from . import manifest_facts as of
 from .charts import HEAT_LEVELS, heat
 from .numbers import bits, exact, percent
 from .page import Block, Cell, Span, Table, cell, faint, line, table, title
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 WIDE = 10  # columns from which a heat map shows levels instead of scores, for people
 
 
-def heat_table(scores: "ScoreTable", *, heading: str = "STEP") -> Table:
+def heat_table(scores: "ScoreTable") -> Table:
     """The retention matrix: a row for each step, a column for each domain, dark where it is predicted best."""
     matrix, is_wide = scores.matrix, len(scores.matrix.domains) > WIDE
     names = [f"{j}" if is_wide else name for j, name in enumerate(matrix.domains)]
@@ -22,8 +23,8 @@ def heat_table(scores: "ScoreTable", *, heading: str = "STEP") -> Table:
     rows = []
     for i, step in enumerate(matrix.steps):
         cells = [_heat_cell(scores, i, j, levels[j][i], is_wide=is_wide) for j in range(len(names))]
-        rows.append([cell(f"{'' if i == 0 else '+ '}{step}", step), *cells])
-    headings = (heading, *names)
+        rows.append([cell(show_step(i, step), step), *cells])
+    headings = ("STEP", *names)
     return table(headings, rows, right=names, tight=headings)
 
 
@@ -59,7 +60,7 @@ def domains_table(report: "RetentionReport") -> Table:
         share = figures["oracle_share"].domains.get(name)
         row = [
             cell("general text" if j == 0 else name, name),
-            *(_number(report.bits.value(i, j)) for i in (0, j + 1, len(report.steps) - 1)),
+            *(of.number(report.bits.value(i, j)) for i in (0, j + 1, len(report.steps) - 1)),
             _interval(interval, "bits/byte"),
             _shown(figures["retention"].domains.get(name), "share"),
             _shown(share, "share"),
@@ -116,10 +117,20 @@ def verdict_lines(verdicts: Sequence["Verdict"]) -> list[Block]:
     """Which gates hold."""
     rows = []
     for verdict in verdicts:
-        failed = ", ".join(f"{name} {show_value(value, 'nats')}" for name, value in verdict.failed.items())
+        failed = show_failed(verdict)
         word = Span("holds", "good") if verdict.holds else Span("fails", "bad")
         rows.append([cell(str(verdict.threshold)), cell(word), cell(str(verdict.checked)), cell(failed or "-", failed)])
     return [title("Gates"), table(("GATE", "VERDICT", "CHECKED", "FAILED"), rows, right=("CHECKED",))] if rows else []
+
+
+def show_failed(verdict: "Verdict") -> str:
+    """The domains that fail a gate, with their values."""
+    return ", ".join(f"{name} {show_value(value, 'nats')}" for name, value in verdict.failed.items())
+
+
+def show_step(index: int, step: str) -> str:
+    """A step of the retention matrix; after the first, the bare base, each adds something."""
+    return step if index == 0 else f"+ {step}"
 
 
 def show_value(value: float | None, unit: str) -> str:
@@ -149,10 +160,6 @@ def show_interval(interval: "Interval | None", unit: str) -> str:
 
 def _digits(share: float) -> int:
     return 2 if abs(share) < 0.02 and share else 0
-
-
-def _number(value: float | None) -> Cell:
-    return cell(bits(value), exact(value))
 
 
 def _shown(value: "Value | None", unit: str) -> Cell:
