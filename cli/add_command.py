@@ -106,7 +106,7 @@ def _twin_text(twin: "Neighbour", data: list[str]) -> str:
 
 
 def _twin_data(twin: "Neighbour", data: list[str]) -> dict[str, object]:
-    return {"name": twin.name, "similarity": round(twin.similarity, 5), "instead": _retrain_command(twin, data)}
+    return {**of.neighbour_record(twin), "instead": _retrain_command(twin, data)}
 
 
 def _retrain_command(twin: "Neighbour", data: list[str]) -> str:
@@ -117,14 +117,10 @@ def _retrain_command(twin: "Neighbour", data: list[str]) -> str:
 def _data(added: "AddedDomain", data: list[str]) -> dict[str, object]:
     manifest, twin = added.manifest, added.near_duplicate
     return {
-        "name": manifest.name,
-        "version": manifest.version,
-        "digest": manifest.digest,
-        "parameters": of.parameters(manifest),
-        "experts_per_layer": list(manifest.allocation["counts"]),
+        **of.record(manifest),
         "scores": added.scores.as_json(),
         "drift": asdict(added.drift),
-        "neighbours": [{"name": n.name, "similarity": round(n.similarity, 5)} for n in added.neighbours],
+        "neighbours": [of.neighbour_record(near) for near in added.neighbours],
         "near_duplicate": _twin_data(twin, data) if twin else None,
         "warm_start": added.lender,
         "resumed_from": added.resumed_from,

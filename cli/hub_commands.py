@@ -263,14 +263,13 @@ def search_page(found: "list[FoundPack]") -> Page:
 
 
 def _found_row(pack: "FoundPack") -> list[Cell]:
-    before, after = pack.bits_per_byte_of_base, pack.bits_per_byte
-    gain = (before - after) / before if before and after is not None else None
+    gain = of.lowered(pack.bits_per_byte_of_base, pack.bits_per_byte)
     return [
         cell(pack.repo),
         cell(pack.name or "-"),
         cell(str(pack.version or "-")),
         cell(pack.base or "-"),
-        of.number(after),
+        of.number(pack.bits_per_byte),
         cell(percent(gain, digits=1), exact(gain)),
         cell(f"{pack.downloads:,}", pack.downloads),
         of.day(pack.updated),

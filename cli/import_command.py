@@ -73,15 +73,11 @@ def imported_page(imported: "ImportedAdapter") -> Page:
     ]
     return Page(
         data={
-            "name": manifest.name,
-            "version": manifest.version,
-            "digest": manifest.digest,
-            "parameters": of.parameters(manifest),
-            "experts_per_layer": list(manifest.allocation["counts"]),
+            **of.record(manifest),
             "imported": manifest.train["imported"],
             "scores": imported.scores.as_json(),
             "drift": asdict(imported.drift),
-            "neighbours": [{"name": n.name, "similarity": round(n.similarity, 5)} for n in imported.neighbours],
+            "neighbours": [of.neighbour_record(near) for near in imported.neighbours],
         },
         blocks=(title(f"{manifest.name} is imported"), facts(rows), of.scores(manifest)),
         hints=(f'Try it: registry compose {manifest.name} --prompt "..."',),

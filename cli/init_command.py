@@ -85,12 +85,8 @@ def init_page(registry: "Registry") -> Page:
     return Page(
         data={
             "store": str(registry.store.path),
-            "name": manifest.name,
-            "version": manifest.version,
-            "digest": manifest.digest,
+            **of.record(manifest),
             "base": {"id": manifest.base.id, "revision": manifest.base.revision, "weights": manifest.base.weights},
-            "parameters": of.parameters(manifest),
-            "experts_per_layer": list(manifest.allocation["counts"]),
             "losses": manifest.train["losses"],
             "scores": manifest.evaluation,
             "proof": manifest.proof,

@@ -30,6 +30,17 @@ def expert_count(manifest: "PackManifest") -> int:
     return sum(manifest.allocation["counts"])
 
 
+def record(manifest: "PackManifest") -> dict[str, Any]:
+    """For --json, what every command that stores a version says of it."""
+    return {
+        "name": manifest.name,
+        "version": manifest.version,
+        "digest": manifest.digest,
+        "parameters": parameters(manifest),
+        "experts_per_layer": list(manifest.allocation["counts"]),
+    }
+
+
 def per_layer(counts: Iterable[int]) -> Cell:
     """Numbers of all decoder layers, as small columns and as digits."""
     numbers = list(counts)
@@ -99,7 +110,11 @@ def against(before: float | None, after: float | None) -> Line:
 
 def gain(manifest: "PackManifest") -> float | None:
     """By what share routing lowers the bits per byte of the base."""
-    before, after = manifest.evaluation.get("base"), manifest.evaluation.get("routed")
+    return lowered(manifest.evaluation.get("base"), manifest.evaluation.get("routed"))
+
+
+def lowered(before: float | None, after: float | None) -> float | None:
+    """By what share the second score is below the first."""
     return (before - after) / before if before and after is not None else None
 
 
@@ -181,6 +196,11 @@ def neighbours(found: "Iterable[Neighbour]") -> Cell | None:
     """The stored domains that are most like it."""
     nearest = [f"{near.name} {near.similarity:.2f}" for near in list(found)[:5] if is_name(near.name)]
     return cell(", ".join(nearest)) if nearest else None
+
+
+def neighbour_record(near: "Neighbour") -> dict[str, Any]:
+    """One of them for --json."""
+    return {"name": near.name, "similarity": round(near.similarity, 5)}
 
 
 def day(time: str) -> Cell:

@@ -158,17 +158,13 @@ def held_back(done: "Retrained") -> GateFailedError:
 def _data(done: "Retrained") -> dict[str, object]:
     manifest = done.manifest
     return {
-        "name": manifest.name,
-        "version": manifest.version,
+        **of.record(manifest),
         "parent": done.parent.version,
         "mode": manifest.lineage["mode"],
-        "digest": manifest.digest,
         "held_back": not done.gate.holds,
         "gate": done.gate.as_json(),
         "is_repeated": done.is_repeated,
         "resumed_from": done.resumed_from,
-        "parameters": of.parameters(manifest),
-        "experts_per_layer": list(manifest.allocation["counts"]),
         "scores": manifest.evaluation,
         "losses": manifest.train["losses"],
         "seconds": manifest.train["seconds"],
