@@ -1,7 +1,5 @@
 """`registry init`: a registry for a base model, with its knowledge-preservation bank trained."""
 
-import os
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +8,7 @@ import typer
 from ..adapters.composition import GENERAL
 from . import manifest_facts as of
 from . import output
-from .opening import fetch_base, quiet_libraries
+from .opening import fetch_base, quiet_libraries, store_option
 from .options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, sources, takes_groups
 from .page import Page, cell, facts, title
 from .watch import watch
@@ -92,13 +90,5 @@ def init_page(registry: "Registry") -> Page:
             "proof": manifest.proof,
         },
         blocks=(title("A registry is ready"), facts(rows), of.scores(manifest)),
-        hints=(f"Add a domain: registry add-domain medicine{_where(registry.store.path)}",),
+        hints=(f"Add a domain: registry add-domain medicine{store_option(registry.store.path)}",),
     )
-
-
-def _where(store: Path) -> str:
-    """The option that the next command needs to find this registry from this folder; empty where it finds it."""
-    from ..registry.location import locate_store
-
-    is_found = locate_store(None, os.environ, Path.cwd()).resolve() == store.resolve()
-    return "" if is_found else f" --store {shlex.quote(str(store))}"

@@ -1,6 +1,7 @@
 """Opens the registry that a command works on, with the libraries below kept quiet."""
 
 import os
+import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -37,6 +38,14 @@ def quiet_libraries() -> None:
         logging.disable_progress_bar()
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+def store_option(store: Path) -> str:
+    """The option that the next command needs to find this registry from this folder; empty where it finds it."""
+    from ..registry.location import locate_store
+
+    is_found = locate_store(None, os.environ, Path.cwd()).resolve() == store.resolve()
+    return "" if is_found else f" --store {shlex.quote(str(store))}"
 
 
 def fetch_base(base: str, revision: str | None) -> None:

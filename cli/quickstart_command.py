@@ -8,7 +8,7 @@ import typer
 from . import manifest_facts as of
 from . import output
 from .numbers import duration, exact
-from .opening import quiet_libraries
+from .opening import quiet_libraries, store_option
 from .options import Json
 from .page import Page, Span, Words, cell, facts, faint, line, title
 from .quickstart import COMPOSITION, PROMPT, Tour, take_tour
@@ -42,7 +42,7 @@ def tour_page(tour: Tour, path: Path) -> Page:
     """What the tour did."""
     newest = tour.manifests[-1]
     proof = of.proof(newest)
-    where = "" if path == Path(".lorary") else f" --store {path}"
+    where = store_option(path)
     rows = [
         ("registry", cell(str(tour.registry.store.path))),
         ("composed", cell(tour.plan.pinned)),
