@@ -20,7 +20,8 @@ from . import output
 
 INTERRUPTED = 130
 DEBUG = "LORARY_DEBUG"  # set to 1: errors come with their traceback
-_RESUMING = ("init", "add-domain", "retrain", "quickstart", "report")  # commands that go on where they were interrupted
+# commands that go on where they were interrupted
+RESUMING = ("init", "add-domain", "retrain", "quickstart", "report", "pull")
 
 
 class ReportingGroup(TyperGroup):
@@ -97,7 +98,7 @@ def _unexpected(error: Exception) -> dict[str, Any]:
 
 
 def _interrupted(words: list[str]) -> dict[str, Any]:
-    if any(word in _RESUMING for word in words[:1]):
+    if any(word in RESUMING for word in words[:1]):
         return _record("interrupted", INTERRUPTED, "Interrupted. Repeat the same command to resume.", None, None)
     return _record("interrupted", INTERRUPTED, "Interrupted.", None, None)
 

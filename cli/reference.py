@@ -8,6 +8,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 
 from .app import app
+from .boundary import RESUMING
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 _HEAD = """# The command line
@@ -25,9 +26,9 @@ Written by `python -m lorary.cli.reference` from the help texts: change those, n
   `~/.local/share/lorary`.
 - `$NO_COLOR` takes colours away, `$FORCE_COLOR` draws tables although stdout is no terminal, `LORARY_DEBUG=1` shows
   tracebacks and the warnings of the libraries below.
-- **Interrupted** work (Ctrl-C) stores no version. `init`, `add-domain`, `retrain` and `quickstart` resume when they are
-  repeated.
-"""
+- **Interrupted** work (Ctrl-C) stores no version. These go on where they were when they are repeated:
+  {}.
+""".format(", ".join(f"`{name}`" for name in RESUMING))
 
 
 def reference() -> str:
