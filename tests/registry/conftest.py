@@ -211,14 +211,20 @@ class LoosePack:
         data = canonical_json(self.manifest | {"files": files})
         return PackManifest.from_json(data, source="hostile"), PackBytes(self.files)
 
+    def write_to(self, folder: Path) -> PackManifest:
+        """Write it sealed, as a folder that holds a pack."""
+        manifest, source = self.sealed()
+        for path, data in [*source.files.items(), ("lorary.json", manifest.to_json())]:
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            (folder / path).write_bytes(data)
+        return manifest
+
 
 @pytest.fixture(scope="session")
 def loose(whole: "Registry") -> Callable[..., LoosePack]:
-    """`loose("cooking")` is a stored pack in memory; `loose(manifest=.., files=..)` is one of these parts."""
+    """`loose("cooking")` is a stored pack in memory."""
 
-    def take_out(name: str = "cooking", **parts: Any) -> LoosePack:
-        if parts:
-            return LoosePack(**parts)
+    def take_out(name: str = "cooking") -> LoosePack:
         manifest = whole.manifest(name)
         files = {file.path: whole.store.read(manifest, file.path) for file in manifest.files}
         return LoosePack(json.loads(manifest.to_json()), files)

@@ -63,10 +63,7 @@ def test_nothing_is_run_imported_or_connected_while_packs_are_checked(loose: Any
     packs += [loose().with_files(**{path: data[: len(data) // 2]}) for path, data in loose().files.items()]
     folders = [tmp_path / str(number) for number in range(len(packs))]
     for folder, pack in zip(folders, packs, strict=True):
-        manifest, source = pack.sealed()
-        for path, content in [*source.files.items(), ("lorary.json", manifest.to_json())]:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            (folder / path).write_bytes(content)
+        pack.write_to(folder)
 
     command = [sys.executable, "-c", WATCHED, *map(str, [folders[0], *folders])]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=240, cwd=tmp_path)

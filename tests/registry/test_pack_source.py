@@ -17,10 +17,7 @@ EXPERT = "experts/e0/adapter_model.safetensors"
 @pytest.fixture
 def folder(loose: Any, tmp_path: Path) -> tuple[PackFolder, PackManifest]:
     """A pack in a folder that may be changed, and its manifest."""
-    manifest, source = loose().sealed()
-    for path, data in [*source.files.items(), ("lorary.json", manifest.to_json())]:
-        (tmp_path / "pack" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "pack" / path).write_bytes(data)
+    manifest = loose().write_to(tmp_path / "pack")
     return PackFolder(tmp_path / "pack"), manifest
 
 

@@ -174,9 +174,7 @@ def reseal() -> Callable[..., None]:
     """`reseal(folder, "cooking", pack)` puts an altered pack into a saved composition; all digests agree."""
 
     def put(folder: Path, name: str, pack: Any) -> None:
-        manifest, source = pack.sealed()
-        for path, data in [*source.files.items(), ("lorary.json", manifest.to_json())]:
-            (folder / "packs" / name / path).write_bytes(data)
+        manifest = pack.write_to(folder / "packs" / name)
         document = json.loads((folder / "composition.json").read_text(encoding="utf-8"))
         for slot in document["slots"]:
             if slot["name"] == name:
