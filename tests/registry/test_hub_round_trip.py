@@ -1,25 +1,21 @@
 """A trained domain goes to the Hub and comes back: the same bytes, the same logits; plain PEFT loads it from there."""
 
-import shutil
-
 import pytest
 import torch
-
-from lorary.registry import Registry
 
 REPO = "acme/lorary-cooking"
 
 
 @pytest.fixture
-def other(kp_store, tmp_path):
+def other(light_store):
     """A registry for the same base with the same KP bank, which has never seen the domain."""
-    return Registry.open(shutil.copytree(kp_store, tmp_path / "other"))
+    return light_store("other")
 
 
 @pytest.fixture
-def pushed(local_hub, cooking_store, tmp_path):
+def pushed(local_hub, cooking_store, fresh_copy):
     """A registry whose trained domain is on the Hub."""
-    registry = Registry.open(shutil.copytree(cooking_store, tmp_path / "mine"))
+    registry = fresh_copy(cooking_store)
     registry.push("cooking", REPO)
     return registry
 

@@ -9,13 +9,8 @@ REPO = "acme/lorary-legal"
 
 
 @pytest.fixture
-def ours(local_hub, light_store, light_pack, no_waiting):
-    """A registry beside a Hub that has legal in two versions."""
-    theirs = light_store("theirs")
-    for text in ("one", "two"):
-        light_pack(theirs, text=text)
-        theirs.push("legal", REPO)
-    ours = light_store("ours")
+def ours(ours, light_pack):
+    """The registry beside the Hub, with a domain of its own."""
     light_pack(ours, "medicine")
     return ours
 

@@ -146,21 +146,12 @@ def test_vllm_would_serve_the_bare_base(
 REPO = "acme/lorary-legal"
 
 
-@pytest.fixture
-def on_the_hub(local_hub: Any, light_store: Any, light_pack: Any, no_waiting: Any) -> Any:
-    """Another registry; the domain legal is on the Hub."""
-    theirs = light_store("theirs")
-    light_pack(theirs, text="one")
-    theirs.push("legal", REPO)
-    return light_store("ours")
-
-
 @row(
     "wrong bytes of the right size from the Hub",
     theirs="huggingface_hub takes them (hub#3643)",
     ours="fetched again; exit 5 if they stay wrong, and nothing is stored",
 )
-def test_wrong_bytes_of_the_right_size(refused_with: Any, on_the_hub: Any, local_hub: Any, whole: Any) -> None:
+def test_wrong_bytes_of_the_right_size(refused_with: Any, ours: Any, local_hub: Any) -> None:
     from huggingface_hub import HfApi
 
     name = "adapter_model.safetensors"
@@ -171,10 +162,10 @@ def test_wrong_bytes_of_the_right_size(refused_with: Any, on_the_hub: Any, local
     assert wrong != right
 
     local_hub.fault("GET /[0-9a-f]{64}", "wrong", 700, times=99)
-    refused_with(5, lambda: on_the_hub.pull(REPO))
-    assert on_the_hub.store.domains() == ["general"]
+    refused_with(5, lambda: ours.pull(REPO))
+    assert ours.store.domains() == ["general"]
     local_hub.faults.clear()
-    assert on_the_hub.pull(REPO).is_new
+    assert ours.pull(REPO).is_new
 
 
 @row(
@@ -182,15 +173,15 @@ def test_wrong_bytes_of_the_right_size(refused_with: Any, on_the_hub: Any, local
     theirs="`snapshot_download` gives the incomplete folder, without a warning",
     ours="exit 7; the same command goes on later",
 )
-def test_an_interrupted_download_then_offline(refused_with: Any, on_the_hub: Any, local_hub: Any) -> None:
+def test_an_interrupted_download_then_offline(refused_with: Any, ours: Any, local_hub: Any) -> None:
     from huggingface_hub import snapshot_download
 
     local_hub.fault("HEAD .*/router/", "status", 503, times=99)
-    refused_with(7, lambda: on_the_hub.pull(REPO))
+    refused_with(7, lambda: ours.pull(REPO))
     incomplete = Path(snapshot_download(REPO, local_files_only=True))
     assert not (incomplete / "router" / "router.json").exists()
 
-    refused_with(7, lambda: on_the_hub.pull(REPO, offline=True))
-    assert on_the_hub.store.domains() == ["general"]
+    refused_with(7, lambda: ours.pull(REPO, offline=True))
+    assert ours.store.domains() == ["general"]
     local_hub.faults.clear()
-    assert on_the_hub.pull(REPO).is_new
+    assert ours.pull(REPO).is_new
