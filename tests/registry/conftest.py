@@ -141,10 +141,11 @@ def whole(both_store: Path) -> "Registry":
 
 @pytest.fixture
 def fresh_copy(tmp_path: Path) -> Callable[[Path], "Registry"]:
-    """`fresh_copy(store)` opens a copy of a store, which the test may change."""
+    """`fresh_copy(store)` opens a copy of a store, without kept scores and compositions; the test may change it."""
     from lorary.registry import Registry
 
-    return lambda store: Registry.open(shutil.copytree(store, tmp_path / "store"))
+    kept = shutil.ignore_patterns("compositions", "scores")
+    return lambda store: Registry.open(shutil.copytree(store, tmp_path / "store", ignore=kept))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The cells of the retention matrix: what each is, which are measured, and that none is measured twice."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,11 +68,8 @@ def test_what_no_metric_needs_is_not_measured(added: int) -> None:
             assert ((i, j) in cells) == (i <= 1 or i >= learned - 1)
 
 
-def test_one_more_domain_measures_its_row_and_the_beginning_of_its_column(
-    whole: Registry, reported: Any, fresh_copy: Any
-) -> None:
-    registry = fresh_copy(whole.store.path)
-    shutil.rmtree(registry.store.cache / "scores")
+def test_one_more_domain_measures_its_row_and_the_beginning_of_its_column(both_store: Path, fresh_copy: Any) -> None:
+    registry = fresh_copy(both_store)
     registry.retention(["cooking"])
 
     assert measured_now(registry, "cooking") == []
@@ -88,9 +84,8 @@ def test_one_more_domain_measures_its_row_and_the_beginning_of_its_column(
     ]
 
 
-def test_an_interrupted_report_goes_on(whole: Registry, reported: Any, fresh_copy: Any) -> None:
-    registry = fresh_copy(whole.store.path)
-    shutil.rmtree(registry.store.cache / "scores")
+def test_an_interrupted_report_goes_on(both_store: Path, fresh_copy: Any) -> None:
+    registry = fresh_copy(both_store)
 
     def interrupt(progress: Progress) -> None:
         if progress.stage.startswith("4 of"):

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,6 @@ from lorary.registry import Registry
 from lorary.registry import stack_cache as module
 from lorary.registry.compose import compose_model
 from lorary.registry.stack_cache import StackCache
-
-
-@pytest.fixture(autouse=True)
-def _empty_cache(both_store: Path) -> None:
-    """Other tests compose in the same store."""
-    shutil.rmtree(both_store / "cache" / "compositions", ignore_errors=True)
 
 
 def kept_files(registry: Registry) -> list[Path]:
