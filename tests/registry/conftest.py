@@ -233,6 +233,12 @@ def loose(whole: "Registry") -> Callable[..., LoosePack]:
     return take_out
 
 
+@pytest.fixture
+def saved(whole: "Registry", tmp_path: Path) -> Path:
+    """A saved composition of `cooking`, which the test may change."""
+    return whole.save("cooking", tmp_path / "saved")
+
+
 # --- real packs without training, for what only moves them: the pack of `cooking` with other numbers ---
 
 

@@ -17,12 +17,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transform
 row = pytest.mark.silent_failure
 
 
-@pytest.fixture
-def saved(whole: Any, tmp_path: Path) -> Path:
-    """A saved composition of `cooking`, which the test may change."""
-    return whole.save("cooking", tmp_path / "saved")
-
-
 def _edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | changes), encoding="utf-8")
 

@@ -17,12 +17,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transform
 row = pytest.mark.silent_failure
 
 
-@pytest.fixture
-def saved(whole: Any, tmp_path: Path) -> Path:
-    """A saved composition of `cooking`, which the test may change."""
-    return whole.save("cooking", tmp_path / "saved")
-
-
 @row(
     "bytes of a safetensors file altered (100 files with one other bit each)",
     theirs="safetensors reads most of them",
