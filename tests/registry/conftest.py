@@ -340,12 +340,14 @@ def save_adapter(tmp_path_factory: pytest.TempPathFactory, base_folder: Path, pe
 
 @pytest.fixture(scope="session")
 def by_peft(base_folder: Path, peft: Any) -> Callable[..., Any]:
-    """`by_peft(folder, model=None)` loads an adapter; its warnings are errors, as everywhere in the tests."""
+    """`by_peft(folder, model=None)` loads an adapter over the base; warnings are errors, as everywhere in the tests."""
     from transformers import AutoModelForCausalLM
 
     def load(folder: Path, model: Any = None) -> Any:
         model = AutoModelForCausalLM.from_pretrained(base_folder) if model is None else model
-        return peft.PeftModel.from_pretrained(model, str(folder)).eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # PEFT asks for it
+            return peft.PeftModel.from_pretrained(model, str(folder)).eval()
 
     return load
 

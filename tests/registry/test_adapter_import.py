@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from lorary.adapters.attach import fixed_slots, routing_of
 from lorary.domains.errors import ConflictError, IncompatibleError, InputError, IntegrityError, NotFoundError
@@ -22,32 +20,10 @@ CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 
 @pytest.fixture(scope="session")
-def peft_model(base_folder: Path) -> Callable[..., Any]:
-    """`peft_model(folder)` is the base with an adapter, by plain PEFT."""
-    peft = pytest.importorskip("peft")
-
-    def load(folder: Path) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(base_folder)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return peft.PeftModel.from_pretrained(model, str(folder)).eval()
-
-    return load
-
-
-@pytest.fixture(scope="session")
-def adapter(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
+def adapter(save_adapter: Callable[..., Path]) -> Path:
     """An adapter over the whole depth of the base, saved by PEFT; tests must not change it."""
-    peft = pytest.importorskip("peft")
-    folder = tmp_path_factory.mktemp("saved") / "my-adapter"
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        torch.manual_seed(5)
-        config = peft.LoraConfig(
-            r=4, lora_alpha=6, target_modules="all-linear", rank_pattern={"down_proj": 2}, init_lora_weights=False
-        )
-        peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), config).save_pretrained(folder)
-    return folder
+    folder = save_adapter(seed=5, lora_alpha=6, target_modules="all-linear", rank_pattern={"down_proj": 2})
+    return folder.rename(folder.with_name("my-adapter"))
 
 
 @pytest.fixture(scope="session")
@@ -58,20 +34,20 @@ def imported(cooking_store: Path, adapter: Path, texts: Any) -> Registry:
     return registry
 
 
-def test_a_static_composition_is_plain_peft(imported: Registry, adapter: Path, peft_model: Any, logits_of: Any) -> None:
+def test_a_static_composition_is_plain_peft(imported: Registry, adapter: Path, by_peft: Any, logits_of: Any) -> None:
     ours = logits_of(imported.compose("sailing", static=True))
 
-    torch.testing.assert_close(ours, logits_of(peft_model(adapter)), **CLOSE)
+    torch.testing.assert_close(ours, logits_of(by_peft(adapter)), **CLOSE)
     assert (ours - logits_of(imported.base.model)).abs().max() > 1e-3
 
 
-def test_its_slot_alone_is_plain_peft(imported: Registry, adapter: Path, peft_model: Any, logits_of: Any) -> None:
+def test_its_slot_alone_is_plain_peft(imported: Registry, adapter: Path, by_peft: Any, logits_of: Any) -> None:
     model = imported.compose("sailing+cooking")
 
     with fixed_slots(model, {"sailing": 1.0}):
         ours = logits_of(model)
 
-    torch.testing.assert_close(ours, logits_of(peft_model(adapter)), **CLOSE)
+    torch.testing.assert_close(ours, logits_of(by_peft(adapter)), **CLOSE)
 
 
 def test_experts_below_the_feature_layer_are_routed_by_tokens(imported: Registry, texts: Any) -> None:
@@ -107,12 +83,12 @@ def test_the_pack_passes_the_strict_reader(imported: Registry) -> None:
 
 
 def test_the_pack_is_again_an_adapter_of_peft(
-    imported: Registry, adapter: Path, peft_model: Any, tmp_path: Path, logits_of: Any
+    imported: Registry, adapter: Path, by_peft: Any, tmp_path: Path, logits_of: Any
 ) -> None:
     pack = imported.save("sailing", tmp_path / "out") / "packs" / "sailing"
 
     for folder in (pack, pack / "experts" / "e0"):
-        torch.testing.assert_close(logits_of(peft_model(folder)), logits_of(peft_model(adapter)), **CLOSE)
+        torch.testing.assert_close(logits_of(by_peft(folder)), logits_of(by_peft(adapter)), **CLOSE)
 
 
 def test_its_held_out_text_is_found_again(imported: Registry) -> None:

@@ -3,8 +3,6 @@
 import json
 import shlex
 import tarfile
-import warnings
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +18,6 @@ from lorary.registry.digest import sha256_of_file
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 SEVERAL = "cooking:0.6+sailing:0.3"
-
-
-@pytest.fixture(autouse=True)
-def _peft_may_warn() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-@pytest.fixture
-def by_peft(base_folder: Path) -> Callable[[Path], Any]:
-    """The base with an exported adapter, by plain PEFT."""
-    peft = pytest.importorskip("peft")
-    return lambda folder: peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(base_folder), str(folder)
-    ).eval()
 
 
 @pytest.mark.parametrize("to", ["peft", "vllm"])

@@ -2,15 +2,13 @@
 
 import ast
 import json
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM
 
 from lorary.adapters.attach import attach
 from lorary.adapters.bank import Expert, ExpertBank, LayerExperts
@@ -24,20 +22,6 @@ from lorary.registry.pack import DomainPack, pack_files
 ROOT = Path(__file__).resolve().parents[2]
 FAMILIES = ("llama", "gpt2", "gpt_neo")
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
-
-
-@pytest.fixture
-def with_peft() -> Callable[[Any, Path], Any]:
-    """A model with a PEFT adapter from a folder; any warning is an error."""
-    peft = pytest.importorskip("peft")
-
-    def load(model: Any, folder: Path) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            warnings.filterwarnings("ignore", message=".is_gradient_checkpointing. is deprecated")  # PEFT asks for it
-            return peft.PeftModel.from_pretrained(model, str(folder)).eval()
-
-    return load
 
 
 @pytest.fixture(params=FAMILIES)
@@ -57,11 +41,11 @@ def model(request: pytest.FixtureRequest, tiny_llama: Any) -> Any:
 
 
 def test_the_root_adapter_of_a_stored_pack_is_its_static_composition(
-    whole: Registry, base_folder: Path, tmp_path: Path, with_peft: Any, logits_of: Any
+    whole: Registry, tmp_path: Path, by_peft: Any, logits_of: Any
 ) -> None:
     pack = whole.save("cooking", tmp_path / "out") / "packs" / "cooking"
 
-    theirs = logits_of(with_peft(_load(base_folder), pack))
+    theirs = logits_of(by_peft(pack))
 
     torch.testing.assert_close(theirs, logits_of(whole.compose("cooking", static=True)), **CLOSE)
     assert (theirs - logits_of(whole.base.model)).abs().max() > 1e-3
@@ -69,14 +53,14 @@ def test_the_root_adapter_of_a_stored_pack_is_its_static_composition(
 
 @pytest.mark.parametrize("expert", ["e0", "e1", "e2"])
 def test_an_expert_of_a_stored_pack_is_our_layer_with_that_expert_alone(
-    expert: str, whole: Registry, base_folder: Path, tmp_path: Path, with_peft: Any, logits_of: Any
+    expert: str, whole: Registry, tmp_path: Path, by_peft: Any, logits_of: Any
 ) -> None:
     from lorary.registry.pack import read_pack
 
     folder = whole.save("cooking", tmp_path / "out") / "packs" / "cooking" / "experts" / expert
     bank = read_pack(whole.store, whole.manifest("cooking")).bank
 
-    theirs = logits_of(with_peft(_load(base_folder), folder))
+    theirs = logits_of(by_peft(folder))
 
     torch.testing.assert_close(theirs, logits_of(_alone(whole.base.model, bank, expert)), **CLOSE)
     assert (theirs - logits_of(whole.base.model)).abs().max() > 1e-4
@@ -86,34 +70,32 @@ def test_an_expert_of_a_stored_pack_is_our_layer_with_that_expert_alone(
 
 
 def test_the_root_adapter_is_the_bank_under_constant_gates(
-    model: Any, tmp_path: Path, with_peft: Any, logits_of: Any
+    model: Any, tmp_path: Path, by_peft: Any, logits_of: Any
 ) -> None:
     bank = _random_bank(model)
     _write(bank, model, tmp_path)
     static = attach(model, Stack(names=("legal",), banks=(bank,), static=True), router=None, fixed=torch.ones(1))
     ours, plain = logits_of(static), logits_of(model)
 
-    theirs = logits_of(with_peft(model, tmp_path))
+    theirs = logits_of(by_peft(tmp_path, model))
 
     torch.testing.assert_close(theirs, ours, **CLOSE)
     assert (ours - plain).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("expert", ["e0", "e1", "e2"])
-def test_each_expert_is_a_plain_adapter(
-    expert: str, model: Any, tmp_path: Path, with_peft: Any, logits_of: Any
-) -> None:
+def test_each_expert_is_a_plain_adapter(expert: str, model: Any, tmp_path: Path, by_peft: Any, logits_of: Any) -> None:
     bank = _random_bank(model)
     _write(bank, model, tmp_path)
     ours, plain = logits_of(_alone(model, bank, expert)), logits_of(model)
 
-    theirs = logits_of(with_peft(model, tmp_path / "experts" / expert))
+    theirs = logits_of(by_peft(tmp_path / "experts" / expert, model))
 
     torch.testing.assert_close(theirs, ours, **CLOSE)
     assert (ours - plain).abs().max() > 0.001
 
 
-def test_every_tensor_of_a_pack_reaches_the_peft_model(model: Any, tmp_path: Path, with_peft: Any) -> None:
+def test_every_tensor_of_a_pack_reaches_the_peft_model(model: Any, tmp_path: Path, by_peft: Any) -> None:
     from safetensors.torch import load_file
 
     _write(_random_bank(model), model, tmp_path)
@@ -121,7 +103,7 @@ def test_every_tensor_of_a_pack_reaches_the_peft_model(model: Any, tmp_path: Pat
     for folder in (tmp_path, *sorted((tmp_path / "experts").iterdir())):
         loaded = {
             name.replace(".default", ""): tensor
-            for name, tensor in with_peft(model, folder).state_dict().items()
+            for name, tensor in by_peft(folder, model).state_dict().items()
             if ".lora_" in name
         }
         saved = load_file(folder / "adapter_model.safetensors")
@@ -145,10 +127,6 @@ def test_our_code_never_imports_peft() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import | ast.ImportFrom) else []
             module = node.module or "" if isinstance(node, ast.ImportFrom) else ""
             assert not any(name.split(".")[0] == "peft" for name in [module, *names]), path
-
-
-def _load(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 def _strip(model: Any) -> None:
