@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
 row = pytest.mark.silent_failure
 
 
@@ -146,6 +145,7 @@ def test_an_edited_config(refused_with: Any, saved: Path, whole: Any, by_peft: A
     theirs="PEFT saves none, some, or twice the tensors of the first one",
     ours="works: names are never looked for in paths",
 )
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated")  # PEFT asks for it
 def test_names_that_are_parts_of_paths(
     save_adapter: Any, peft: Any, base_folder: Path, tmp_path: Path, importing: Any, logits_of: Any, by_peft: Any
 ) -> None:

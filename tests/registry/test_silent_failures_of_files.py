@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers
 row = pytest.mark.silent_failure
 
 
