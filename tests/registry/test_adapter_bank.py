@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from lorary.registry.adapter_bank import bank_of_adapter
 from lorary.registry.adapter_config import read_config
 
 peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT says of the adapters it makes is not tested here
 
 SMALL: dict[str, Any] = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA_LIKE: dict[str, Any] = SMALL | {
@@ -89,14 +89,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "target_parameters": ({"target_parameters": ["mlp.up_proj.weight"]}, "target_parameters"),
 }
 OTHER_METHODS = ("AdaLoraConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "OFTConfig", "VeraConfig", "LNTuningConfig")
-
-
-@pytest.fixture(autouse=True)
-def _peft_may_warn() -> Iterator[None]:
-    """What PEFT says while it makes and loads adapters is not what is tested here."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @pytest.fixture(scope="module")
