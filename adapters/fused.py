@@ -157,13 +157,28 @@ class ExpertGroup(nn.Module):
         if fast.serves(x, places):
             flat = x.reshape(-1, x.shape[-1])
             # in two dimensions: the same product as the module's own, with fewer views around it
-            outputs = [F.linear(flat, weight, bias) for weight, bias in fast.linears]
-            self._update(flat, outputs, gates, fast.weights)
-            return [output.view(*x.shape[:-1], output.shape[-1]) for output in outputs]
+            found = self._linear_outputs(flat, gates, fast)
+            return [output.view(*x.shape[:-1], output.shape[-1]) for output in found]
         outputs = [_owned_output(self.members[place].base, x) for place in places]
         flat = x.reshape(-1, x.shape[-1]).to(outputs[0].dtype)
         weights = self.weights(places, flat.dtype)
         self._update(flat, [output.view(-1, output.shape[-1]) for output in outputs], gates, weights)
+        return outputs
+
+    def _linear_outputs(
+        self, flat: Float[Tensor, "tokens d_in"], gates: Tensor | tuple[OpenGates, ...], fast: "_FastPath"
+    ) -> Sequence[Float[Tensor, "tokens _"]]:
+        """What plain Linears give with their experts; in one call of the kernels where no position is treated apart."""
+        kernels = choose_kernels(flat.device)
+        if isinstance(gates, Tensor):
+            return kernels.outputs(flat, fast.linears, gates.view(-1, gates.shape[-1]), fast.weights)[0]
+        part = gates[0]
+        if part.is_whole:
+            some = fast.weights if part.slots is None else self._selected(part.slots, fast.weights)
+            if len(some.A):
+                return kernels.outputs(flat, fast.linears, part.gates, some)[0]
+        outputs = [F.linear(flat, weight, bias) for weight, bias in fast.linears]
+        self._update(flat, outputs, gates, fast.weights)
         return outputs
 
     def _update(

@@ -13,7 +13,6 @@ scores, not of the wide hidden state, and all constant factors are in the rows.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,8 +20,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .kernels.dispatch import choose_kernels
+from .kernels.gate_tables import EPSILON, GateTables, mates_of
+from .kernels.reference import expert_gates, gated_ranks, scores
+
 TEMPERATURE = 0.1  # of the expert gates; scores are cosines, so |score| <= 10
-EPSILON = 1e-6
 
 
 class LayerGates(nn.Module):
@@ -32,6 +34,8 @@ class LayerGates(nn.Module):
     slot_of_expert: Tensor
     expert_of_rank: Tensor
     same_group: Tensor
+    slot_of_rank: Tensor
+    mates_of_rank: Tensor
     fixed_gate: Tensor | None
 
     def __init__(
@@ -65,11 +69,13 @@ class LayerGates(nn.Module):
         self.register_buffer("slot_of_expert", slot_of_expert, persistent=False)
         self.register_buffer("expert_of_rank", expert_of_rank, persistent=False)
         self.register_buffer("fixed_gate", fixed_gate, persistent=False)
-        same_group = (group_of_expert[:, None] == group_of_expert[None, :]).float()
-        self.register_buffer("same_group", same_group, persistent=False)
+        same_group = group_of_expert[:, None] == group_of_expert[None, :]
+        self.register_buffer("same_group", same_group.float(), persistent=False)
+        self.register_buffer("slot_of_rank", slot_of_expert[expert_of_rank], persistent=False)
+        self.register_buffer("mates_of_rank", mates_of(same_group)[expert_of_rank], persistent=False)
         self.new_expert_gate = None if new_expert_gate is None else nn.Parameter(new_expert_gate)
         self.new_rank_gate = None if new_rank_gate is None else nn.Parameter(new_rank_gate)
-        self._selections: dict[tuple[int, ...] | None, _Selection] = {}
+        self._selections: dict[tuple[int, ...] | None, GateTables] = {}
         self.new_expert_use: Tensor | None = None  # the new experts' gates in the latest training forward
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,48 +100,42 @@ class LayerGates(nn.Module):
             slot_gate: Of all slots.
             slots: The only slots whose gates are wanted, on a shorter rank axis; None: all.
         """
-        chosen = self._selection(slots)
-        if chosen.fixed_gate is not None:
-            by_rank = slot_gate.index_select(-1, chosen.slot_of_rank) * chosen.fixed_gate
+        tables = self._selection(slots)
+        if tables.fixed_gate is not None:
+            by_rank = slot_gate.index_select(-1, tables.slot_of_rank) * tables.fixed_gate
             return by_rank.expand(*hidden.shape[:-1], -1)
-        scores = self.scores(hidden, chosen.rows)
-        experts = expert_gates(scores, chosen.same_group)
+        if self.new_expert_gate is None and not torch.is_grad_enabled():
+            return choose_kernels(hidden.device).gates(hidden, slot_gate, tables)
+        found = scores(hidden, tables.rows)
+        experts = expert_gates(found, tables.same_group)
         if self.training and self.new_expert_gate is not None:
             self.new_expert_use = experts[..., -len(self.new_expert_gate) :]
-        experts = slot_gate.index_select(-1, chosen.slot_of_expert) * experts
-        ranks = rank_gates(scores, len(chosen.slot_of_expert))
-        return experts.index_select(-1, chosen.expert_of_rank) * ranks
+        return gated_ranks(found, slot_gate, experts, tables)
 
     def constant_gate(self, slot_gate: Float[Tensor, " slots"]) -> Float[Tensor, " rank"]:
         """The gates of a static composition under constant slot gates."""
         assert self.fixed_gate is not None
-        return slot_gate.to(self.fixed_gate.device)[self.slot_of_expert[self.expert_of_rank]] * self.fixed_gate
+        return slot_gate.to(self.fixed_gate.device)[self.slot_of_rank] * self.fixed_gate
 
-    def scores(
-        self, hidden: Float[Tensor, "*tokens width"], rows: Float[Tensor, "scores width"] | None = None
-    ) -> Float[Tensor, "*tokens scores"]:
-        """What experts and ranks make of the direction of the hidden state: experts first, then ranks."""
-        hidden = hidden.float()
-        length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).clamp(min=EPSILON)
-        return F.linear(hidden, self._all_rows() if rows is None else rows) / length
-
-    def _selection(self, slots: tuple[int, ...] | None) -> "_Selection":
+    def _selection(self, slots: tuple[int, ...] | None) -> GateTables:
         """Everything of some slots; kept, unless a part of it trains."""
         if self.new_expert_gate is not None:
             assert slots is None
-            return self._whole()
+            return self.tables()
         if slots not in self._selections:
-            whole = self._whole()
+            whole = self.tables()
             self._selections[slots] = whole if slots is None else whole.only(slots)
         return self._selections[slots]
 
-    def _whole(self) -> "_Selection":
-        return _Selection(
+    def tables(self) -> GateTables:
+        """What the gates of all slots are computed from."""
+        return GateTables(
             rows=self._all_rows(),
             same_group=self.same_group,
             slot_of_expert=self.slot_of_expert,
             expert_of_rank=self.expert_of_rank,
-            slot_of_rank=self.slot_of_expert[self.expert_of_rank],
+            slot_of_rank=self.slot_of_rank,
+            mates_of_rank=self.mates_of_rank,
             fixed_gate=self.fixed_gate,
         )
 
@@ -149,46 +149,6 @@ class LayerGates(nn.Module):
         else:
             new_ranks = _rank_rows(self.new_rank_gate)
         return torch.cat([frozen[0], _expert_rows(self.new_expert_gate), frozen[1], new_ranks])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Selection:
-    """What the gates of some slots are computed from."""
-
-    rows: Float[Tensor, "scores width"]
-    same_group: Float[Tensor, "experts experts"]
-    slot_of_expert: Int[Tensor, " experts"]
-    expert_of_rank: Int[Tensor, " rank"]
-    slot_of_rank: Int[Tensor, " rank"]
-    fixed_gate: Float[Tensor, " rank"] | None
-
-    def only(self, slots: tuple[int, ...]) -> "_Selection":
-        """The same of some of the slots; softmaxes run inside a slot, so that none changes."""
-        wanted = torch.tensor(slots, dtype=torch.long, device=self.rows.device)
-        experts = torch.isin(self.slot_of_expert, wanted)
-        ranks = torch.isin(self.slot_of_rank, wanted)
-        new_place = experts.cumsum(0) - 1
-        return _Selection(
-            rows=self.rows[torch.cat([experts, ranks])] if self.fixed_gate is None else self.rows,
-            same_group=self.same_group[experts][:, experts],
-            slot_of_expert=self.slot_of_expert[experts],
-            expert_of_rank=new_place[self.expert_of_rank[ranks]],
-            slot_of_rank=self.slot_of_rank[ranks],
-            fixed_gate=None if self.fixed_gate is None else self.fixed_gate[ranks],
-        )
-
-
-def expert_gates(
-    scores: Float[Tensor, "*tokens scores"], same_group: Float[Tensor, "experts experts"]
-) -> Float[Tensor, "*tokens experts"]:
-    """Softmax within each group; scores are bounded, so no maximum needs to be taken out."""
-    exponentials = torch.exp(scores[..., : len(same_group)])
-    return exponentials / F.linear(exponentials, same_group)
-
-
-def rank_gates(scores: Float[Tensor, "*tokens scores"], experts: int) -> Float[Tensor, "*tokens rank"]:
-    """2 sigmoid(V h) with h of unit root mean square."""
-    return 2 * torch.sigmoid(scores[..., experts:])
 
 
 def _expert_rows(gate: Float[Tensor, "experts width"]) -> Float[Tensor, "experts width"]:

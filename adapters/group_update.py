@@ -1,11 +1,7 @@
 """GroupUpdate: the fused layer as one step of autograd, for all modules that read the same input."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .gated_mlp import product_again, product_of
@@ -26,19 +22,19 @@ class GroupUpdate(torch.autograd.Function):
         given, trained = rest[: len(places)], rest[len(places) :]
         members = [group.members[place] for place in places]
         ctx.is_inside = given[0] is None
+        dtype = x.dtype if ctx.is_inside else given[0].dtype
+        flat, gate = x.reshape(-1, x.shape[-1]).to(dtype), gates.reshape(-1, gates.shape[-1])
+        weights, kernels = group.weights(places, dtype), choose_kernels(x.device)
         if ctx.is_inside:
-            outputs = [nn.functional.linear(x, member.base.weight, member.base.bias) for member in members]
+            linears = [(member.base.weight, member.base.bias) for member in members]
+            found, low = kernels.outputs(flat, linears, gate, weights, keep=True)
+            # no views, which must not be written to in place: as F.linear gives them
+            outputs = [torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]]) for output in found]
         else:
             outputs = [output.clone(memory_format=torch.contiguous_format) for output in given]
-        dtype = outputs[0].dtype
-        flat, gate = x.reshape(-1, x.shape[-1]).to(dtype), gates.reshape(-1, gates.shape[-1])
-        low = choose_kernels(x.device).update_(
-            flat,
-            [output.view(-1, output.shape[-1]) for output in outputs],
-            gate,
-            group.weights(places, dtype),
-            keep=True,
-        )
+            low = kernels.update_(
+                flat, [output.view(-1, output.shape[-1]) for output in outputs], gate, weights, keep=True
+            )
         ctx.product = product_of(x)
         ctx.save_for_backward(flat if ctx.product is None else None, low, gate, *trained)
         ctx.group, ctx.places = group, places
@@ -54,20 +50,20 @@ class GroupUpdate(torch.autograd.Function):
         group, members = ctx.group, [ctx.group.members[place] for place in ctx.places]
         needs = ctx.needs_input_grad
         flat_grads = [grad.reshape(-1, grad.shape[-1]) for grad in grads]
-        grad_x = None
-        if needs[2]:
-            grad_x = _base_gradient(flat_grads, members) if ctx.is_inside else torch.zeros_like(flat)
         has_trained = any(needs[4 + len(members) :])
-        found = choose_kernels(flat.device).gradients_(
+        found = choose_kernels(flat.device).gradients(
             flat_grads,
             flat,
             low,
             gate,
             group.weights(ctx.places, flat.dtype),
             trainable=[group.trainable[place] if has_trained else 0 for place in ctx.places],
-            grad_x=grad_x,
+            wants_x=needs[2],
             wants_gates=needs[3],
         )
+        if found.x is not None and ctx.is_inside:
+            for grad, member in zip(flat_grads, members, strict=True):
+                found.x.addmm_(grad, member.base.weight)
         grad_trained: list[Tensor | None] = []
         for member, grad_A, grad_Bt in zip(members, found.A, found.Bt, strict=True):
             if member.new_A is not None:
@@ -75,16 +71,8 @@ class GroupUpdate(torch.autograd.Function):
         return (
             None,
             None,
-            None if grad_x is None else grad_x.to(ctx.x_type).view(ctx.x_shape),
+            None if found.x is None else found.x.to(ctx.x_type).view(ctx.x_shape),
             None if found.gates is None else found.gates.view(ctx.gates_shape),
             *(grads if not ctx.is_inside else [None] * len(members)),
             *grad_trained,
         )
-
-
-def _base_gradient(grads: Sequence[Float[Tensor, "tokens _"]], members: Sequence[Any]) -> Float[Tensor, "tokens d_in"]:
-    """The gradient that x gets through the frozen base modules."""
-    total = torch.mm(grads[0], members[0].base.weight)
-    for grad, member in zip(grads[1:], members[1:], strict=True):
-        total.addmm_(grad, member.base.weight)
-    return total

@@ -7,10 +7,39 @@ call of the BLAS library; nothing waits for a device.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .group import GroupGradients, GroupWeights
+from .gate_tables import EPSILON, GateTables
+from .group import GroupGradients, GroupWeights, Linears
+
+
+def gates(
+    hidden: Float[Tensor, "*tokens width"], slot_gate: Float[Tensor, "*#tokens slots"], tables: GateTables
+) -> Float[Tensor, "*tokens rank"]:
+    """The gates of a layer in place wherever that is possible; see `Kernels`."""
+    hidden = hidden.float()
+    length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).clamp_(min=EPSILON)
+    scores = F.linear(hidden, tables.rows).div_(length)
+    by_expert, by_rank = scores.split(tables.sizes, dim=-1)
+    exponentials = by_expert.exp()
+    exponentials.div_(F.linear(exponentials, tables.half_group))  # twice the softmax: the 2 of the rank gate
+    exponentials.mul_(slot_gate.index_select(-1, tables.slot_of_expert))
+    return exponentials.index_select(-1, tables.expert_of_rank).mul_(by_rank.sigmoid_())
+
+
+def outputs(
+    x: Float[Tensor, "tokens d_in"],
+    linears: Linears,
+    gates: Float[Tensor, "tokens rank"],
+    weights: GroupWeights,
+    *,
+    keep: bool = False,
+) -> tuple[list[Float[Tensor, "tokens _"]], Float[Tensor, "tokens columns"] | None]:
+    """The base modules, then the update; see `Kernels`."""
+    found = [F.linear(x, weight, bias) for weight, bias in linears]
+    return found, update_(x, found, gates, weights, keep=keep)
 
 
 def update_(
@@ -34,7 +63,7 @@ def update_(
     return low if keep else None
 
 
-def gradients_(
+def gradients(
     grad_outputs: Sequence[Float[Tensor, "tokens _"]],
     x: Float[Tensor, "tokens d_in"],
     low: Float[Tensor, "tokens columns"],
@@ -42,7 +71,7 @@ def gradients_(
     weights: GroupWeights,
     *,
     trainable: Sequence[int],
-    grad_x: Float[Tensor, "tokens d_in"] | None,
+    wants_x: bool,
     wants_gates: bool,
 ) -> GroupGradients:
     """The backward pass; see `Kernels`. No product is spent on the weights of frozen experts."""
@@ -50,8 +79,6 @@ def gradients_(
     grad_gated = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     gate = _by_column(gates, weights)
     grad_low = (_by_module(grad_gated, gate) * gate).to(x.dtype).view_as(low)
-    if grad_x is not None:
-        grad_x.addmm_(grad_low, weights.A)
     grads_A, grads_Bt, start = [], [], 0
     for grad, Bt, new in zip(grad_outputs, weights.Bt, trainable, strict=True):
         tail = slice(start + len(Bt) - new, start + len(Bt))
@@ -62,6 +89,7 @@ def gradients_(
         grads_Bt.append(gated.t() @ grad if new else grad.new_zeros(0, grad.shape[1]))
         start += len(Bt)
     return GroupGradients(
+        x=torch.mm(grad_low, weights.A) if wants_x else None,
         gates=_gate_gradient(grad_gated, low, gates, weights) if wants_gates else None,
         A=tuple(grads_A),
         Bt=tuple(grads_Bt),

@@ -3,8 +3,8 @@
     low = x A^T               A of all modules one under the other: one product for the whole group
     y_m += (g * low_m) Bt_m   for each module m, added in place to what the base module computed
 
-`low` has one column for each row of A, in the order [module][rank]. Every implementation offers the two functions of
-`Kernels`: `update_` and `gradients_`. They work on flat (tokens, features) tensors.
+`low` has one column for each row of A, in the order [module][rank]. Every implementation offers the functions of
+`Kernels`. Those of groups work on flat (tokens, features) tensors.
 """
 
 from collections.abc import Sequence
@@ -13,6 +13,10 @@ from typing import Protocol
 
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from .gate_tables import GateTables
+
+Linears = Sequence[tuple[Tensor, Tensor | None]]  # weight (d_out, d_in) and bias of each module
 
 
 @dataclass(kw_only=True)
@@ -31,8 +35,9 @@ class GroupWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class GroupGradients:
-    """What the backward pass finds apart from the gradient of x, which it adds in place."""
+    """What the backward pass finds."""
 
+    x: Float[Tensor, "tokens d_in"] | None  # through the experts alone, in the type of x
     gates: Float[Tensor, "tokens rank"] | None  # float32
     A: tuple[Float[Tensor, "_ d_in"], ...]  # by module, of its last ranks only: those that train
     Bt: tuple[Float[Tensor, "_ _"], ...]
@@ -40,6 +45,37 @@ class GroupGradients:
 
 class Kernels(Protocol):
     """One implementation."""
+
+    def gates(
+        self, hidden: Float[Tensor, "*tokens width"], slot_gate: Float[Tensor, "*#tokens slots"], tables: GateTables
+    ) -> Float[Tensor, "*tokens rank"]:
+        """The gates of a layer, float32, without gradients.
+
+        Args:
+            hidden: What enters the layer, in any type.
+            slot_gate: Of all slots.
+            tables: Those of the slots that are wanted; not of a static composition.
+        """
+        ...
+
+    def outputs(
+        self,
+        x: Float[Tensor, "tokens d_in"],
+        linears: Linears,
+        gates: Float[Tensor, "tokens rank"],
+        weights: GroupWeights,
+        *,
+        keep: bool = False,
+    ) -> tuple[list[Float[Tensor, "tokens _"]], Float[Tensor, "tokens columns"] | None]:
+        """What plain linear modules give with every expert's gated update, in whichever order is the fastest.
+
+        Args:
+            linears: The base modules, in the type of x.
+
+        Returns:
+            The outputs, in new memory, and `low`, if it is kept; see `update_`.
+        """
+        ...
 
     def update_(
         self,
@@ -64,7 +100,7 @@ class Kernels(Protocol):
         """
         ...
 
-    def gradients_(
+    def gradients(
         self,
         grad_outputs: Sequence[Float[Tensor, "tokens _"]],
         x: Float[Tensor, "tokens d_in"],
@@ -73,14 +109,14 @@ class Kernels(Protocol):
         weights: GroupWeights,
         *,
         trainable: Sequence[int],
-        grad_x: Float[Tensor, "tokens d_in"] | None,
+        wants_x: bool,
         wants_gates: bool,
     ) -> GroupGradients:
         """The backward pass of `update_`; frozen experts cost no weight gradient.
 
         Args:
             trainable: How many of each module's last ranks train.
-            grad_x: The gradient that x has from the base modules; the experts' is added in place. None: not wanted.
+            wants_x: Whether the gradient of x is wanted. The base modules' part of it is added by the caller.
             wants_gates: Whether the gradient of the gates is wanted.
         """
         ...

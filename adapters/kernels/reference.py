@@ -3,10 +3,67 @@
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from .group import GroupGradients, GroupWeights
+from .gate_tables import EPSILON, GateTables
+from .group import GroupGradients, GroupWeights, Linears
+
+
+def gates(
+    hidden: Float[Tensor, "*tokens width"], slot_gate: Float[Tensor, "*#tokens slots"], tables: GateTables
+) -> Float[Tensor, "*tokens rank"]:
+    """Slot gate times expert gate times rank gate; see `Kernels`. Autograd follows it."""
+    found = scores(hidden, tables.rows)
+    return gated_ranks(found, slot_gate, expert_gates(found, tables.same_group), tables)
+
+
+def scores(
+    hidden: Float[Tensor, "*tokens width"], rows: Float[Tensor, "scores width"]
+) -> Float[Tensor, "*tokens scores"]:
+    """What experts and ranks make of the direction of the hidden state: experts first, then ranks."""
+    hidden = hidden.float()
+    length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).clamp(min=EPSILON)
+    return F.linear(hidden, rows) / length
+
+
+def expert_gates(
+    scores: Float[Tensor, "*tokens scores"], same_group: Float[Tensor, "experts experts"]
+) -> Float[Tensor, "*tokens experts"]:
+    """Softmax within each group; scores are bounded, so no maximum needs to be taken out."""
+    exponentials = torch.exp(scores[..., : len(same_group)])
+    return exponentials / F.linear(exponentials, same_group)
+
+
+def rank_gates(scores: Float[Tensor, "*tokens scores"], experts: int) -> Float[Tensor, "*tokens rank"]:
+    """2 sigmoid(V h) with h of unit root mean square."""
+    return 2 * torch.sigmoid(scores[..., experts:])
+
+
+def gated_ranks(
+    scores: Float[Tensor, "*tokens scores"],
+    slot_gate: Float[Tensor, "*#tokens slots"],
+    experts: Float[Tensor, "*tokens experts"],
+    tables: GateTables,
+) -> Float[Tensor, "*tokens rank"]:
+    """The product of the three gates of every rank."""
+    by_expert = slot_gate.index_select(-1, tables.slot_of_expert) * experts
+    ranks = rank_gates(scores, len(tables.slot_of_expert))
+    return by_expert.index_select(-1, tables.expert_of_rank) * ranks
+
+
+def outputs(
+    x: Float[Tensor, "tokens d_in"],
+    linears: Linears,
+    gates: Float[Tensor, "tokens rank"],
+    weights: GroupWeights,
+    *,
+    keep: bool = False,
+) -> tuple[list[Float[Tensor, "tokens _"]], Float[Tensor, "tokens columns"] | None]:
+    """The base modules, then the update; see `Kernels`."""
+    found = [F.linear(x, weight, bias) for weight, bias in linears]
+    return found, update_(x, found, gates, weights, keep=keep)
 
 
 def update_(
@@ -27,7 +84,7 @@ def update_(
     return torch.cat(lows, dim=1) if keep else None
 
 
-def gradients_(
+def gradients(
     grad_outputs: Sequence[Float[Tensor, "tokens _"]],
     x: Float[Tensor, "tokens d_in"],
     low: Float[Tensor, "tokens columns"],
@@ -35,10 +92,11 @@ def gradients_(
     weights: GroupWeights,
     *,
     trainable: Sequence[int],
-    grad_x: Float[Tensor, "tokens d_in"] | None,
+    wants_x: bool,
     wants_gates: bool,
 ) -> GroupGradients:
     """The chain rule, one module after another; see `Kernels`."""
+    grad_x = torch.zeros_like(x, dtype=torch.float32) if wants_x else None
     grad_gates = torch.zeros_like(gates) if wants_gates else None
     grads_A, grads_Bt, start = [], [], 0
     whole = torch.arange(gates.shape[1], device=gates.device)
@@ -51,13 +109,14 @@ def gradients_(
             columns = whole if weights.columns is None else weights.columns[part]
             grad_gates.index_add_(1, columns, grad_gated * own)
         if grad_x is not None:
-            grad_x.copy_(grad_x.float() + grad_low @ A.float())
+            grad_x += grad_low @ A.float()
         tail = slice(len(Bt) - new, None)
         gated = (own * gate).to(x.dtype).float()
         grads_A.append(grad_low[:, tail].T @ x.float())
         grads_Bt.append(gated[:, tail].T @ grad.float())
         start += len(Bt)
-    return GroupGradients(gates=grad_gates, A=tuple(grads_A), Bt=tuple(grads_Bt))
+    grad_x = None if grad_x is None else grad_x.to(x.dtype)
+    return GroupGradients(x=grad_x, gates=grad_gates, A=tuple(grads_A), Bt=tuple(grads_Bt))
 
 
 def modules(

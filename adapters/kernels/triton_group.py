@@ -6,43 +6,42 @@ Nothing here waits for the device or depends on values, so a whole forward pass 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 import triton
 from jaxtyping import Float
 from torch import Tensor
 
-from .group import GroupGradients, GroupWeights
+from . import triton_gates
+from .group import GroupGradients, GroupWeights, Linears
 from .triton_kernels import expand_kernel, shrink_kernel
+from .triton_launch import FEW_TOKENS, IS_INTERPRETED, Tiles, choose_tiles, count_shares, share_size
 
 MOST_MODULES = 3  # that one launch of expand serves
-PROCESSORS = 132  # of an H100 or H200: as many programs keep it busy
-MOST_SHARES = 16
-IS_INTERPRETED = triton.knobs.runtime.interpret  # Triton's interpreter has no dot of bfloat16
+gates = triton_gates.gates  # this module is the whole of `Kernels`
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """How a launch is cut into programs."""
+def outputs(
+    x: Float[Tensor, "tokens d_in"],
+    linears: Linears,
+    gates: Float[Tensor, "tokens rank"],
+    weights: GroupWeights,
+    *,
+    keep: bool = False,
+) -> tuple[list[Float[Tensor, "tokens _"]], Float[Tensor, "tokens columns"] | None]:
+    """See `Kernels`. For many tokens the experts' part is written first and the base's product accumulates on it.
 
-    shrink_m: int = 64
-    shrink_c: int = 64
-    shrink_k: int = 64
-    expand_m: int = 64
-    expand_n: int = 128
-    expand_r: int = 32
-    shrink_warps: int = 4
-    expand_warps: int = 8
-
-
-def choose_tiles(tokens: int) -> Tiles:
-    """Tiles for so many tokens: a dot has 16 rows at least, and few tokens need no more."""
-    if tokens <= 16:
-        return Tiles(shrink_m=16, shrink_c=32, shrink_k=128, expand_m=16, expand_warps=4)
-    if tokens <= 256:
-        return Tiles(shrink_m=32, shrink_c=32, shrink_k=128, expand_m=32, expand_warps=4)
-    return Tiles()
+    That saves one reading of the outputs: a product with beta = 1 reads what it adds to while it computes.
+    """
+    if len(x) <= FEW_TOKENS or not len(weights.A) or any(bias is not None for _, bias in linears):
+        found = [F.linear(x, weight, bias) for weight, bias in linears]
+        return found, update_(x, found, gates, weights, keep=keep)
+    found = [x.new_empty(len(x), len(weight)) for weight, _ in linears]
+    low = _experts(x, found, gates, weights, keep=keep, add=False)
+    for output, (weight, _) in zip(found, linears, strict=True):
+        output.addmm_(x, weight.t())
+    return found, low
 
 
 def update_(
@@ -54,21 +53,12 @@ def update_(
     keep: bool = False,
 ) -> Float[Tensor, "tokens columns"] | None:
     """Adds the gated updates in place; see `Kernels`."""
-    columns = len(weights.A)
-    if not len(x) or not columns:
-        return x.new_zeros(len(x), columns) if keep else None
-    tiles = choose_tiles(len(x))
-    if keep:
-        low = x.new_empty(1, len(x), columns)
-        _shrink(x, weights.A, low, None, weights, tiles)
-    else:
-        low = torch.empty(_shares(x, columns, tiles), len(x), columns, dtype=torch.float32, device=x.device)
-        _shrink(x, weights.A, low, gates, weights, tiles)
-    _expand(low, gates, outputs, weights.Bt, weights, tiles)
-    return low[0] if keep else None
+    if not len(x) or not len(weights.A):
+        return x.new_zeros(len(x), len(weights.A)) if keep else None
+    return _experts(x, outputs, gates, weights, keep=keep, add=True)
 
 
-def gradients_(
+def gradients(
     grad_outputs: Sequence[Float[Tensor, "tokens _"]],
     x: Float[Tensor, "tokens d_in"],
     low: Float[Tensor, "tokens columns"],
@@ -76,12 +66,12 @@ def gradients_(
     weights: GroupWeights,
     *,
     trainable: Sequence[int],
-    grad_x: Float[Tensor, "tokens d_in"] | None,
+    wants_x: bool,
     wants_gates: bool,
 ) -> GroupGradients:
     """The backward pass through the same kernels; see `Kernels`.
 
-    dY B is a shrink of dY, and dX += (g * dY B) A an expand into dX. The weight gradients of trainable ranks are
+    dY B is a shrink of dY, and dX = (g * dY B) A an expand into dX. The weight gradients of trainable ranks are
     products of two long thin matrices, which the BLAS library does best.
     """
     tiles = choose_tiles(len(x))
@@ -91,8 +81,11 @@ def gradients_(
         if len(Bt) and len(x):
             _shrink(grad, Bt, grad_gated[:, :, start : start + len(Bt)], None, weights, tiles)
         start += len(Bt)
-    if grad_x is not None and low.numel():
-        _expand(grad_gated, gates, [grad_x], [weights.A], weights, tiles)
+    grad_x = None
+    if wants_x:
+        grad_x = torch.empty_like(x) if low.numel() else torch.zeros_like(x)
+        if low.numel():
+            _expand(grad_gated, gates, [grad_x], [weights.A], weights, tiles, add=False)
     grads_A, grads_Bt, start = [], [], 0
     for grad, Bt, new in zip(grad_outputs, weights.Bt, trainable, strict=True):
         tail = slice(start + len(Bt) - new, start + len(Bt))
@@ -108,14 +101,30 @@ def gradients_(
             grad_gates = product.view(len(x), len(weights.Bt), gates.shape[1]).sum(1)
         else:
             grad_gates = torch.zeros_like(gates).index_add_(1, weights.columns, product)
-    return GroupGradients(gates=grad_gates, A=tuple(grads_A), Bt=tuple(grads_Bt))
+    return GroupGradients(x=grad_x, gates=grad_gates, A=tuple(grads_A), Bt=tuple(grads_Bt))
 
 
-def _shares(x: Tensor, columns: int, tiles: Tiles) -> int:
-    """Into how many shares the k axis is cut, so that all processors have work."""
-    programs = triton.cdiv(len(x), tiles.shrink_m) * triton.cdiv(columns, tiles.shrink_c)
-    steps = triton.cdiv(x.shape[1], tiles.shrink_k)
-    return max(1, min(MOST_SHARES, PROCESSORS // programs, steps // 2))
+def _experts(
+    x: Float[Tensor, "tokens d_in"],
+    outputs: Sequence[Float[Tensor, "tokens _"]],
+    gates: Float[Tensor, "tokens rank"],
+    weights: GroupWeights,
+    *,
+    keep: bool,
+    add: bool,
+) -> Float[Tensor, "tokens columns"] | None:
+    """Adds the gated updates to the outputs, or writes them there; returns `low` if it is kept."""
+    tiles, columns = choose_tiles(len(x)), len(weights.A)
+    if keep:
+        low = x.new_empty(1, len(x), columns)
+        _shrink(x, weights.A, low, None, weights, tiles)
+    else:
+        programs = triton.cdiv(len(x), tiles.shrink_m) * triton.cdiv(columns, tiles.shrink_c)
+        shares = count_shares(x.shape[1], tiles.shrink_k, programs)
+        low = torch.empty(shares, len(x), columns, dtype=torch.float32, device=x.device)
+        _shrink(x, weights.A, low, gates, weights, tiles)
+    _expand(low, gates, outputs, weights.Bt, weights, tiles, add=add)
+    return low[0] if keep else None
 
 
 def _shrink(
@@ -128,7 +137,6 @@ def _shrink(
 ) -> None:
     """OUT = X A^T in shares; with gates, tiles without an open gate become zero."""
     shares, tokens, columns = out.shape
-    steps = triton.cdiv(triton.cdiv(x.shape[1], tiles.shrink_k), shares)
     grid = (triton.cdiv(tokens, tiles.shrink_m), triton.cdiv(columns, tiles.shrink_c), shares)
     shrink_kernel[grid](
         x,
@@ -139,7 +147,7 @@ def _shrink(
         tokens,
         x.shape[1],
         columns,
-        steps * tiles.shrink_k,
+        share_size(x.shape[1], tiles.shrink_k, shares),
         *x.stride(),
         *A.stride(),
         out.stride(0),
@@ -163,8 +171,10 @@ def _expand(
     Bt: Sequence[Float[Tensor, "_ _"]],
     weights: GroupWeights,
     tiles: Tiles,
+    *,
+    add: bool,
 ) -> None:
-    """Adds (g * LOW) B to the outputs; one launch for three modules."""
+    """Adds (g * LOW) B to the outputs, or writes it there; one launch for three modules."""
     if len(outputs) > MOST_MODULES:
         raise ValueError(f"{len(outputs)} modules in one group, one launch serves {MOST_MODULES}")
     missing = MOST_MODULES - len(outputs)
@@ -189,6 +199,7 @@ def _expand(
         SHARES=low.shape[0],
         GATES=gates.shape[1],
         COLUMNS=weights.columns is not None,
+        ADD=add,
         UPCAST=IS_INTERPRETED,
         BLOCK_M=tiles.expand_m,
         BLOCK_N=tiles.expand_n,

@@ -1,12 +1,12 @@
 """Two Triton kernels, shrink and expand, from which both passes of the fused layer are made.
 
     shrink   OUT[s, t, c] = sum over the s-th share of k of X[t, k] A[c, k]
-    expand   Y_m[t, n] += sum over ranks r of module m of (sum over s of LOW[s, t, r]) g[t, r] B_m[r, n]
+    expand   Y_m[t, n] (+)= sum over ranks r of module m of (sum over s of LOW[s, t, r]) g[t, r] B_m[r, n]
 
 Shrink may cut the long k axis into shares that different programs sum, so that one token keeps a whole GPU busy; the
 shares are added up by expand, in a fixed order: no atomics, no zeroed buffer, the same bits every time. Expand serves
-all modules of a group in one launch and adds to what the base modules wrote. Where no gate of a tile is open, both skip
-it, decided on the device. Sums are float32.
+all modules of a group in one launch; it adds to what the base modules wrote, or writes what their products then add to.
+Where no gate of a tile is open, both skip it, decided on the device. Sums are float32.
 
 The cut into shrink and expand with partial sums follows vLLM's LoRA kernels (lora_shrink, lora_expand); theirs have one
 adapter for each token, ours a gate for each rank.
@@ -15,17 +15,9 @@ adapter for each token, ours a gate for each rank.
 # Triton is not always installed, and what it makes of a function is not what a type checker sees.
 # pyright: reportMissingImports=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
-import triton
 import triton.language as tl
 
-
-def kernel(function: Callable) -> Any:
-    """Triton reads a function's own source, not that of what a type checker wraps around it."""
-    return triton.jit(inspect.unwrap(function))
+from .triton_launch import kernel
 
 
 @kernel
@@ -122,12 +114,13 @@ def expand_kernel(
     SHARES: tl.constexpr,
     GATES: tl.constexpr,
     COLUMNS: tl.constexpr,
+    ADD: tl.constexpr,  # to what is there
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Y_m += (g * low_m) B_m for up to three modules; see above."""
+    """Y_m += (g * low_m) B_m for up to three modules, or = without ADD; see above."""
     block = tl.program_id(1)
     blocks0, blocks1 = tl.cdiv(n0, BLOCK_N), tl.cdiv(n1, BLOCK_N)
     y_ptr, b_ptr, features, ranks, y_row, b_row, offset = y0_ptr, b0_ptr, n0, r0, y0_row, b0_row, 0
@@ -165,5 +158,6 @@ def expand_kernel(
             total = tl.dot(gated, b, total, input_precision="ieee")
     y = y_ptr + long_rows[:, None] * y_row + cols[None, :]
     inside = in_rows[:, None] & in_cols[None, :]
-    before = tl.load(y, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y, (before + total).to(y_ptr.dtype.element_ty), mask=inside)
+    if ADD:
+        total += tl.load(y, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y, total.to(y_ptr.dtype.element_ty), mask=inside)

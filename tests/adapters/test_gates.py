@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorary.adapters.bank import LayerExperts
-from lorary.adapters.gates import TEMPERATURE, LayerGates, expert_gates, rank_gates
+from lorary.adapters.gates import TEMPERATURE, LayerGates
+from lorary.adapters.kernels.reference import expert_gates, rank_gates, scores
 from lorary.adapters.stack import _Slice, build_gates, stack_gates
 from lorary.adapters.stacked import StackedLayer
 
@@ -73,7 +74,7 @@ def test_expert_gates_sum_to_one_within_each_slot(
 ) -> None:
     gates = gates_of(counts, seed=seed, trainable=trainable)
 
-    by_expert = expert_gates(gates.scores(random_hidden(seed, scale)), gates.same_group)
+    by_expert = expert_gates(scores(random_hidden(seed, scale), gates.tables().rows), gates.same_group)
 
     torch.testing.assert_close(sums_by_slot(by_expert, gates, len(counts)), torch.ones(2, 5, len(counts)))
     assert by_expert.min() > 0
@@ -130,7 +131,7 @@ def test_scores_of_experts_are_bounded_by_the_temperature(size: float, random_la
         )
     )
 
-    found = expert_gates(gates.scores(torch.ones(1, 1, WIDTH)), gates.same_group)[0, 0]
+    found = expert_gates(scores(torch.ones(1, 1, WIDTH), gates.rows), gates.same_group)[0, 0]
 
     expected = torch.softmax(torch.tensor([1.0, -1.0]) / TEMPERATURE * bool(size), 0)
     torch.testing.assert_close(found, expected)
@@ -142,7 +143,7 @@ def test_rank_gates_are_exactly_one_where_their_rows_are_zero(gates_of: Any) -> 
     with torch.no_grad():
         gates.new_rank_gate.zero_()
 
-    found = rank_gates(gates.scores(random_hidden(0)), len(gates.slot_of_expert))
+    found = rank_gates(scores(random_hidden(0), gates.tables().rows), len(gates.slot_of_expert))
 
     assert torch.equal(found, torch.ones_like(found))
 
@@ -150,7 +151,7 @@ def test_rank_gates_are_exactly_one_where_their_rows_are_zero(gates_of: Any) -> 
 def test_rank_gates_of_a_new_bank_that_has_none_are_exactly_one(gates_of: Any) -> None:
     gates = gates_of([2], rank_gates=False, trainable=True)
 
-    found = rank_gates(gates.scores(random_hidden(0)), len(gates.slot_of_expert))
+    found = rank_gates(scores(random_hidden(0), gates.tables().rows), len(gates.slot_of_expert))
 
     assert gates.new_rank_gate is None
     assert torch.equal(found, torch.ones(2, 5, 3))

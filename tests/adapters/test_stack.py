@@ -7,7 +7,7 @@ import torch
 
 from lorary.adapters.attach import attach, routing_of, trained_bank
 from lorary.adapters.bank import ExpertBank, extended, new_bank
-from lorary.adapters.gates import expert_gates
+from lorary.adapters.kernels.reference import expert_gates, scores
 from lorary.adapters.stack import Stack, build_gates, layer_slices
 from lorary.domains.base_model import find_anatomy
 
@@ -57,10 +57,10 @@ def test_gates_of_the_older_generation_do_not_see_the_new_one(generations: Any, 
         both = build_gates(Stack(names=("a", "b"), banks=(kp, older, addition)).layer(index, torch.float32))
         count = len(alone.slot_of_expert)
 
-        found = expert_gates(both.scores(hidden), both.same_group)
+        found = expert_gates(scores(hidden, both.rows), both.same_group)
 
         torch.testing.assert_close(
-            found[..., :count], expert_gates(alone.scores(hidden), alone.same_group), rtol=1e-6, atol=1e-7
+            found[..., :count], expert_gates(scores(hidden, alone.rows), alone.same_group), rtol=1e-6, atol=1e-7
         )
         torch.testing.assert_close(found[..., count:].sum(-1), torch.ones(2, 9))
         assert torch.equal(both.slot_of_expert[count:], torch.ones_like(both.slot_of_expert[count:]))

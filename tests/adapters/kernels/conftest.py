@@ -41,6 +41,7 @@ class Case:
         self.x = strided(normal(tokens, d_in))
         self.outputs = [strided(normal(tokens, size)) for size in d_outs]
         self.grads = [strided(normal(tokens, size)) for size in d_outs]
+        self.linears = [(strided(normal(size, d_in, scale=d_in**-0.5)), None) for size in d_outs]
         self.gates = torch.rand(tokens, rank, generator=generator)
         if empty:  # slots that are closed, for all and for some
             self.gates[:, : rank // 2] = 0
@@ -58,6 +59,7 @@ class Case:
             setattr(self, name, getattr(self, name).to(device))
         self.outputs = [tensor.to(device) for tensor in self.outputs]
         self.grads = [tensor.to(device) for tensor in self.grads]
+        self.linears = [(weight.to(device), None) for weight, _ in self.linears]
         self.weights = GroupWeights(
             A=self.weights.A.to(device),
             Bt=tuple(Bt.to(device) for Bt in self.weights.Bt),
@@ -111,25 +113,35 @@ def agrees_with_reference(relative_error: Any) -> Callable[..., None]:
         assert relative_error(kept, low) <= tolerance
         for found, wanted in zip(case.outputs, expected, strict=True):
             assert relative_error(found, wanted) <= tolerance
+        check_outputs(kernels, case, low, tolerance)
         check_gradients(kernels, case, low, tolerance)
 
+    def check_outputs(kernels: Any, case: Case, low: Tensor, tolerance: float) -> None:
+        expected, _ = reference.outputs(case.x, case.linears, case.gates, case.weights)
+        for keep in (False, True):
+            outputs, kept = kernels.outputs(case.x, case.linears, case.gates, case.weights, keep=keep)
+
+            for found, wanted in zip(outputs, expected, strict=True):
+                assert found.dtype == case.x.dtype
+                assert relative_error(found, wanted) <= tolerance
+            assert relative_error(kept, low) <= tolerance if keep else kept is None
+
     def check_gradients(kernels: Any, case: Case, low: Tensor, tolerance: float) -> None:
-        def gradients(implementation: Any) -> tuple[Any, Tensor]:
-            grad_x = torch.ones_like(case.x)
-            found = implementation.gradients_(
+        def gradients(implementation: Any) -> Any:
+            return implementation.gradients(
                 case.grads,
                 case.x,
                 low,
                 case.gates,
                 case.weights,
                 trainable=case.trainable,
-                grad_x=grad_x,
+                wants_x=True,
                 wants_gates=True,
             )
-            return found, grad_x
 
-        (found, found_x), (expected, expected_x) = gradients(kernels), gradients(reference)
-        assert relative_error(found_x, expected_x) <= tolerance
+        found, expected = gradients(kernels), gradients(reference)
+        assert found.x.dtype == case.x.dtype
+        assert relative_error(found.x, expected.x) <= tolerance
         assert found.gates.dtype == torch.float32
         assert relative_error(found.gates, expected.gates) <= tolerance
         for name in ("A", "Bt"):

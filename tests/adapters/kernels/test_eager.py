@@ -23,16 +23,17 @@ def test_closed_slots_add_nothing(shape: str, make_case: Any, agrees_with_refere
 def test_what_is_not_wanted_is_not_computed(make_case: Any) -> None:
     case = make_case("three-modules", torch.float32)
 
-    found = eager.gradients_(
+    found = eager.gradients(
         case.grads,
         case.x,
         torch.zeros(100, 72),
         case.gates,
         case.weights,
         trainable=[0, 0, 0],
-        grad_x=None,
+        wants_x=False,
         wants_gates=False,
     )
 
+    assert found.x is None
     assert found.gates is None
     assert [tuple(grad.shape) for grad in (*found.A, *found.Bt)] == [(0, 64)] * 4 + [(0, 16)] * 2

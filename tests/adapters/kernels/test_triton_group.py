@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from lorary.adapters.kernels import reference
+
 pytest.importorskip("triton")
 triton_group = pytest.importorskip("lorary.adapters.kernels.triton_group")
+triton_launch = pytest.importorskip("lorary.adapters.kernels.triton_launch")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton", "ignore::RuntimeWarning:triton")
@@ -39,9 +42,21 @@ def test_closed_slots_are_skipped_and_add_nothing(shape: str, make_case: Any, ag
 def test_the_number_of_shares_does_not_matter(
     shares: int, make_case: Any, agrees_with_reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_group, "_shares", lambda *_: shares)
+    monkeypatch.setattr(triton_group, "count_shares", lambda *_: shares)
     for shape in ("one-token", "three-modules", "mixed-ranks"):
         agrees_with_reference(triton_group, make_case(shape, torch.float32).to(DEVICE))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shape", ["one-token", "three-modules"])
+def test_base_modules_may_have_biases(shape: str, make_case: Any, relative_error: Any) -> None:
+    case = make_case(shape, torch.float32).to(DEVICE)
+    linears = [(weight, torch.arange(len(weight)).to(case.x)) for weight, _ in case.linears]
+
+    found, _ = triton_group.outputs(case.x, linears, case.gates, case.weights)
+
+    expected, _ = reference.outputs(case.x, linears, case.gates, case.weights)
+    assert all(relative_error(mine, wanted) <= 1e-5 for mine, wanted in zip(found, expected, strict=True))
 
 
 def test_the_same_call_gives_the_same_bits(make_case: Any) -> None:
@@ -56,14 +71,16 @@ def test_the_same_call_gives_the_same_bits(make_case: Any) -> None:
 @pytest.mark.parametrize("tokens", [1, 16, 17, 256, 4096])
 def test_few_tokens_are_cut_into_shares_that_cover_the_whole_axis(tokens: int) -> None:
     tiles = triton_group.choose_tiles(tokens)
-    x = torch.empty(tokens, 4096, device="meta")
-
-    shares = triton_group._shares(x, 128, tiles)
-
     programs = -(-tokens // tiles.shrink_m) * -(-128 // tiles.shrink_c)
-    assert 1 <= shares <= triton_group.MOST_SHARES
-    assert shares == 1 or shares * programs <= triton_group.PROCESSORS
+
+    shares = triton_launch.count_shares(4096, tiles.shrink_k, programs)
+
+    assert 1 <= shares <= triton_launch.MOST_SHARES
+    assert shares == 1 or shares * programs <= triton_launch.PROCESSORS
     assert tokens > 16 or shares > 1
+    size = triton_launch.share_size(4096, tiles.shrink_k, shares)
+    assert size % tiles.shrink_k == 0
+    assert (shares - 1) * size < 4096 <= shares * size
 
 
 COMPILE = """
@@ -71,10 +88,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lorary.adapters.kernels.triton_group import choose_tiles
+from lorary.adapters.kernels.triton_gates import gate_kernel, score_kernel
 from lorary.adapters.kernels.triton_kernels import expand_kernel, shrink_kernel
 
-TYPES = {"gate_ptr": "*fp32", "index_ptr": "*i64", "out_ptr": "*fp32", "low_ptr": "*fp32"}
-FLAGS = {"COLUMNS": True, "UPCAST": False, "GATES": 128, "SKIP": True, "SHARES": 4}
+FLOATS = ("gate_ptr", "out_ptr", "low_ptr", "rows_ptr", "squares_ptr", "scores_ptr", "slot_gate_ptr")
+INTEGERS = ("index_ptr", "expert_ptr", "slot_ptr", "mates_ptr")
+TYPES = dict.fromkeys(FLOATS, "*fp32") | dict.fromkeys(INTEGERS, "*i64")
+FLAGS = {"COLUMNS": True, "UPCAST": False, "GATES": 128, "SKIP": True, "SHARES": 4, "EPSILON": 1e-6, "MATES": 2}
 
 def compiled(kernel, kind, warps, **blocks):
     names = kernel.arg_names
@@ -89,10 +109,15 @@ def compiled(kernel, kind, warps, **blocks):
 
 for kind in ("bf16", "fp32"):
     for tokens in (1, 4096):
-        t = choose_tiles(tokens)
+        t, add, split = choose_tiles(tokens), tokens == 1, kind == "bf16"
+        shrink = {"BLOCK_M": t.shrink_m, "BLOCK_C": t.shrink_c, "BLOCK_K": t.shrink_k}
+        expand = {"BLOCK_M": t.expand_m, "BLOCK_N": t.expand_n, "BLOCK_R": t.expand_r}
+        score = {"BLOCK_M": t.score_m, "BLOCK_C": t.score_c, "BLOCK_K": t.score_k}
         for made in (
-            compiled(shrink_kernel, kind, t.shrink_warps, BLOCK_M=t.shrink_m, BLOCK_C=t.shrink_c, BLOCK_K=t.shrink_k),
-            compiled(expand_kernel, kind, t.expand_warps, BLOCK_M=t.expand_m, BLOCK_N=t.expand_n, BLOCK_R=t.expand_r),
+            compiled(shrink_kernel, kind, t.shrink_warps, **shrink),
+            compiled(expand_kernel, kind, t.expand_warps, ADD=add, **expand),
+            compiled(score_kernel, kind, t.score_warps, SPLIT=split, **score),
+            compiled(gate_kernel, kind, 4, BLOCK_M=16, BLOCK_R=64),
         ):
             assert ".target sm_90" in made.asm["ptx"]
             assert made.asm["cubin"]
@@ -111,4 +136,4 @@ def test_kernels_compile_ahead_of_time_for_sm_90_without_a_gpu(tmp_path: Path) -
     if "ptxas" in done.stderr and "not found" in done.stderr.lower():
         pytest.skip("this Triton brings no ptxas")
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == 8
+    assert len(done.stdout.splitlines()) == 16

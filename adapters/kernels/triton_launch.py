@@ -1,0 +1,59 @@
+"""What every launch of a Triton kernel asks: how the long axis is cut, and whether this is Triton's interpreter."""
+
+# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+
+PROCESSORS = 132  # of an H100 or H200: as many programs keep it busy
+MOST_SHARES = 16
+FEW_TOKENS = 16  # up to so many, products are bound by the weights' bytes
+IS_INTERPRETED = triton.knobs.runtime.interpret  # Triton's interpreter has no dot of bfloat16
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How launches are cut into programs."""
+
+    shrink_m: int = 64
+    shrink_c: int = 64
+    shrink_k: int = 64
+    expand_m: int = 64
+    expand_n: int = 128
+    expand_r: int = 32
+    score_m: int = 64
+    score_c: int = 64
+    score_k: int = 64
+    shrink_warps: int = 4
+    expand_warps: int = 8
+    score_warps: int = 8
+
+
+def choose_tiles(tokens: int) -> Tiles:
+    """Tiles for so many tokens: a dot has 16 rows at least, and few tokens need no more."""
+    few = {"shrink_c": 32, "shrink_k": 128, "expand_warps": 4, "score_c": 32, "score_k": 128, "score_warps": 4}
+    if tokens <= FEW_TOKENS:
+        return Tiles(shrink_m=16, expand_m=16, score_m=16, **few)
+    if tokens <= 256:
+        return Tiles(shrink_m=32, expand_m=32, score_m=32, **few)
+    return Tiles()
+
+
+def kernel(function: Callable) -> Any:
+    """Triton reads a function's own source, not that of what a type checker wraps around it."""
+    return triton.jit(inspect.unwrap(function))
+
+
+def count_shares(width: int, step: int, programs: int) -> int:
+    """Into how many shares a long axis is cut, so that all processors have work; a share has two steps at least."""
+    steps = triton.cdiv(width, step)
+    return max(1, min(MOST_SHARES, PROCESSORS // programs, steps // 2))
+
+
+def share_size(width: int, step: int, shares: int) -> int:
+    """How much of the axis a share has: whole steps."""
+    return triton.cdiv(triton.cdiv(width, step), shares) * step

@@ -1,0 +1,129 @@
+"""The gates of every implementation against their definition."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorary.adapters.gates import LayerGates
+from lorary.adapters.kernels import eager, reference
+
+# ranks of each expert, by group of mates; groups 0 and 1 belong to slot 0
+LAYOUTS = {
+    "one-expert": [[4]],
+    "one-of-each": [[2], [2], [2]],
+    "mixed": [[3, 1], [2], [1, 5, 2], [4]],
+    "many": [[8, 8, 8], [8, 8]] * 5,
+}
+WIDTHS = {1: 24, 63: 33, 300: 256}  # by number of tokens
+TOLERANCE = 2e-5  # also for 16 bits: what comes in is exact, and the rest is float32
+IMPLEMENTATIONS = ["eager", "triton"]
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def kernels(request: Any) -> Any:
+    if request.param == "eager":
+        return eager
+    pytest.importorskip("triton")
+    return pytest.importorskip("lorary.adapters.kernels.triton_group")
+
+
+@pytest.fixture
+def make_gates() -> Callable[..., LayerGates]:
+    def make(layout: str, width: int) -> LayerGates:
+        groups = LAYOUTS[layout]
+        group = [g for g, ranks in enumerate(groups) for _ in ranks]
+        ranks = [rank for mates in groups for rank in mates]
+        generator = torch.Generator().manual_seed(0)
+        return LayerGates(
+            expert_gate=torch.randn(len(ranks), width, generator=generator),
+            rank_gate=torch.randn(sum(ranks), width, generator=generator) * 0.3,
+            new_expert_gate=None,
+            new_rank_gate=None,
+            slot_of_expert=torch.tensor([max(0, g - 1) for g in group]),
+            group_of_expert=torch.tensor(group),
+            expert_of_rank=torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)),
+        )
+
+    return make
+
+
+def inputs(tokens: int, slots: int, *, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    hidden = (torch.randn(tokens, WIDTHS[tokens], generator=generator) * scale).to(dtype)
+    return hidden, torch.softmax(torch.randn(tokens, slots, generator=generator), -1)
+
+
+def agree(kernels: Any, gates: LayerGates, hidden: Tensor, slot_gate: Tensor) -> Tensor:
+    tables = gates.tables()
+    with torch.no_grad():
+        found = kernels.gates(hidden, slot_gate, tables)
+        expected = reference.gates(hidden, slot_gate, tables)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+    return found
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("tokens", WIDTHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["32", "16", "b16"])
+def test_gates_are_those_of_the_definition(
+    kernels: Any, layout: str, tokens: int, dtype: torch.dtype, make_gates: Any
+) -> None:
+    gates = make_gates(layout, WIDTHS[tokens])
+    hidden, slot_gate = inputs(tokens, max(1, len(LAYOUTS[layout]) - 1), dtype=dtype)
+
+    agree(kernels, gates, hidden, slot_gate)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("scale", [0.0, 1e-3, 1e4])
+def test_the_size_of_the_hidden_state_does_no_harm(kernels: Any, scale: float, make_gates: Any) -> None:
+    hidden, slot_gate = inputs(63, 3, scale=scale)
+
+    found = agree(kernels, make_gates("mixed", 33), hidden, slot_gate)
+
+    assert found.isfinite().all()
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_rows_may_lie_apart_and_slot_gates_be_one_for_all(kernels: Any, make_gates: Any) -> None:
+    gates = make_gates("mixed", 33)
+    hidden, slot_gate = inputs(63, 3)
+
+    agree(kernels, gates, torch.cat([hidden, hidden], 1)[:, :33], slot_gate[:1].expand(63, -1))
+    agree(kernels, gates, hidden.t().contiguous().t(), slot_gate.t().contiguous().t())
+    agree(kernels, gates, hidden.view(9, 7, 33), slot_gate[:1].expand(9, 1, -1))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("slots", [(0,), (1,), (0, 2)])
+def test_gates_of_some_slots_are_some_of_the_gates(kernels: Any, slots: tuple[int, ...], make_gates: Any) -> None:
+    gates = make_gates("mixed", 33)
+    hidden, slot_gate = inputs(63, 3)
+    tables = gates.tables()
+
+    found = kernels.gates(hidden, slot_gate, tables.only(slots))
+
+    expected = reference.gates(hidden, slot_gate, tables)[:, torch.isin(tables.slot_of_rank, torch.tensor(slots))]
+    torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)
+
+
+def test_no_tokens_have_no_gates(kernels: Any, make_gates: Any) -> None:
+    gates = make_gates("mixed", 33)
+
+    assert kernels.gates(torch.zeros(0, 33), torch.zeros(0, 3), gates.tables()).shape == (0, 18)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("shares", [1, 2, 5])
+def test_the_number_of_shares_does_not_matter(shares: int, make_gates: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    triton_gates = pytest.importorskip("lorary.adapters.kernels.triton_gates")
+    monkeypatch.setattr(triton_gates, "count_shares", lambda *_: shares)
+    hidden, slot_gate = inputs(300, 3)
+
+    agree(triton_gates, make_gates("mixed", 256), hidden, slot_gate)
