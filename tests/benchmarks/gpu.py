@@ -1,11 +1,13 @@
 """The fused layer on one GPU, at the shapes of Llama-3-8B in bfloat16 with a stacked rank of 128.
 
     python tests/benchmarks/gpu.py [--budget 480] [--out gpu.json]
+    TRITON_INTERPRET=1 python tests/benchmarks/gpu.py --dry     small shapes on the CPU: shows that it runs
 
 Written for an H100 or H200, and not run on one yet. Jobs run in the order of what matters most and stop when the budget
 of seconds is spent; the JSON is written after each. Every variant is checked against the reference before it is timed.
 Decoding and prefill are timed as CUDA graphs over several layers' weights, so that weights come from memory and not
-from the cache; eager figures stand beside. Columns are ratios to the bare linears in the same job.
+from the cache; eager figures stand beside. Columns are ratios to the bare linears in the same job; the gates of every
+layer are in ours, and PEFT has none.
 """
 
 import argparse
@@ -15,42 +17,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timing import report
 from torch import Tensor
 
+from lorary.adapters.gates import LayerGates
 from lorary.adapters.kernels import eager, reference, triton_group
 from lorary.adapters.kernels.group import GroupWeights
 
-WIDTH, KEYS, INNER = 4096, 1024, 14336
-RANK = 128
+DRY = not torch.cuda.is_available()
+DEVICE = "cpu" if DRY else "cuda"
+WIDTH, KEYS, INNER = (96, 32, 160) if DRY else (4096, 1024, 14336)
+RANK, EXPERTS, SLOTS = (32 if DRY else 128), 8, 4
 GROUPS = {
     "q, k, v": (WIDTH, (WIDTH, KEYS, KEYS)),
     "o": (WIDTH, (WIDTH,)),
     "gate, up": (WIDTH, (INNER, INNER)),
     "down": (INNER, (WIDTH,)),
 }
-LAYERS = 4  # copies of the weights in one graph
+LAYERS = 1 if DRY else 4  # copies of the weights in one graph
 TOLERANCE = 2e-2
+
+
+def normal(*size: int) -> Tensor:
+    return torch.randn(*size, device=DEVICE, dtype=torch.bfloat16) * size[-1] ** -0.5
 
 
 class Group:
     """Weights of one group in one decoder layer, and inputs for it."""
 
     def __init__(self, tokens: int, d_in: int, d_outs: tuple[int, ...]):
-        def normal(*size: int) -> Tensor:
-            return torch.randn(*size, device="cuda", dtype=torch.bfloat16) * size[-1] ** -0.5
-
-        self.x = torch.randn(tokens, d_in, device="cuda", dtype=torch.bfloat16)
-        self.W = [normal(size, d_in) for size in d_outs]
-        self.gates = torch.rand(tokens, RANK, device="cuda")
+        self.x = torch.randn(tokens, d_in, device=DEVICE, dtype=torch.bfloat16)
+        self.linears = [(normal(size, d_in), None) for size in d_outs]
+        self.gates = torch.rand(tokens, RANK, device=DEVICE)
         self.weights = GroupWeights(A=normal(RANK * len(d_outs), d_in), Bt=tuple(normal(RANK, size) for size in d_outs))
 
     def base(self) -> list[Tensor]:
-        return [self.x @ weight.t() for weight in self.W]
+        return [F.linear(self.x, weight) for weight, _ in self.linears]
 
-    def composed(self, kernels: Any) -> list[Tensor]:
+    def composed(self, kernels: Any, gates: Tensor) -> list[Tensor]:
+        return kernels.outputs(self.x, self.linears, gates, self.weights)[0]
+
+    def base_first(self, gates: Tensor) -> list[Tensor]:
+        """As the kernels do for few tokens: the experts' part is added to what the base has written."""
         outputs = self.base()
-        kernels.update_(self.x, outputs, self.gates, self.weights)
+        triton_group.update_(self.x, outputs, gates, self.weights)
         return outputs
 
     def peft(self) -> list[Tensor]:
@@ -63,29 +74,69 @@ class Group:
             found.append(output)
         return found
 
-    def check(self, kernels: Any) -> None:
-        for found, expected in zip(self.composed(kernels), self.composed(reference), strict=True):
-            error = (found.float() - expected.float()).abs().max() / expected.float().abs().max()
-            if not error <= TOLERANCE:
-                raise AssertionError(f"{kernels.__name__} is off by {float(error):.3g}")
-
     def train(self, kernels: Any | None) -> None:
         """Forward, gradient of x, and with kernels the experts' part of both, 16 of the ranks trainable."""
-        outputs = self.base()
-        low = None
-        if kernels is not None:
-            low = kernels.update_(self.x, outputs, self.gates, self.weights, keep=True)
-        grad_x = sum((output @ weight for output, weight in zip(outputs, self.W, strict=True)), self.x.new_zeros(()))
-        if kernels is not None:
-            kernels.gradients_(
+        if kernels is None:
+            outputs = self.base()
+            grad_x = outputs[0] @ self.linears[0][0]
+            rest = 1
+        else:
+            outputs, low = kernels.outputs(self.x, self.linears, self.gates, self.weights, keep=True)
+            found = kernels.gradients(
                 outputs, self.x, low, self.gates, self.weights,
-                trainable=[16] * len(outputs), grad_x=grad_x, wants_gates=True,
+                trainable=[16] * len(outputs), wants_x=True, wants_gates=True,
             )  # fmt: skip
+            grad_x, rest = found.x, 0
+        for output, (weight, _) in list(zip(outputs, self.linears, strict=True))[rest:]:
+            grad_x.addmm_(output, weight)
 
 
-def graph(run: Callable[[], Any]) -> Callable[[], None]:
+class Layer:
+    """The groups of one decoder layer and what its gates are computed from."""
+
+    def __init__(self, tokens: int):
+        self.groups = [Group(tokens, d_in, d_outs) for d_in, d_outs in GROUPS.values()]
+        self.hidden = torch.randn(tokens, WIDTH, device=DEVICE, dtype=torch.bfloat16)
+        self.slot_gate = torch.full((tokens, SLOTS), 1 / SLOTS, device=DEVICE)
+        slot_of_expert = torch.arange(EXPERTS) // (EXPERTS // SLOTS)
+        gates = LayerGates(
+            expert_gate=torch.randn(EXPERTS, WIDTH),
+            rank_gate=0.02 * torch.randn(RANK, WIDTH),
+            new_expert_gate=None,
+            new_rank_gate=None,
+            slot_of_expert=slot_of_expert,
+            group_of_expert=slot_of_expert,
+            expert_of_rank=torch.arange(RANK) // (RANK // EXPERTS),
+        )
+        self.tables = gates.to(DEVICE).tables()
+
+    def gates(self, kernels: Any) -> Tensor:
+        return kernels.gates(self.hidden, self.slot_gate, self.tables)
+
+    def composed(self, kernels: Any) -> list[Tensor]:
+        gates = self.gates(kernels)
+        return [output for group in self.groups for output in group.composed(kernels, gates)]
+
+    def base_first(self) -> list[Tensor]:
+        gates = self.gates(triton_group)
+        return [output for group in self.groups for output in group.base_first(gates)]
+
+    def check(self) -> None:
+        expected = self.composed(reference)
+        variants = {"triton": self.composed(triton_group), "torch": self.composed(eager), "base": self.base_first()}
+        for name, found in variants.items():
+            for mine, wanted in zip(found, expected, strict=True):
+                error = (mine.float() - wanted.float()).abs().max() / wanted.float().abs().max()
+                if not error <= TOLERANCE:
+                    raise AssertionError(f"{name} is off by {float(error):.3g}")
+
+
+def graph(run: Callable[[], Any]) -> Callable[[], Any]:
     """The run as a CUDA graph."""
+    if DRY:
+        return run
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             run()
@@ -102,6 +153,8 @@ def milliseconds(variants: dict[str, Callable[[], Any]], *, rounds: int = 15, re
     names = list(variants)
     for run in variants.values():
         run()
+    if DRY:
+        return dict.fromkeys(variants, 1.0)
     for turn in range(rounds):
         for place in range(len(names)):
             name = names[(place + turn) % len(names)]
@@ -116,16 +169,16 @@ def milliseconds(variants: dict[str, Callable[[], Any]], *, rounds: int = 15, re
 
 
 def layer_job(tokens: int, *, in_graph: bool) -> dict[str, Any]:
-    """All four groups of a decoder layer, several layers after one another."""
-    groups = [Group(tokens, d_in, d_outs) for _ in range(LAYERS) for d_in, d_outs in GROUPS.values()]
-    for kernels in (triton_group, eager):
-        for group in groups[: len(GROUPS)]:
-            group.check(kernels)
+    """All four groups of a decoder layer and its gates, several layers after one another."""
+    layers = [Layer(tokens) for _ in range(LAYERS)]
+    layers[0].check()
     variants: dict[str, Callable[[], Any]] = {
-        "base": lambda: [group.base() for group in groups],
-        "triton": lambda: [group.composed(triton_group) for group in groups],
-        "torch": lambda: [group.composed(eager) for group in groups],
-        "PEFT": lambda: [group.peft() for group in groups],
+        "base": lambda: [group.base() for layer in layers for group in layer.groups],
+        "triton": lambda: [layer.composed(triton_group) for layer in layers],
+        "triton, base first": lambda: [layer.base_first() for layer in layers],
+        "torch": lambda: [layer.composed(eager) for layer in layers],
+        "PEFT": lambda: [group.peft() for layer in layers for group in layer.groups],
+        "gates alone": lambda: [layer.gates(triton_group) for layer in layers],
     }
     times = milliseconds({name: graph(run) if in_graph else run for name, run in variants.items()})
     floor = 1 + sum((d_in * len(o) + sum(o)) * RANK for d_in, o in GROUPS.values()) / sum(
@@ -136,7 +189,7 @@ def layer_job(tokens: int, *, in_graph: bool) -> dict[str, Any]:
 
 
 def training_job(tokens: int) -> dict[str, Any]:
-    """Forward and backward of all linears of one decoder layer."""
+    """Forward and backward of all linears of one decoder layer; gates are given."""
     groups = [Group(tokens, d_in, d_outs) for d_in, d_outs in GROUPS.values()]
     variants = {
         name: (lambda kernels=kernels: [group.train(kernels) for group in groups])
@@ -167,39 +220,47 @@ def kernel_job(tokens: int) -> list[dict[str, Any]]:
 
 def ceilings() -> tuple[float, float]:
     """FLOP/s of a large bfloat16 product and bytes/s of a large copy."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    big = torch.empty(1 << 29, device="cuda", dtype=torch.bfloat16)
+    side, long = (64, 1 << 10) if DRY else (8192, 1 << 29)
+    a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    big = torch.zeros(long, device=DEVICE, dtype=torch.bfloat16)
     other = torch.empty_like(big)
     times = milliseconds({"product": lambda: a @ b, "copy": lambda: other.copy_(big)}, rounds=7, repeat=3)
-    return 2 * 8192**3 / times["product"] * 1e3, 2 * big.nbytes / times["copy"] * 1e3
+    return 2 * side**3 / times["product"] * 1e3, 2 * big.nbytes / times["copy"] * 1e3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--budget", type=float, default=480, help="seconds after which no further job begins")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
+    parser.add_argument("--dry", action="store_true", help="small shapes on the CPU, without figures")
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("This benchmark needs a CUDA device.")
-    print(torch.cuda.get_device_name())
+    if args.dry != DRY:
+        raise SystemExit("This benchmark needs a CUDA device." if DRY else "--dry is for machines without CUDA.")
+    if not DRY:
+        print(torch.cuda.get_device_name())
     began = time.monotonic()
+    prefill, long = (20, 17) if DRY else (2048, 8192)
     jobs: list[tuple[str, Callable[[], Any]]] = [
         ("Decoder layer, decoding in a graph", lambda: [layer_job(1, in_graph=True)]),
-        ("Decoder layer, prefill in a graph", lambda: [layer_job(2048, in_graph=True)]),
-        ("Training", lambda: [training_job(2048)]),
+        ("Decoder layer, prefill in a graph", lambda: [layer_job(prefill, in_graph=True)]),
+        ("Training", lambda: [training_job(prefill)]),
         ("Decoder layer, decoding eagerly", lambda: [layer_job(1, in_graph=False)]),
         ("Decoder layer, a batch of 16", lambda: [layer_job(16, in_graph=True)]),
-        ("Decoder layer, long prefill", lambda: [layer_job(8192, in_graph=True)]),
+        ("Decoder layer, long prefill", lambda: [layer_job(long, in_graph=True)]),
         ("Kernels at one token", lambda: kernel_job(1)),
-        ("Kernels at 2048 tokens", lambda: kernel_job(2048)),
+        ("Kernels at 2048 tokens", lambda: kernel_job(prefill)),
     ]
     for title, job in jobs:
         if time.monotonic() - began > args.budget:
             print(f"The budget is spent before: {title}")
             break
         with torch.inference_mode():
-            report(title, job(), args.out)
-        torch.cuda.empty_cache()
+            rows = job()
+        if DRY:
+            print(f"{title}: it runs")
+        else:
+            report(title, rows, args.out)
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
