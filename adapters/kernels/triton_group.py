@@ -16,7 +16,7 @@ from torch import Tensor
 from . import triton_gates
 from .group import GroupGradients, GroupWeights, Linears
 from .triton_kernels import expand_kernel, shrink_kernel
-from .triton_launch import FEW_TOKENS, IS_INTERPRETED, Tiles, choose_tiles, count_shares, share_size
+from .triton_launch import FEW_TOKENS, IS_INTERPRETED, PROCESSORS, Tiles, choose_tiles, count_shares, share_size
 
 MOST_MODULES = 3  # that one launch of expand serves
 gates = triton_gates.gates  # this module is the whole of `Kernels`
@@ -30,14 +30,25 @@ def outputs(
     *,
     keep: bool = False,
 ) -> tuple[list[Float[Tensor, "tokens _"]], Float[Tensor, "tokens columns"] | None]:
-    """See `Kernels`. For many tokens the experts' part is written first and the base's product accumulates on it.
+    """See `Kernels`. The base's product and the experts' share their passes over memory.
 
-    That saves one reading of the outputs: a product with beta = 1 reads what it adds to while it computes.
+    For few tokens one launch reads the base's weights along with A, and a second adds everything up. For many, the
+    experts' part is written first and the base's product accumulates on it: with beta = 1 it reads what it adds to
+    while it computes.
     """
-    if len(x) <= FEW_TOKENS or not len(weights.A) or any(bias is not None for _, bias in linears):
+    Ws = [weight for weight, _ in linears]
+    if not x.numel() or not len(weights.A) or any(bias is not None for _, bias in linears):
         found = [F.linear(x, weight, bias) for weight, bias in linears]
         return found, update_(x, found, gates, weights, keep=keep)
-    found = [x.new_empty(len(x), len(weight)) for weight, _ in linears]
+    found = [x.new_empty(len(x), len(weight)) for weight in Ws]
+    if len(x) <= FEW_TOKENS and not keep and all(weight.stride(1) == 1 for weight in Ws):
+        tiles, wide = choose_tiles(len(x)), sum(map(len, Ws))
+        blocks = sum(triton.cdiv(len(rows), tiles.shrink_c) for rows in (*Ws, weights.A))
+        shares = count_shares(x.shape[1], tiles.shrink_k, blocks, wanted=4 * PROCESSORS)
+        sums = torch.empty(shares, len(x), wide + len(weights.A), dtype=torch.float32, device=x.device)
+        _shrink(x, weights.A, sums, gates, weights, tiles, base=Ws)
+        _expand(sums, gates, found, weights.Bt, weights, tiles, finish=True)
+        return found, None
     low = _experts(x, found, gates, weights, keep=keep, add=False)
     for output, (weight, _) in zip(found, linears, strict=True):
         output.addmm_(x, weight.t())
@@ -85,7 +96,7 @@ def gradients(
     if wants_x:
         grad_x = torch.empty_like(x) if low.numel() else torch.zeros_like(x)
         if low.numel():
-            _expand(grad_gated, gates, [grad_x], [weights.A], weights, tiles, add=False)
+            _expand(grad_gated, gates, [grad_x], [weights.A], weights, tiles)
     grads_A, grads_Bt, start = [], [], 0
     for grad, Bt, new in zip(grad_outputs, weights.Bt, trainable, strict=True):
         tail = slice(start + len(Bt) - new, start + len(Bt))
@@ -130,26 +141,33 @@ def _experts(
 def _shrink(
     x: Float[Tensor, "tokens width"],
     A: Float[Tensor, "columns width"],
-    out: Float[Tensor, "shares tokens columns"],
+    out: Float[Tensor, "shares tokens sums"],
     gates: Float[Tensor, "tokens rank"] | None,
     weights: GroupWeights,
     tiles: Tiles,
+    *,
+    base: Sequence[Float[Tensor, "_ width"]] = (),
 ) -> None:
-    """OUT = X A^T in shares; with gates, tiles without an open gate become zero."""
-    shares, tokens, columns = out.shape
-    grid = (triton.cdiv(tokens, tiles.shrink_m), triton.cdiv(columns, tiles.shrink_c), shares)
-    shrink_kernel[grid](
+    """OUT = X A^T in shares, after X W^T of base modules; with gates, tiles of A without an open gate become zero."""
+    shares, tokens, _ = out.shape
+    Ws = [*base, *[A] * (MOST_MODULES - len(base))]
+    features = [len(W) for W in base] + [0] * (MOST_MODULES - len(base))
+    blocks = sum(triton.cdiv(size, tiles.shrink_c) for size in (*features, len(A)))
+    shrink_kernel[(triton.cdiv(tokens, tiles.shrink_m), blocks, shares)](
         x,
         A,
+        *Ws,
         out,
         out if gates is None else gates,
         out if weights.columns is None else weights.columns,
         tokens,
         x.shape[1],
-        columns,
+        len(A),
+        *features,
         share_size(x.shape[1], tiles.shrink_k, shares),
         *x.stride(),
-        *A.stride(),
+        A.stride(0),
+        *[W.stride(0) for W in Ws],
         out.stride(0),
         out.stride(1),
         0 if gates is None else gates.stride(0),
@@ -165,16 +183,17 @@ def _shrink(
 
 
 def _expand(
-    low: Float[Tensor, "shares tokens columns"],
+    low: Float[Tensor, "shares tokens sums"],
     gates: Float[Tensor, "tokens rank"],
     outputs: Sequence[Float[Tensor, "tokens _"]],
     Bt: Sequence[Float[Tensor, "_ _"]],
     weights: GroupWeights,
     tiles: Tiles,
     *,
-    add: bool,
+    add: bool = False,
+    finish: bool = False,
 ) -> None:
-    """Adds (g * LOW) B to the outputs, or writes it there; one launch for three modules."""
+    """Adds (g * LOW) B to the outputs, or writes it there, with the base's sums if they are in LOW; in one launch."""
     if len(outputs) > MOST_MODULES:
         raise ValueError(f"{len(outputs)} modules in one group, one launch serves {MOST_MODULES}")
     missing = MOST_MODULES - len(outputs)
@@ -200,6 +219,7 @@ def _expand(
         GATES=gates.shape[1],
         COLUMNS=weights.columns is not None,
         ADD=add,
+        FINISH=finish,
         UPCAST=IS_INTERPRETED,
         BLOCK_M=tiles.expand_m,
         BLOCK_N=tiles.expand_n,

@@ -28,16 +28,24 @@ class Tiles:
     score_m: int = 64
     score_c: int = 64
     score_k: int = 64
-    shrink_warps: int = 4
+    shrink_warps: int = 8
     expand_warps: int = 8
     score_warps: int = 8
 
 
 def choose_tiles(tokens: int) -> Tiles:
     """Tiles for so many tokens: a dot has 16 rows at least, and few tokens need no more."""
-    few = {"shrink_c": 32, "shrink_k": 128, "expand_warps": 4, "score_c": 32, "score_k": 128, "score_warps": 4}
+    few = {
+        "shrink_c": 32,
+        "shrink_k": 128,
+        "shrink_warps": 4,
+        "expand_warps": 4,
+        "score_c": 32,
+        "score_k": 128,
+        "score_warps": 4,
+    }
     if tokens <= FEW_TOKENS:
-        return Tiles(shrink_m=16, expand_m=16, score_m=16, **few)
+        return Tiles(shrink_m=16, expand_m=16, expand_n=64, score_m=16, **few)
     if tokens <= 256:
         return Tiles(shrink_m=32, expand_m=32, score_m=32, **few)
     return Tiles()
@@ -48,10 +56,17 @@ def kernel(function: Callable) -> Any:
     return triton.jit(inspect.unwrap(function))
 
 
-def count_shares(width: int, step: int, programs: int) -> int:
-    """Into how many shares a long axis is cut, so that all processors have work; a share has two steps at least."""
+def count_shares(width: int, step: int, programs: int, *, wanted: int = PROCESSORS) -> int:
+    """Into how many shares a long axis is cut, so that all processors have work; a share has two steps at least.
+
+    Args:
+        width: Of the axis.
+        step: How much of it one turn of the kernel's loop reads.
+        programs: Of each share.
+        wanted: Programs altogether. To be read as fast as memory allows, weights want several for each processor.
+    """
     steps = triton.cdiv(width, step)
-    return max(1, min(MOST_SHARES, PROCESSORS // programs, steps // 2))
+    return max(1, min(MOST_SHARES, wanted // programs, steps // 2))
 
 
 def share_size(width: int, step: int, shares: int) -> int:

@@ -42,7 +42,7 @@ def test_closed_slots_are_skipped_and_add_nothing(shape: str, make_case: Any, ag
 def test_the_number_of_shares_does_not_matter(
     shares: int, make_case: Any, agrees_with_reference: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_group, "count_shares", lambda *_: shares)
+    monkeypatch.setattr(triton_group, "count_shares", lambda *_, **__: shares)
     for shape in ("one-token", "three-modules", "mixed-ranks"):
         agrees_with_reference(triton_group, make_case(shape, torch.float32).to(DEVICE))
 
@@ -109,13 +109,13 @@ def compiled(kernel, kind, warps, **blocks):
 
 for kind in ("bf16", "fp32"):
     for tokens in (1, 4096):
-        t, add, split = choose_tiles(tokens), tokens == 1, kind == "bf16"
+        t, is_few, split = choose_tiles(tokens), tokens == 1, kind == "bf16"
         shrink = {"BLOCK_M": t.shrink_m, "BLOCK_C": t.shrink_c, "BLOCK_K": t.shrink_k}
         expand = {"BLOCK_M": t.expand_m, "BLOCK_N": t.expand_n, "BLOCK_R": t.expand_r}
         score = {"BLOCK_M": t.score_m, "BLOCK_C": t.score_c, "BLOCK_K": t.score_k}
         for made in (
             compiled(shrink_kernel, kind, t.shrink_warps, **shrink),
-            compiled(expand_kernel, kind, t.expand_warps, ADD=add, **expand),
+            compiled(expand_kernel, kind, t.expand_warps, ADD=not is_few, FINISH=is_few, **expand),
             compiled(score_kernel, kind, t.score_warps, SPLIT=split, **score),
             compiled(gate_kernel, kind, 4, BLOCK_M=16, BLOCK_R=64),
         ):
