@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -56,7 +56,7 @@ class Routing:
         self._input_ids: Tensor | None = None
         self._mask: Tensor | None = None
         self._parts: list[Part] = []
-        self._past = 0  # positions in the key-value cache before this forward
+        self._past: int | Tensor = 0  # positions in the key-value cache before this forward
 
     @contextmanager
     def reading_prompts(self, lengths: int | Sequence[int] | None = None) -> Iterator[None]:
@@ -85,7 +85,9 @@ class Routing:
         named = bind_arguments(module, args, kwargs)
         self._input_ids, self._mask = named.get("input_ids"), named.get("attention_mask")
         cache = find_cache(named.values())
-        self._past = 0 if cache is None else int(cache.get_seq_length())
+        self._past = 0 if cache is None else cache.get_seq_length()
+        if isinstance(self._past, Tensor):  # a static cache counts on in this very tensor
+            self._past = self._past.clone()
         self.slot_gate = None
 
     def enter(self, args: tuple, kwargs: dict) -> tuple[Tensor, Float[Tensor, "batch seq slots"], list[Part]]:
@@ -116,13 +118,8 @@ class Routing:
                 cause="the model was called with inputs_embeds instead of input_ids",
                 fix="pass input_ids, or compose with --static",
             )
-        if cache is not None and cache.is_compileable:
-            raise InputError(
-                "A static key-value cache cannot hold the routing state.",
-                fix="leave out cache_implementation, or compose with --static",
-            )
         gates = self.router.slot_gates(self._sums(self.router, self._input_ids, hidden, cache))
-        if self.prompts is None or self._past:
+        if self.prompts is None or (isinstance(self._past, int) and self._past):
             return gates
         if len(self.prompts) not in (1, len(gates)):
             raise InputError(
@@ -130,30 +127,37 @@ class Routing:
                 cause=f"there are {len(self.prompts)} lengths for {len(gates)} rows",
                 fix="prompts that are padded on the left are equally long: reading_prompts(input_ids.shape[1])",
             )
-        return whole_prompts(gates, self.prompts.clamp(max=gates.shape[1]).expand(len(gates)))
+        whole = whole_prompts(gates, self.prompts.clamp(max=gates.shape[1]).expand(len(gates)))
+        return torch.where(self._past == 0, whole, gates) if isinstance(self._past, Tensor) else whole
 
     def _sums(self, router: DomainRouter, ids: Tensor, hidden: Tensor, cache: Any) -> Float[Tensor, "batch seq sums"]:
         """The router's sums up to each new position, continuing from the cache if there is one."""
-        is_real = self._real_tokens(hidden)
+        is_real = self._real_tokens(hidden, is_static=cache is not None and cache.is_compileable)
         if cache is None:
             return router.increments(ids, hidden, is_real).cumsum(1)
         kept = router_layer(cache, past=self._past, layers=self.anatomy.count, sums=2 * router.slots + 1)
         last = last_tokens(ids, is_real, kept.last_tokens())
         return kept.append(router.increments(ids, hidden, is_real, last), last[:, 1:])
 
-    def _real_tokens(self, hidden: Tensor) -> Tensor:
+    def _real_tokens(self, hidden: Tensor, *, is_static: bool) -> Tensor:
         """True where a position holds text; padding adds no evidence."""
         shape = hidden.shape[:2]
-        if self._mask is None:
+        # what `generate` adds one by one is text
+        mask = self._mask
+        if is_static and isinstance(mask, Mapping):  # one for each kind of layer
+            mask = mask.get("full_attention", next(iter(mask.values())))
+        if mask is None or (is_static and shape[1] == 1):
             return torch.ones(shape, dtype=torch.bool, device=hidden.device)
-        if not isinstance(self._mask, Tensor) or self._mask.ndim != 2:
+        if is_static and mask.ndim == 4:
+            return seen_by_themselves(mask, shape[1], self._past)
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
             raise InputError(
                 "Routing needs an attention mask of one number for each token.",
                 cause="found one that says which token sees which",
                 fix="pass the mask that the tokenizer gives, of shape (batch, tokens)",
             )
         # with a cache the mask covers the past as well: the new positions are its last columns
-        return self._mask[:, -shape[1] :].to(device=hidden.device, dtype=torch.bool)
+        return mask[:, -shape[1] :].to(device=hidden.device, dtype=torch.bool)
 
 
 class LayerHook:
@@ -262,6 +266,21 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 def share(base: PreTrainedModel) -> PreTrainedModel:
     """A structural copy of a model that shares its parameters; buffers and everything else are its own."""
     return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+
+
+def seen_by_themselves(
+    mask: Shaped[Tensor, "batch 1 seq cache"], seq: int, past: int | Tensor
+) -> Bool[Tensor, "batch seq"]:
+    """Which new positions see themselves in the mask that `generate` makes for a static cache: all but padding.
+
+    Args:
+        mask: True, or 0, where a position is seen.
+        seq: New positions.
+        past: Positions before them.
+    """
+    columns = (torch.arange(seq, device=mask.device) + past).view(1, seq, 1).expand(len(mask), seq, 1)
+    found = mask[:, 0].gather(2, columns).squeeze(2)
+    return found if found.dtype == torch.bool else found == 0
 
 
 def routing_of(model: PreTrainedModel) -> Routing:

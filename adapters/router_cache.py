@@ -1,14 +1,16 @@
-"""RouterCacheLayer: the domain router's running sums, kept inside the key-value cache of `generate`.
+"""The domain router's running sums, kept inside the key-value cache of `generate`.
 
 Being one more layer of the cache, the sums are reordered by beam search, cropped by assisted decoding and repeated for
 several return sequences exactly as keys and values are, and they live and die with the sequence they belong to.
+A static cache, which graphs need, gets a layer whose memory stays where it is and whose length is never read.
 """
 
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from ..domains.errors import InputError
 
@@ -34,33 +36,72 @@ class RouterCacheLayer(DynamicLayer):
         return sums
 
 
-def router_layer(cache: Cache, *, past: int, layers: int, sums: int) -> RouterCacheLayer:
+class StaticRouterLayer(StaticLayer):
+    """The same in a static cache: only the latest sums, as `keys` of shape (batch, 1, 1, sums), and the last token.
+
+    Nothing is read back: where no position has been seen yet, the sums are zero and the last token is -1. A static
+    cache is never cropped, so that earlier sums are not needed.
+    """
+
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self) -> None:
+        super().__init__(max_cache_len=1)
+
+    def last_tokens(self) -> Int64[Tensor, " batch"] | None:
+        """The last token of each sequence's text, -1 where there is none yet; None before the first position."""
+        if not self.is_initialized:
+            return None
+        return torch.where(self.cumulative_length > 0, self.values[:, 0, 0, 0].long(), -1)
+
+    def append(
+        self, increments: Float[Tensor, "batch seq sums"], tokens: Int64[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch seq sums"]:
+        """Adds new positions, with the last token of the text at each, and returns the sums up to each of them."""
+        last = tokens[:, -1:].to(increments.dtype)[:, None, :, None]
+        if not self.is_initialized:
+            self.lazy_initialization(increments[:, None, -1:], last)
+        sums = increments.cumsum(1) + self.keys[:, 0]
+        self.keys.copy_(sums[:, None, -1:])
+        self.values.copy_(last)
+        self.cumulative_length.add_(increments.shape[1])
+        return sums
+
+
+RouterLayer = RouterCacheLayer | StaticRouterLayer
+
+
+def router_layer(cache: Cache, *, past: int | Tensor, layers: int, sums: int) -> RouterLayer:
     """The router's layer of a cache, made if it has none yet.
 
     Args:
         cache: The key-value cache of this forward pass.
         past: Positions that the cache held when the forward pass began; layers without experts have added theirs since.
+            A static cache tells them as a tensor.
         layers: Decoder layers of the model; the router's layer comes after theirs.
         sums: How many the router keeps.
 
     Raises:
         InputError: The cache was filled by another model than this composition.
     """
-    layer = next((one for one in cache.layers if isinstance(one, RouterCacheLayer)), None)
+    layer = next((one for one in cache.layers if isinstance(one, RouterLayer)), None)
     held = 0 if layer is None else layer.get_seq_length()
-    if held != past:
+    # what a GPU or a graph holds cannot be read without waiting for it
+    is_readable = not isinstance(past, Tensor) or not (past.is_cuda or torch.compiler.is_compiling())
+    if is_readable and held != past:
         raise InputError(
             "The key-value cache was filled by another model.",
-            cause=f"it holds {past} positions, and routing state for {held}",
+            cause=f"it holds {int(past)} positions, and routing state for {int(held)}",
             fix="start from an empty cache, or let generate() make one",
         )
     if layer is None:
         # lazily filled caches must have their own layers first, so that indices stay right
         while cache.layer_class_to_replicate is not None and len(cache.layers) < layers:
             cache.layers.append(cache.layer_class_to_replicate())
-        layer = RouterCacheLayer()
+        layer = StaticRouterLayer() if cache.is_compileable else RouterCacheLayer()
         cache.layers.append(layer)
-    if held and layer.keys is not None and layer.keys.shape[-1] != sums:
+    if layer.is_initialized and layer.keys is not None and layer.keys.numel() and layer.keys.shape[-1] != sums:
         raise InputError("The key-value cache was filled by another composition.")
     return layer
 

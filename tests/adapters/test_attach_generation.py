@@ -1,5 +1,6 @@
 """Composed models generate as their base does, and their gates do not depend on how text is cut, padded or batched."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -90,14 +91,20 @@ def test_assisted_decoding_gives_the_greedy_text(
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["plain", "padded"])
-def test_a_static_cache_is_refused_by_a_routed_composition(
+def test_a_static_cache_gives_the_same_text(
     any_base: Any, compose: Any, left: bool, some_ids: Any, prompts: Any, padded: Any, generated: Any
 ) -> None:
     composed = compose(any_base)
     inputs = padded(prompts(), left=True) if left else {"input_ids": some_ids(2)}
 
-    with pytest.raises(InputError, match="static key-value cache"):
-        generated(composed, **inputs, cache_implementation="static")
+    for context in (nullcontext(), composed.reading_prompts()):
+        with context:
+            found = generated(composed, **inputs, cache_implementation="static")
+            gates = composed.routing.slot_gate
+            expected = generated(composed, **inputs)
+
+        assert torch.equal(found, expected)
+        torch.testing.assert_close(gates, composed.routing.slot_gate)
 
 
 def test_a_static_cache_serves_fixed_gates(

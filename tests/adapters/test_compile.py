@@ -10,7 +10,7 @@ import pytest
 
 SCRIPT = """
 import sys, torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 from lorary.adapters.attach import attach
 from lorary.adapters.bank import new_bank
 from lorary.adapters.config import BankConfig
@@ -59,6 +59,25 @@ def breaks(model):
         torch._dynamo.reset()
         return torch._dynamo.explain(model)(input_ids=ids[:, -1:], past_key_values=cache).graph_break_count
 
+def steps(model, run, cache):
+    # a prompt, which is not compiled, and four tokens after it
+    found = [model(input_ids=ids, past_key_values=cache).logits[:, -1:]]
+    for step in range(4):
+        found.append(run(input_ids=ids[:, step : step + 1], past_key_values=cache).logits)
+    return torch.cat(found, 1)
+
+def one_graph_for_all_steps(model):
+    graphs = []
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    run = torch.compile(model, backend=backend, fullgraph=True)
+    with torch.no_grad():
+        expected = steps(model, model, DynamicCache(config=config))
+        found = steps(model, run, StaticCache(config=config, max_cache_len=20))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert len(graphs) == 1, len(graphs)
+
 def gradients(fullgraph):
     model = composed(trainable=True).train()
     run = torch.compile(model, backend="aot_eager", fullgraph=True) if fullgraph else model
@@ -75,6 +94,12 @@ match sys.argv[1]:
         one_graph(composed(static=True))
     case "decoding":
         assert breaks(composed()) <= breaks(base), (breaks(composed()), breaks(base))
+    case "static-cache":
+        one_graph_for_all_steps(composed())
+        torch._dynamo.reset()
+        model = composed()
+        with model.reading_prompts():
+            one_graph_for_all_steps(model)
     case "training":
         expected, found = gradients(False), gradients(True)
         assert found.keys() == expected.keys() and found
@@ -83,7 +108,7 @@ match sys.argv[1]:
 """
 
 
-@pytest.mark.parametrize("what", ["routed", "static", "decoding", "training"])
+@pytest.mark.parametrize("what", ["routed", "static", "decoding", "static-cache", "training"])
 def test_a_composed_model_compiles_without_a_break_of_its_own(what: str) -> None:
     done = subprocess.run([sys.executable, "-c", SCRIPT, what], capture_output=True, text=True, check=False)
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, StaticCache
 
-from lorary.adapters.router_cache import RouterCacheLayer, find_cache, router_layer
+from lorary.adapters.router_cache import RouterCacheLayer, StaticRouterLayer, find_cache, router_layer
 from lorary.domains.errors import InputError
 
 SUMS = 7
@@ -22,7 +22,7 @@ def tokens(steps: Tensor) -> Tensor:
     return torch.arange(steps[..., 0].numel()).view(steps.shape[:2]) + 100_000
 
 
-def sums_in(cache: Any, steps: Tensor, *, past: int, layers: int) -> Tensor:
+def sums_in(cache: Any, steps: Tensor, *, past: int | Tensor, layers: int) -> Tensor:
     return router_layer(cache, past=past, layers=layers, sums=steps.shape[-1]).append(steps, tokens(steps))
 
 
@@ -101,6 +101,56 @@ def test_the_last_token_follows_its_sequence() -> None:
     layer.crop(-1)
 
     assert torch.equal(layer.last_tokens(), tokens(increments())[[2, 0, 0], 4])
+
+
+# --- in a static cache ---
+
+
+@pytest.mark.parametrize("chunks", [[6], [1] * 6, [2, 3, 1]])
+def test_static_sums_do_not_depend_on_how_positions_arrive(chunks: list[int]) -> None:
+    layer: Any = StaticRouterLayer()
+    assert layer.last_tokens() is None
+
+    ids, found, places = tokens(increments()), [], set()
+    for part, these in zip(increments().split(chunks, dim=1), ids.split(chunks, dim=1), strict=True):
+        found.append(layer.append(part, these))
+        places.add(layer.keys.data_ptr())
+
+    torch.testing.assert_close(torch.cat(found, dim=1), increments().cumsum(1))
+    assert layer.get_seq_length() == 6
+    assert torch.equal(layer.last_tokens(), ids[:, -1])
+    assert len(places) == 1
+
+
+def test_static_sums_follow_their_sequences_and_start_anew() -> None:
+    layer: Any = StaticRouterLayer()
+    layer.append(increments(), tokens(increments()))
+
+    layer.reorder_cache(torch.tensor([2, 0, 0]))
+
+    assert torch.equal(layer.last_tokens(), tokens(increments())[[2, 0, 0], 5])
+    torch.testing.assert_close(next_sums(layer), increments().sum(1)[[2, 0, 0]])
+
+    layer.reset()
+
+    assert torch.equal(layer.last_tokens(), torch.full((3,), -1))
+    torch.testing.assert_close(layer.append(increments(seed=1), tokens(increments())), increments(seed=1).cumsum(1))
+
+
+def test_a_static_cache_has_a_static_layer_and_the_same_refusals() -> None:
+    cache: Any = StaticCache(config=LlamaConfig(num_hidden_layers=2), max_cache_len=9)
+    sums_in(cache, increments(), past=0, layers=2)
+
+    assert isinstance(cache.layers[-1], StaticRouterLayer)
+    assert len(cache.layers) == 3
+    assert cache.is_compileable
+    with pytest.raises(InputError, match="it holds 5 positions, and routing state for 6"):
+        sums_in(cache, increments(seq=1), past=torch.tensor(5), layers=2)
+    with pytest.raises(InputError, match="another composition"):
+        sums_in(cache, torch.zeros(3, 1, SUMS + 2), past=torch.tensor(6), layers=2)
+
+
+# --- in the whole cache ---
 
 
 def test_the_router_layer_comes_after_the_layers_of_the_model() -> None:
