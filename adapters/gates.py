@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from .gate_update import GateUpdate
 from .kernels.dispatch import choose_kernels
 from .kernels.gate_tables import EPSILON, GateTables, mates_of
-from .kernels.reference import expert_gates, gated_ranks, scores
 
 TEMPERATURE = 0.1  # of the expert gates; scores are cosines, so |score| <= 10
 
@@ -100,17 +100,17 @@ class LayerGates(nn.Module):
             slot_gate: Of all slots.
             slots: The only slots whose gates are wanted, on a shorter rank axis; None: all.
         """
+        if torch.is_grad_enabled() and self.fixed_gate is None:
+            assert slots is None
+            gates, use = GateUpdate.apply(self, hidden, slot_gate, *self.new_rows())  # type: ignore[misc]
+            self.new_expert_use = use if self.training and self.new_expert_gate is not None else None
+            return gates
         tables = self._selection(slots)
         if tables.fixed_gate is not None:
             by_rank = slot_gate.index_select(-1, tables.slot_of_rank) * tables.fixed_gate
             return by_rank.expand(*hidden.shape[:-1], -1)
-        if self.new_expert_gate is None and not torch.is_grad_enabled():
-            return choose_kernels(hidden.device).gates(hidden, slot_gate, tables)
-        found = scores(hidden, tables.rows)
-        experts = expert_gates(found, tables.same_group)
-        if self.training and self.new_expert_gate is not None:
-            self.new_expert_use = experts[..., -len(self.new_expert_gate) :]
-        return gated_ranks(found, slot_gate, experts, tables)
+        self.new_expert_use = None  # it would be that of an earlier forward
+        return choose_kernels(hidden.device).gates(hidden, slot_gate, tables)
 
     def constant_gate(self, slot_gate: Float[Tensor, " slots"]) -> Float[Tensor, " rank"]:
         """The gates of a static composition under constant slot gates."""
@@ -127,10 +127,10 @@ class LayerGates(nn.Module):
             self._selections[slots] = whole if slots is None else whole.only(slots)
         return self._selections[slots]
 
-    def tables(self) -> GateTables:
-        """What the gates of all slots are computed from."""
+    def tables(self, new_experts: Tensor | None = None, new_ranks: Tensor | None = None) -> GateTables:
+        """What the gates of all slots are computed from; a trainable bank's rows are given, or those of `new_rows`."""
         return GateTables(
-            rows=self._all_rows(),
+            rows=self._all_rows(new_experts, new_ranks),
             same_group=self.same_group,
             slot_of_expert=self.slot_of_expert,
             expert_of_rank=self.expert_of_rank,
@@ -139,16 +139,24 @@ class LayerGates(nn.Module):
             fixed_gate=self.fixed_gate,
         )
 
-    def _all_rows(self) -> Float[Tensor, "scores width"]:
+    def new_rows(self) -> tuple[Float[Tensor, "new width"] | None, Float[Tensor, "new_rank width"] | None]:
+        """The rows of a trainable bank's experts and ranks; None where there are none."""
+        return (
+            None if self.new_expert_gate is None else _expert_rows(self.new_expert_gate),
+            None if self.new_rank_gate is None else _rank_rows(self.new_rank_gate),
+        )
+
+    def _all_rows(self, new_experts: Tensor | None, new_ranks: Tensor | None) -> Float[Tensor, "scores width"]:
         if self.new_expert_gate is None:
             return self.rows
+        if new_experts is None:
+            new_experts, new_ranks = self.new_rows()
+            assert new_experts is not None
         frozen = self.rows[: self.frozen_experts], self.rows[self.frozen_experts :]
-        missing = len(self.slot_of_expert) + len(self.expert_of_rank) - len(self.rows) - len(self.new_expert_gate)
-        if self.new_rank_gate is None:
+        if new_ranks is None:
+            missing = len(self.slot_of_expert) + len(self.expert_of_rank) - len(self.rows) - len(new_experts)
             new_ranks = self.rows.new_zeros(missing, self.rows.shape[1])
-        else:
-            new_ranks = _rank_rows(self.new_rank_gate)
-        return torch.cat([frozen[0], _expert_rows(self.new_expert_gate), frozen[1], new_ranks])
+        return torch.cat([frozen[0], new_experts, frozen[1], new_ranks])
 
 
 def _expert_rows(gate: Float[Tensor, "experts width"]) -> Float[Tensor, "experts width"]:
