@@ -59,6 +59,8 @@ def kernel(function: Callable) -> Any:
 def count_shares(width: int, step: int, programs: int, *, wanted: int = PROCESSORS) -> int:
     """Into how many shares a long axis is cut, so that all processors have work; a share has two steps at least.
 
+    A power of two: kernels are compiled for each number of shares, and every length of a prompt would bring another.
+
     Args:
         width: Of the axis.
         step: How much of it one turn of the kernel's loop reads.
@@ -66,7 +68,8 @@ def count_shares(width: int, step: int, programs: int, *, wanted: int = PROCESSO
         wanted: Programs altogether. To be read as fast as memory allows, weights want several for each processor.
     """
     steps = triton.cdiv(width, step)
-    return max(1, min(MOST_SHARES, wanted // programs, steps // 2))
+    most = max(1, min(MOST_SHARES, wanted // programs, steps // 2))
+    return 1 << (most.bit_length() - 1)
 
 
 def share_size(width: int, step: int, shares: int) -> int:
