@@ -30,7 +30,7 @@ class GateUpdate(torch.autograd.Function):
         ctx.module, ctx.new = module, (0 if new_experts is None else len(new_experts))
         ctx.save_for_backward(hidden, slot_gate, new_experts, new_ranks)
         tables = module.tables(new_experts, new_ranks)
-        parts = _Parts(hidden.reshape(-1, hidden.shape[-1]), slot_gate, hidden.shape[:-1], tables)
+        parts = _Parts(hidden, slot_gate, tables)
         gates = parts.by_expert.index_select(1, tables.expert_of_rank).mul_(parts.ranks).mul_(2)
         shares = parts.experts[:, len(tables.slot_of_expert) - ctx.new :]
         return gates.view(*hidden.shape[:-1], -1), shares.reshape(*hidden.shape[:-1], -1)
@@ -40,7 +40,7 @@ class GateUpdate(torch.autograd.Function):
     def backward(ctx, *grads):  # noqa: D102  # pyright: ignore[reportIncompatibleMethodOverride]
         hidden, slot_gate, new_experts, new_ranks = ctx.saved_tensors
         tables: GateTables = ctx.module.tables(new_experts, new_ranks)
-        parts = _Parts(hidden.reshape(-1, hidden.shape[-1]), slot_gate, hidden.shape[:-1], tables)
+        parts = _Parts(hidden, slot_gate, tables)
         count, new = len(tables.slot_of_expert), ctx.new
         grad = grads[0].reshape(len(parts.scores), -1)
         doubled = grad * parts.ranks * 2
@@ -69,16 +69,16 @@ class GateUpdate(torch.autograd.Function):
 
 
 class _Parts:
-    """What gates are made of, position by position."""
+    """What gates are made of, with all positions on one axis."""
 
-    def __init__(self, hidden: Tensor, slot_gate: Tensor, shape: torch.Size, tables: GateTables):
-        self.hidden = hidden.float()
+    def __init__(self, hidden: Tensor, slot_gate: Tensor, tables: GateTables):
+        self.hidden = hidden.reshape(-1, hidden.shape[-1]).float()
         self.length = torch.linalg.vector_norm(self.hidden, dim=1, keepdim=True).clamp_(min=EPSILON)
         self.scores = F.linear(self.hidden, tables.rows).div_(self.length)
         experts, ranks = self.scores.split(tables.sizes, dim=1)
         exponentials = experts.exp()
         self.experts = exponentials.div_(F.linear(exponentials, tables.same_group))
         self.ranks = ranks.sigmoid()  # half of the rank gate
-        by_position = slot_gate.expand(*shape, -1).reshape(-1, slot_gate.shape[-1])
+        by_position = slot_gate.expand(*hidden.shape[:-1], -1).reshape(-1, slot_gate.shape[-1])
         self.slot_gate = by_position.index_select(1, tables.slot_of_expert)
         self.by_expert = self.slot_gate * self.experts

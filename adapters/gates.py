@@ -100,7 +100,8 @@ class LayerGates(nn.Module):
             slot_gate: Of all slots.
             slots: The only slots whose gates are wanted, on a shorter rank axis; None: all.
         """
-        if torch.is_grad_enabled() and self.fixed_gate is None:
+        needs_gradient = hidden.requires_grad or slot_gate.requires_grad or self.new_expert_gate is not None
+        if needs_gradient and torch.is_grad_enabled() and self.fixed_gate is None:
             assert slots is None
             gates, use = GateUpdate.apply(self, hidden, slot_gate, *self.new_rows())  # type: ignore[misc]
             self.new_expert_use = use if self.training and self.new_expert_gate is not None else None
@@ -109,7 +110,8 @@ class LayerGates(nn.Module):
         if tables.fixed_gate is not None:
             by_rank = slot_gate.index_select(-1, tables.slot_of_rank) * tables.fixed_gate
             return by_rank.expand(*hidden.shape[:-1], -1)
-        self.new_expert_use = None  # it would be that of an earlier forward
+        if self.new_expert_use is not None:  # that of an earlier forward
+            self.new_expert_use = None
         return choose_kernels(hidden.device).gates(hidden, slot_gate, tables)
 
     def constant_gate(self, slot_gate: Float[Tensor, " slots"]) -> Float[Tensor, " rank"]:
