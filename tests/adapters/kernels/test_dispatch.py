@@ -58,6 +58,21 @@ def test_a_model_gives_the_same_on_triton(base: Any, compose: Any, some_ids: Any
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_a_long_prompt_and_its_answer_are_the_same_on_triton(
+    base: Any, compose: Any, some_ids: Any, generated: Any
+) -> None:
+    pytest.importorskip("triton")
+    composed, inputs = compose(base), {"input_ids": some_ids(1, 20), "max_new_tokens": 3}
+    expected = generated(composed, **inputs)
+
+    with use_kernels("triton"):
+        found = generated(composed, **inputs)
+        kept = generated(composed, **inputs, cache_implementation="static")
+
+    assert torch.equal(found, expected)
+    assert torch.equal(kept, expected)
+
+
 def test_training_gives_the_same_gradients_on_triton(base: Any, compose: Any, some_ids: Any) -> None:
     pytest.importorskip("triton")
 
