@@ -36,10 +36,10 @@ def outputs(
     experts' part is written first and the base's product accumulates on it: with beta = 1 it reads what it adds to
     while it computes.
     """
-    Ws = [weight for weight, _ in linears]
-    if not x.numel() or not len(weights.A) or any(bias is not None for _, bias in linears):
+    Ws, biases = [weight for weight, _ in linears], [bias for _, bias in linears]
+    if not x.numel() or not len(weights.A):
         found = [F.linear(x, weight, bias) for weight, bias in linears]
-        return found, update_(x, found, gates, weights, keep=keep)
+        return found, x.new_zeros(len(x), len(weights.A)) if keep else None
     found = [x.new_empty(len(x), len(weight)) for weight in Ws]
     if len(x) <= FEW_TOKENS and not keep and all(weight.stride(1) == 1 for weight in Ws):
         tiles, wide = choose_tiles(len(x)), sum(map(len, Ws))
@@ -47,10 +47,10 @@ def outputs(
         shares = count_shares(x.shape[1], tiles.shrink_k, blocks, wanted=4 * PROCESSORS)
         sums = torch.empty(shares, len(x), wide + len(weights.A), dtype=torch.float32, device=x.device)
         _shrink(x, weights.A, sums, gates, weights, tiles, base=Ws)
-        _expand(sums, gates, found, weights.Bt, weights, tiles, finish=True)
+        _expand(sums, gates, found, weights.Bt, weights, tiles, biases=biases, finish=True)
         return found, None
-    low = _experts(x, found, gates, weights, keep=keep, add=False)
-    for output, (weight, _) in zip(found, linears, strict=True):
+    low = _experts(x, found, gates, weights, keep=keep, add=False, biases=biases)
+    for output, weight in zip(found, Ws, strict=True):
         output.addmm_(x, weight.t())
     return found, low
 
@@ -123,6 +123,7 @@ def _experts(
     *,
     keep: bool,
     add: bool,
+    biases: Sequence[Tensor | None] = (),
 ) -> Float[Tensor, "tokens columns"] | None:
     """Adds the gated updates to the outputs, or writes them there; returns `low` if it is kept."""
     tiles, columns = choose_tiles(len(x)), len(weights.A)
@@ -134,7 +135,7 @@ def _experts(
         shares = count_shares(x.shape[1], tiles.shrink_k, programs)
         low = torch.empty(shares, len(x), columns, dtype=torch.float32, device=x.device)
         _shrink(x, weights.A, low, gates, weights, tiles)
-    _expand(low, gates, outputs, weights.Bt, weights, tiles, add=add)
+    _expand(low, gates, outputs, weights.Bt, weights, tiles, biases=biases, add=add)
     return low[0] if keep else None
 
 
@@ -190,14 +191,20 @@ def _expand(
     weights: GroupWeights,
     tiles: Tiles,
     *,
+    biases: Sequence[Tensor | None] = (),
     add: bool = False,
     finish: bool = False,
 ) -> None:
-    """Adds (g * LOW) B to the outputs, or writes it there, with the base's sums if they are in LOW; in one launch."""
+    """Adds (g * LOW) B to the outputs, or writes it there, with biases and the base's sums in LOW if there are any."""
     if len(outputs) > MOST_MODULES:
         raise ValueError(f"{len(outputs)} modules in one group, one launch serves {MOST_MODULES}")
     missing = MOST_MODULES - len(outputs)
     ys, bs = [*outputs, *[outputs[0]] * missing], [*Bt, *[Bt[0]] * missing]
+    has_bias = any(bias is not None for bias in biases)
+    cs = ys  # of which nothing is read
+    if has_bias:
+        cs = [y.new_zeros(y.shape[1]) if bias is None else bias for y, bias in zip(outputs, biases, strict=True)]
+        cs += cs[:1] * missing
     features = [output.shape[1] for output in outputs] + [0] * missing
     ranks = [len(rows) for rows in Bt] + [0] * missing
     blocks = sum(triton.cdiv(size, tiles.expand_n) for size in features)
@@ -207,6 +214,7 @@ def _expand(
         low if weights.columns is None else weights.columns,
         *ys,
         *bs,
+        *cs,
         len(gates),
         *features,
         *ranks,
@@ -219,6 +227,7 @@ def _expand(
         GATES=gates.shape[1],
         COLUMNS=weights.columns is not None,
         ADD=add,
+        BIAS=has_bias,
         FINISH=finish,
         UPCAST=IS_INTERPRETED,
         BLOCK_M=tiles.expand_m,

@@ -110,7 +110,7 @@ def shrink_kernel(
 
 
 @kernel
-def expand_kernel(
+def expand_kernel(  # noqa: C901 - most branches are taken while it is compiled
     low_ptr,
     gate_ptr,
     index_ptr,
@@ -120,6 +120,9 @@ def expand_kernel(
     b0_ptr,
     b1_ptr,
     b2_ptr,
+    bias0_ptr,
+    bias1_ptr,
+    bias2_ptr,
     tokens,
     n0,  # output features of each module
     n1,
@@ -140,6 +143,7 @@ def expand_kernel(
     GATES: tl.constexpr,
     COLUMNS: tl.constexpr,
     ADD: tl.constexpr,  # to what is there
+    BIAS: tl.constexpr,  # whether the modules' biases are added
     FINISH: tl.constexpr,  # whether LOW has the shares of the base modules' products in front
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -150,21 +154,15 @@ def expand_kernel(
     wide = n0 + n1 + n2 if FINISH else 0
     block = tl.program_id(1)
     blocks0, blocks1 = tl.cdiv(n0, BLOCK_N), tl.cdiv(n1, BLOCK_N)
-    y_ptr, b_ptr, features, ranks, y_row, b_row, offset, first = y0_ptr, b0_ptr, n0, r0, y0_row, b0_row, 0, 0
+    y_ptr, b_ptr, bias_ptr, features, ranks, y_row, b_row = y0_ptr, b0_ptr, bias0_ptr, n0, r0, y0_row, b0_row
+    offset, first = 0, 0
     if block >= blocks0 + blocks1:
-        y_ptr, b_ptr, features, ranks, y_row, b_row, offset, first = (
-            y2_ptr,
-            b2_ptr,
-            n2,
-            r2,
-            y2_row,
-            b2_row,
-            r0 + r1,
-            n0 + n1,
-        )
+        y_ptr, b_ptr, bias_ptr, features, ranks, y_row, b_row = y2_ptr, b2_ptr, bias2_ptr, n2, r2, y2_row, b2_row
+        offset, first = r0 + r1, n0 + n1
         block -= blocks0 + blocks1
     elif block >= blocks0:
-        y_ptr, b_ptr, features, ranks, y_row, b_row, offset, first = y1_ptr, b1_ptr, n1, r1, y1_row, b1_row, r0, n0
+        y_ptr, b_ptr, bias_ptr, features, ranks, y_row, b_row = y1_ptr, b1_ptr, bias1_ptr, n1, r1, y1_row, b1_row
+        offset, first = r0, n0
         block -= blocks0
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -194,6 +192,8 @@ def expand_kernel(
             total = tl.dot(gated, b, total, input_precision="ieee")
     y = y_ptr + long_rows[:, None] * y_row + cols[None, :]
     inside = in_rows[:, None] & in_cols[None, :]
+    if BIAS:
+        total += tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
     if FINISH:
         for part in tl.static_range(SHARES):
             total += tl.load(
