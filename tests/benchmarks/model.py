@@ -1,12 +1,14 @@
 """A whole model with E experts of rank 8 on all seven linears, against its bare base and its peers.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/model.py [--quick] [--only prefill,decode,...] [--out model.json]
+    OMP_NUM_THREADS=1 python tests/benchmarks/model.py --only profile       where the time goes, by operator
 
 Gates and router are part of every figure of ours. Columns are ratios to the bare base in the same run.
 """
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,19 +192,52 @@ def saved_bytes(run: Callable[[], Any]) -> int:
     return sum(kept.values())
 
 
+def bench_profile(base: Any, args: argparse.Namespace) -> None:
+    """Each operator's own time, ours and the base's, and what passes outside of all; what the profiler costs is in it."""
+    ids = models.text_of(0, 1, PROMPT)
+    ours = models.compose(base, slots=4, experts=2, threshold=0.0)
+    trained = models.compose(base, slots=4, experts=2, trainable=True).train()
+    halves = ids.view(2, -1)
+    for what, of_ours, of_base in (
+        ("prefill", prefill(ours, ids), prefill(base, ids)),
+        ("decode", decode(ours, ids[:, :64]), decode(base, ids[:, :64])),
+        ("training", training_step(trained, halves), base_gradient_step(base, halves)),
+    ):
+        mine, theirs = operators(of_ours), operators(of_base)
+        rows = [
+            {"operator": name, "ours ms": own, "calls": calls, "base ms": theirs.get(name, (0.0, 0))[0]}
+            for name, (own, calls) in sorted(mine.items(), key=lambda item: -item[1][0])[:12]
+        ]
+        report(f"Profile: {what}", rows, args.out)
+
+
+def operators(run: Callable[[], Any]) -> dict[str, tuple[float, int]]:
+    """Milliseconds and calls of each operator in one run."""
+    run()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        began = time.thread_time()
+        run()
+        took = time.thread_time() - began
+    found = {event.key: (event.self_cpu_time_total / 1e3, event.count) for event in profiler.key_averages()}
+    return found | {"outside of operators": (took * 1e3 - sum(own for own, _ in found.values()), 1)}
+
+
 PARTS = {
     "prefill": bench_prefill_decode,
     "decode": bench_prefill_decode,
     "sparse": bench_sparse,
     "merged": bench_merged,
     "training": bench_training,
+    "profile": bench_profile,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="without the peers that are slow to build")
-    parser.add_argument("--only", type=lambda text: text.split(","), default=list(PARTS))
+    parser.add_argument(
+        "--only", type=lambda text: text.split(","), default=[name for name in PARTS if name != "profile"]
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

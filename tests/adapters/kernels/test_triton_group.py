@@ -51,7 +51,7 @@ def test_the_number_of_shares_does_not_matter(
 @pytest.mark.parametrize("shape", ["one-token", "three-modules"])
 def test_base_modules_may_have_biases(shape: str, make_case: Any, relative_error: Any) -> None:
     case = make_case(shape, torch.float32).to(DEVICE)
-    linears = [(weight, torch.arange(len(weight)).to(case.x)) for weight, _ in case.linears]
+    linears: Any = [(weight, torch.arange(len(weight)).to(case.x)) for weight, _ in case.linears]
     if len(linears) > 1:
         linears[-1] = (linears[-1][0], None)
 
