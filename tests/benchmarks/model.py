@@ -193,7 +193,7 @@ def saved_bytes(run: Callable[[], Any]) -> int:
 
 
 def bench_profile(base: Any, args: argparse.Namespace) -> None:
-    """Each operator's own time, ours and the base's, and what passes outside of all; what the profiler costs is in it."""
+    """Each operator's own time, ours and the base's, and what passes outside of all; the profiler's cost is in it."""
     ids = models.text_of(0, 1, PROMPT)
     ours = models.compose(base, slots=4, experts=2, threshold=0.0)
     trained = models.compose(base, slots=4, experts=2, trainable=True).train()
