@@ -142,13 +142,13 @@ class Routing:
     def _real_tokens(self, hidden: Tensor, *, is_static: bool) -> Tensor:
         """True where a position holds text; padding adds no evidence."""
         shape = hidden.shape[:2]
-        # what `generate` adds one by one is text
         mask = self._mask
         if is_static and isinstance(mask, Mapping):  # one for each kind of layer
             mask = mask.get("full_attention", next(iter(mask.values())))
-        if mask is None or (is_static and shape[1] == 1):
+        is_made = is_static and isinstance(mask, Tensor) and mask.ndim == 4  # by `generate`, which adds text one by one
+        if mask is None or (is_made and shape[1] == 1):
             return torch.ones(shape, dtype=torch.bool, device=hidden.device)
-        if is_static and mask.ndim == 4:
+        if is_made:
             return seen_by_themselves(mask, shape[1], self._past)
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             raise InputError(

@@ -87,9 +87,9 @@ def router_layer(cache: Cache, *, past: int | Tensor, layers: int, sums: int) ->
     """
     layer = next((one for one in cache.layers if isinstance(one, RouterLayer)), None)
     held = 0 if layer is None else layer.get_seq_length()
-    # what a GPU or a graph holds cannot be read without waiting for it
-    is_readable = not isinstance(past, Tensor) or not (past.is_cuda or torch.compiler.is_compiling())
-    if is_readable and held != past:
+    # what a GPU or a graph holds cannot be read without waiting for it, which is done once for a cache at most
+    is_far = isinstance(past, Tensor) and (torch.compiler.is_compiling() or (past.is_cuda and layer is not None))
+    if not is_far and held != past:
         raise InputError(
             "The key-value cache was filled by another model.",
             cause=f"it holds {int(past)} positions, and routing state for {int(held)}",

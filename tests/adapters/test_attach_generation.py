@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from lorary.adapters.attach import fixed_slots
 from lorary.domains.errors import InputError
@@ -122,15 +122,23 @@ def test_a_static_cache_serves_fixed_gates(
 # --- one text, however it is cut ---
 
 
+def static_cache(config: Any) -> StaticCache:
+    return StaticCache(config=config, max_cache_len=20)
+
+
+CACHES = pytest.mark.parametrize("make_cache", [lambda config: DynamicCache(config=config), static_cache])
+
+
+@CACHES
 @pytest.mark.parametrize("chunks", [[1] * 14, [5, 1, 6, 2]], ids=["token-by-token", "chunked-prefill"])
 def test_logits_and_gates_do_not_depend_on_how_the_text_is_cut(
-    any_base: Any, compose: Any, chunks: list[int], some_ids: Any, logits: Any
+    any_base: Any, compose: Any, chunks: list[int], make_cache: Any, some_ids: Any, logits: Any
 ) -> None:
     composed, ids = compose(any_base), some_ids(2, 14)
     whole = logits(composed, input_ids=ids)
     gates = composed.routing.slot_gate
 
-    cache, parts, gate_parts = DynamicCache(config=any_base.config), [], []
+    cache, parts, gate_parts = make_cache(any_base.config), [], []
     for chunk in ids.split(chunks, dim=1):
         parts.append(logits(composed, input_ids=chunk, past_key_values=cache))
         gate_parts.append(composed.routing.slot_gate)
@@ -140,14 +148,15 @@ def test_logits_and_gates_do_not_depend_on_how_the_text_is_cut(
     assert (gates[:, -1] - gates[:, 0]).abs().max() > 0.05  # the router does move
 
 
+@CACHES
 @pytest.mark.parametrize("first_layer", [0, 2, 3])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma3"])
 def test_decoding_continues_the_routing_whichever_layer_has_the_first_experts(
-    family: str, first_layer: int, make_base: Any, compose: Any, some_ids: Any, logits: Any
+    family: str, first_layer: int, make_cache: Any, make_base: Any, compose: Any, some_ids: Any, logits: Any
 ) -> None:
     composed, ids = compose(make_base(family), first_layer=first_layer), some_ids(2, 14)
 
-    cache = DynamicCache(config=composed.config)
+    cache = make_cache(composed.config)
     parts = [logits(composed, input_ids=chunk, past_key_values=cache) for chunk in ids.split([9, 1, 4], dim=1)]
 
     torch.testing.assert_close(torch.cat(parts, 1), logits(composed, input_ids=ids), **CLOSE)
@@ -163,12 +172,18 @@ def test_a_cache_without_layers_of_its_own_works_as_well(base: Any, compose: Any
     assert len(cache.layers) == 4 + 1
 
 
-def test_a_cache_serves_again_after_it_is_reset(base: Any, compose: Any, some_ids: Any, logits: Any) -> None:
-    composed, cache = compose(base), DynamicCache(config=base.config)
-    first = logits(composed, input_ids=some_ids(), past_key_values=cache)
-    cache.reset()
+@CACHES
+@pytest.mark.parametrize("as_a_whole", [False, True], ids=["causal", "prompt"])
+def test_a_cache_serves_again_after_it_is_reset(
+    base: Any, compose: Any, make_cache: Any, as_a_whole: bool, some_ids: Any, logits: Any
+) -> None:
+    composed, cache = compose(base), make_cache(base.config)
+    with composed.reading_prompts() if as_a_whole else nullcontext():
+        first = logits(composed, input_ids=some_ids(), past_key_values=cache)
+        logits(composed, input_ids=some_ids()[:, :3], past_key_values=cache)
+        cache.reset()
 
-    again = logits(composed, input_ids=some_ids(), past_key_values=cache)
+        again = logits(composed, input_ids=some_ids(), past_key_values=cache)
 
     assert torch.equal(again, first)
 
