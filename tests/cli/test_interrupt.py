@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 
 def test_an_interrupted_add_domain_resumes(run, bare, rows, tmp_path, document):
     data = rows(tmp_path / "new.jsonl", "legal")
-    options = ["--data", str(data), "--steps", "240", "--block", "32", "--batch", "1", "--rank", "2"]
+    options = ["--data", str(data), "--steps", "120", "--block", "32", "--batch", "1", "--rank", "2"]
     # many steps, so that a busy machine does not end the run before this process has seen its first checkpoint
     words = ["add-domain", "contracts", *options, "--checkpoint-every", "5"]
 
@@ -31,7 +32,9 @@ def _interrupted(words: list[str], store) -> tuple[int, str]:
     """Runs the command and presses Ctrl-C once a checkpoint of its training is there."""
     command = [sys.executable, "-m", "lorary.cli", *words, "--store", str(store)]
     settings = os.environ | {"LORARY_DEBUG": "", "NO_COLOR": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings) as process:
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # a shell starts what runs in its background, these tests for one, with Ctrl-C ignored, and children inherit that
+    with subprocess.Popen(command, env=settings, preexec_fn=_listen_to_interrupts, **pipes) as process:
         assert process.stderr is not None
         said = ""
         while "training" not in said and (line := process.stderr.readline()):
@@ -42,6 +45,10 @@ def _interrupted(words: list[str], store) -> tuple[int, str]:
         assert process.poll() is None, "it ended before it could be interrupted"
         process.send_signal(signal.SIGINT)
         return process.wait(60), said + process.stderr.read()
+
+
+def _listen_to_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _checkpoints(store) -> list:
