@@ -3,7 +3,6 @@
 Every random thing takes a seed: same seed, same tensors.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lorary.adapters.attach import attach
 from lorary.adapters.bank import Expert, ExpertBank, LayerExperts
 from lorary.adapters.config import BankConfig
-from lorary.adapters.gates import TEMPERATURE
+from lorary.adapters.gates import LayerGates
 from lorary.adapters.router import DomainRouter, Tempers
 from lorary.adapters.stack import Stack
 from lorary.domains.base_model import find_anatomy, linear_shape, target_modules
@@ -146,6 +145,41 @@ def generated() -> Callable[..., Tensor]:
         return model.generate(**({"max_new_tokens": 8, "do_sample": False, "eos_token_id": None} | inputs))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def random_gates() -> Callable[..., LayerGates]:
+    """`random_gates([[2], [3, 1]], width=.., slots=[0, 0], new=1)`: ranks of each expert by group of mates.
+
+    `slots` has the slot of each group, another for each if not given; the last `new` groups train.
+    """
+
+    def make(
+        groups: Sequence[Sequence[int]],
+        *,
+        width: int,
+        slots: Sequence[int] | None = None,
+        new: int = 0,
+        rank_gates: bool = True,
+    ) -> LayerGates:
+        group = [g for g, ranks in enumerate(groups) for _ in ranks]
+        ranks = [rank for mates in groups for rank in mates]
+        generator = torch.Generator().manual_seed(0)
+        expert_gate = torch.randn(len(ranks), width, generator=generator)
+        rank_gate = torch.randn(sum(ranks), width, generator=generator) * 0.3
+        experts = sum(map(len, groups[: len(groups) - new]))  # that are frozen
+        frozen = sum(ranks[:experts])
+        return LayerGates(
+            expert_gate=expert_gate[:experts],
+            rank_gate=rank_gate[:frozen],
+            new_expert_gate=expert_gate[experts:] if new else None,
+            new_rank_gate=rank_gate[frozen:] if new and rank_gates else None,
+            slot_of_expert=torch.tensor(group if slots is None else [slots[g] for g in group]),
+            group_of_expert=torch.tensor(group),
+            expert_of_rank=torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)),
+        )
+
+    return make
 
 
 @pytest.fixture(scope="session")
@@ -294,53 +328,6 @@ def random_router(random_statistics: Callable[..., DomainStatistics]) -> Callabl
 def bank_config() -> Callable[..., BankConfig]:
     """`bank_config(rank=2, ..)`: a small bank's configuration."""
     return lambda **changes: BankConfig(**({"rank": 2, "experts": 2.0, "expert_free": 0.25} | changes))
-
-
-@pytest.fixture(scope="session")
-def naive_gates() -> Callable[..., list[Tensor]]:
-    """Each bank's gates (tokens, rank) from the definition, in the precision of `hidden`."""
-
-    def gates(layers: Sequence[LayerExperts], hidden: Tensor, slot_gate: Tensor) -> list[Tensor]:
-        found = []
-        length = hidden.norm(dim=-1, keepdim=True)
-        for slot, layer in enumerate(layers):
-            rows = layer.expert_gate.to(hidden.dtype)
-            cosine = (hidden / length) @ (rows / rows.norm(dim=-1, keepdim=True)).T
-            expert_gate = torch.softmax(cosine / TEMPERATURE, dim=-1)
-            rank_gate = torch.ones(len(hidden), layer.rank, dtype=hidden.dtype)
-            if layer.rank_gate is not None:
-                of_unit_size = hidden / length * math.sqrt(hidden.shape[-1])
-                rank_gate = 2 * torch.sigmoid(of_unit_size @ layer.rank_gate.to(hidden.dtype).T)
-            columns, rank = [], 0
-            for e, expert in enumerate(layer.experts):
-                for _ in range(expert.rank):
-                    columns.append(slot_gate[:, slot] * expert_gate[:, e] * rank_gate[:, rank])
-                    rank += 1
-            found.append(torch.stack(columns, dim=1))
-        return found
-
-    return gates
-
-
-@pytest.fixture(scope="session")
-def naive_update() -> Callable[..., Tensor]:
-    """The sum over slots, experts and ranks of gate * scale * (B[:, r] A[r, :]) x, one weight matrix after another."""
-
-    def update(layers: Sequence[LayerExperts], target: str, x: Tensor, gates: Sequence[Tensor]) -> Tensor:
-        total: Any = 0
-        for layer, gate in zip(layers, gates, strict=True):
-            if target not in layer.A:
-                continue
-            A, B, rank = layer.A[target].to(x.dtype), layer.B[target].to(x.dtype), 0
-            for expert in layer.experts:
-                divisor = math.sqrt(expert.rank) if expert.method == "rslora" else expert.rank
-                for _ in range(expert.rank):
-                    delta_W = expert.alpha / divisor * torch.outer(B[:, rank], A[rank])
-                    total = total + gate[:, rank : rank + 1] * (x @ delta_W.T)
-                    rank += 1
-        return total
-
-    return update
 
 
 @pytest.fixture(scope="session")

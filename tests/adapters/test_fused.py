@@ -1,6 +1,7 @@
 """FusedLinear against the definition: one gated rank-one update after another, in float64."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorary.adapters.attach import attach
 from lorary.adapters.bank import LayerExperts
 from lorary.adapters.fused import ExpertGroup, FusedLinear, GateCell
-from lorary.adapters.gates import LayerGates
+from lorary.adapters.gates import TEMPERATURE, LayerGates
 from lorary.adapters.stack import Stack, _Slice, build_gates, build_group, stack_gates, stack_group
 from lorary.adapters.stacked import StackedLayer
 
@@ -21,6 +22,53 @@ WIDTH, D_IN, D_OUT = 16, 24, 10
 EXPERT = st.tuples(st.integers(1, 6), st.floats(0.5, 32), st.sampled_from(("lora", "rslora")))
 BANK = st.tuples(st.lists(EXPERT, min_size=1, max_size=3), st.booleans(), st.booleans())  # experts, has target, V
 SEED = st.integers(0, 2**31 - 1)
+
+
+@pytest.fixture(scope="session")
+def naive_gates() -> Callable[..., list[Tensor]]:
+    """Each bank's gates (tokens, rank) from the definition, in the precision of `hidden`."""
+
+    def gates(layers: Sequence[LayerExperts], hidden: Tensor, slot_gate: Tensor) -> list[Tensor]:
+        found = []
+        length = hidden.norm(dim=-1, keepdim=True)
+        for slot, layer in enumerate(layers):
+            rows = layer.expert_gate.to(hidden.dtype)
+            cosine = (hidden / length) @ (rows / rows.norm(dim=-1, keepdim=True)).T
+            expert_gate = torch.softmax(cosine / TEMPERATURE, dim=-1)
+            rank_gate = torch.ones(len(hidden), layer.rank, dtype=hidden.dtype)
+            if layer.rank_gate is not None:
+                of_unit_size = hidden / length * math.sqrt(hidden.shape[-1])
+                rank_gate = 2 * torch.sigmoid(of_unit_size @ layer.rank_gate.to(hidden.dtype).T)
+            columns, rank = [], 0
+            for e, expert in enumerate(layer.experts):
+                for _ in range(expert.rank):
+                    columns.append(slot_gate[:, slot] * expert_gate[:, e] * rank_gate[:, rank])
+                    rank += 1
+            found.append(torch.stack(columns, dim=1))
+        return found
+
+    return gates
+
+
+@pytest.fixture(scope="session")
+def naive_update() -> Callable[..., Tensor]:
+    """The sum over slots, experts and ranks of gate * scale * (B[:, r] A[r, :]) x, one weight matrix after another."""
+
+    def update(layers: Sequence[LayerExperts], target: str, x: Tensor, gates: Sequence[Tensor]) -> Tensor:
+        total: Any = 0
+        for layer, gate in zip(layers, gates, strict=True):
+            if target not in layer.A:
+                continue
+            A, B, rank = layer.A[target].to(x.dtype), layer.B[target].to(x.dtype), 0
+            for expert in layer.experts:
+                divisor = math.sqrt(expert.rank) if expert.method == "rslora" else expert.rank
+                for _ in range(expert.rank):
+                    delta_W = expert.alpha / divisor * torch.outer(B[:, rank], A[rank])
+                    total = total + gate[:, rank : rank + 1] * (x @ delta_W.T)
+                    rank += 1
+        return total
+
+    return update
 
 
 @pytest.fixture(scope="session")

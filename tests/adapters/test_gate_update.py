@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -13,32 +12,6 @@ from lorary.adapters.gates import LayerGates
 from lorary.adapters.kernels import reference
 
 WIDTH, TOKENS = 16, 12
-
-
-@pytest.fixture(scope="session")
-def make_gates() -> Callable[..., LayerGates]:
-    """`make_gates([[2], [3, 1]], new=1, ..)`: ranks of each expert by group; the last `new` groups train."""
-
-    def make(groups: list[list[int]], *, new: int, rank_gates: bool = True) -> LayerGates:
-        generator = torch.Generator().manual_seed(0)
-        group = [g for g, ranks in enumerate(groups) for _ in ranks]
-        ranks = [rank for mates in groups for rank in mates]
-        new_experts = sum(map(len, groups[len(groups) - new :]))
-        new_ranks = sum(ranks[len(ranks) - new_experts :])
-        expert_gate = torch.randn(len(ranks), WIDTH, generator=generator)
-        rank_gate = torch.randn(sum(ranks), WIDTH, generator=generator) * 0.3
-        cut = len(ranks) - new_experts, sum(ranks) - new_ranks
-        return LayerGates(
-            expert_gate=expert_gate[: cut[0]],
-            rank_gate=rank_gate[: cut[1]],
-            new_expert_gate=expert_gate[cut[0] :] if new else None,
-            new_rank_gate=rank_gate[cut[1] :] if new and rank_gates else None,
-            slot_of_expert=torch.tensor(group),
-            group_of_expert=torch.tensor(group),
-            expert_of_rank=torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)),
-        ).train()
-
-    return make
 
 
 def gradients(gates: LayerGates, compute: Callable, scale: float, seed: int) -> tuple[Tensor, list[Tensor]]:
@@ -64,9 +37,9 @@ def gradients(gates: LayerGates, compute: Callable, scale: float, seed: int) -> 
     seed=st.integers(0, 2**31 - 1),
 )
 def test_gates_and_gradients_are_those_of_the_definition(
-    groups: list[list[int]], new: int, rank_gates: bool, scale: float, seed: int, make_gates: Any
+    groups: list[list[int]], new: int, rank_gates: bool, scale: float, seed: int, random_gates: Any
 ) -> None:
-    gates = make_gates(groups, new=new, rank_gates=rank_gates)
+    gates = random_gates(groups, width=WIDTH, new=new, rank_gates=rank_gates).train()
     count = len(groups[-1]) if new else 0
 
     def by_definition(hidden: Tensor, slot_gate: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -88,8 +61,8 @@ def test_gates_and_gradients_are_those_of_the_definition(
         torch.testing.assert_close(grad, wanted, rtol=1e-4, atol=1e-5 * max(float(wanted.abs().max()), size))
 
 
-def test_nothing_of_the_size_of_the_ranks_is_kept(make_gates: Any) -> None:
-    gates = make_gates([[8, 8], [8]], new=1)
+def test_nothing_of_the_size_of_the_ranks_is_kept(random_gates: Any) -> None:
+    gates = random_gates([[8, 8], [8]], width=WIDTH, new=1).train()
     hidden = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
     kept: list[tuple[int, ...]] = []
 
@@ -100,8 +73,8 @@ def test_nothing_of_the_size_of_the_ranks_is_kept(make_gates: Any) -> None:
     assert all(TOKENS not in shape or shape in [(1, TOKENS, WIDTH), (1, TOKENS, 2)] for shape in kept)
 
 
-def test_a_forward_without_gradients_forgets_the_use_of_an_earlier_one(make_gates: Any) -> None:
-    gates = make_gates([[2], [2, 2]], new=1)
+def test_a_forward_without_gradients_forgets_the_use_of_an_earlier_one(random_gates: Any) -> None:
+    gates = random_gates([[2], [2, 2]], width=WIDTH, new=1).train()
     hidden, slot_gate = torch.randn(1, TOKENS, WIDTH), torch.full((1, TOKENS, 2), 0.5)
 
     gates(hidden, slot_gate)

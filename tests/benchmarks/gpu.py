@@ -59,7 +59,7 @@ class Group:
         return kernels.outputs(self.x, self.linears, gates, self.weights)[0]
 
     def base_first(self, gates: Tensor) -> list[Tensor]:
-        """As the kernels do for few tokens: the experts' part is added to what the base has written."""
+        """The other order: the experts' part is added to what the base has written."""
         outputs = self.base()
         triton_group.update_(self.x, outputs, gates, self.weights)
         return outputs

@@ -31,21 +31,10 @@ def kernels(request: Any) -> Any:
 
 
 @pytest.fixture
-def make_gates() -> Callable[..., LayerGates]:
+def make_gates(random_gates: Callable[..., LayerGates]) -> Callable[..., LayerGates]:
     def make(layout: str, width: int) -> LayerGates:
         groups = LAYOUTS[layout]
-        group = [g for g, ranks in enumerate(groups) for _ in ranks]
-        ranks = [rank for mates in groups for rank in mates]
-        generator = torch.Generator().manual_seed(0)
-        return LayerGates(
-            expert_gate=torch.randn(len(ranks), width, generator=generator),
-            rank_gate=torch.randn(sum(ranks), width, generator=generator) * 0.3,
-            new_expert_gate=None,
-            new_rank_gate=None,
-            slot_of_expert=torch.tensor([max(0, g - 1) for g in group]),
-            group_of_expert=torch.tensor(group),
-            expert_of_rank=torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks)),
-        )
+        return random_gates(groups, width=width, slots=[max(0, group - 1) for group in range(len(groups))])
 
     return make
 
