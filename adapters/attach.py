@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,7 +28,7 @@ from .fused import FusedLinear, GateCell, OpenGates
 from .gated_mlp import GatedMLP, gated_mlps
 from .gates import LayerGates
 from .router import DomainRouter, last_tokens, whole_prompts
-from .router_cache import find_cache, router_layer
+from .router_cache import find_cache, router_layer, seen_by_themselves
 from .stack import Stack, build_gates, build_group
 from .stacked import StackedComposition, StackedLayer
 
@@ -266,21 +266,6 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 def share(base: PreTrainedModel) -> PreTrainedModel:
     """A structural copy of a model that shares its parameters; buffers and everything else are its own."""
     return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
-
-
-def seen_by_themselves(
-    mask: Shaped[Tensor, "batch 1 seq cache"], seq: int, past: int | Tensor
-) -> Bool[Tensor, "batch seq"]:
-    """Which new positions see themselves in the mask that `generate` makes for a static cache: all but padding.
-
-    Args:
-        mask: True, or 0, where a position is seen.
-        seq: New positions.
-        past: Positions before them.
-    """
-    columns = (torch.arange(seq, device=mask.device) + past).view(1, seq, 1).expand(len(mask), seq, 1)
-    found = mask[:, 0].gather(2, columns).squeeze(2)
-    return found if found.dtype == torch.bool else found == 0
 
 
 def routing_of(model: PreTrainedModel) -> Routing:

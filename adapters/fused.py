@@ -153,6 +153,9 @@ class ExpertGroup(nn.Module):
         """What these members give for x."""
         if torch.is_grad_enabled() and isinstance(gates, Tensor) and self._needs_gradient(x, gates, places):
             return self._differentiable_outputs(x, gates, places)
+        if isinstance(gates, Tensor):
+            by_position = gates.view(-1, gates.shape[-1])
+            gates = (OpenGates(0, len(by_position), True, None, by_position),)
         fast = self._fast_path()
         if fast.serves(x, places):
             flat = x.reshape(-1, x.shape[-1])
@@ -166,17 +169,14 @@ class ExpertGroup(nn.Module):
         return outputs
 
     def _linear_outputs(
-        self, flat: Float[Tensor, "tokens d_in"], gates: Tensor | tuple[OpenGates, ...], fast: "_FastPath"
+        self, flat: Float[Tensor, "tokens d_in"], gates: tuple[OpenGates, ...], fast: "_FastPath"
     ) -> Sequence[Float[Tensor, "tokens _"]]:
         """What plain Linears give with their experts; in one call of the kernels where no position is treated apart."""
-        kernels = choose_kernels(flat.device)
-        if isinstance(gates, Tensor):
-            return kernels.outputs(flat, fast.linears, gates.view(-1, gates.shape[-1]), fast.weights)[0]
         part = gates[0]
         if part.is_whole:
             some = fast.weights if part.slots is None else self._selected(part.slots, fast.weights)
             if len(some.A):
-                return kernels.outputs(flat, fast.linears, part.gates, some)[0]
+                return choose_kernels(flat.device).outputs(flat, fast.linears, part.gates, some)[0]
         outputs = [F.linear(flat, weight, bias) for weight, bias in fast.linears]
         self._update(flat, outputs, gates, fast.weights)
         return outputs
@@ -185,13 +185,10 @@ class ExpertGroup(nn.Module):
         self,
         flat: Float[Tensor, "tokens d_in"],
         outputs: Sequence[Float[Tensor, "tokens _"]],
-        gates: Tensor | tuple[OpenGates, ...],
+        gates: tuple[OpenGates, ...],
         weights: GroupWeights,
     ) -> None:
         kernels = choose_kernels(flat.device)
-        if isinstance(gates, Tensor):
-            kernels.update_(flat, outputs, gates.view(-1, gates.shape[-1]), weights)
-            return
         for part in gates:
             some = weights if part.slots is None else self._selected(part.slots, weights)
             if not len(some.A):

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .kernels.gate_tables import EPSILON, GateTables
+from .kernels.reference import expert_gates
 
 
 class GateUpdate(torch.autograd.Function):
@@ -75,10 +76,8 @@ class _Parts:
         self.hidden = hidden.reshape(-1, hidden.shape[-1]).float()
         self.length = torch.linalg.vector_norm(self.hidden, dim=1, keepdim=True).clamp_(min=EPSILON)
         self.scores = F.linear(self.hidden, tables.rows).div_(self.length)
-        experts, ranks = self.scores.split(tables.sizes, dim=1)
-        exponentials = experts.exp()
-        self.experts = exponentials.div_(F.linear(exponentials, tables.same_group))
-        self.ranks = ranks.sigmoid()  # half of the rank gate
+        self.experts = expert_gates(self.scores, tables.same_group)
+        self.ranks = self.scores[:, tables.sizes[0] :].sigmoid()  # half of the rank gate
         by_position = slot_gate.expand(*hidden.shape[:-1], -1).reshape(-1, slot_gate.shape[-1])
         self.slot_gate = by_position.index_select(1, tables.slot_of_expert)
         self.by_expert = self.slot_gate * self.experts

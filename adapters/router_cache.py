@@ -8,7 +8,7 @@ A static cache, which graphs need, gets a layer whose memory stays where it is a
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
@@ -104,6 +104,21 @@ def router_layer(cache: Cache, *, past: int | Tensor, layers: int, sums: int) ->
     if layer.is_initialized and layer.keys is not None and layer.keys.numel() and layer.keys.shape[-1] != sums:
         raise InputError("The key-value cache was filled by another composition.")
     return layer
+
+
+def seen_by_themselves(
+    mask: Shaped[Tensor, "batch 1 seq cache"], seq: int, past: int | Tensor
+) -> Bool[Tensor, "batch seq"]:
+    """Which new positions see themselves in the mask that `generate` makes for a static cache: all but padding.
+
+    Args:
+        mask: True, or 0, where a position is seen.
+        seq: New positions.
+        past: Positions before them.
+    """
+    columns = (torch.arange(seq, device=mask.device) + past).view(1, seq, 1).expand(len(mask), seq, 1)
+    found = mask[:, 0].gather(2, columns).squeeze(2)
+    return found if found.dtype == torch.bool else found == 0
 
 
 def find_cache(arguments: Any) -> Cache | None:

@@ -6,7 +6,7 @@
 Mates are the experts of one generation of one slot; they share a softmax.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,7 +15,7 @@ from torch import Tensor
 EPSILON = 1e-6  # the least length that a hidden state is divided by
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class GateTables:
     """Rows and places of some slots' experts and ranks."""
 
@@ -26,13 +26,11 @@ class GateTables:
     slot_of_rank: Int[Tensor, " rank"]
     mates_of_rank: Int[Tensor, "rank most"]  # the mates of a rank's expert, itself among them; -1 where there are fewer
     fixed_gate: Float[Tensor, " rank"] | None  # constant expert gate times rank gate, of a static composition
-    sizes: list[int] = field(init=False)  # how many experts and ranks
-    half_group: Float[Tensor, "experts experts"] = field(init=False)
 
     def __post_init__(self) -> None:
         # once, not in every call; torch.compile does not follow a cached_property
-        object.__setattr__(self, "sizes", [len(self.slot_of_expert), len(self.expert_of_rank)])
-        object.__setattr__(self, "half_group", 0.5 * self.same_group)
+        self.sizes = [len(self.slot_of_expert), len(self.expert_of_rank)]  # how many experts and ranks
+        self.half_group = 0.5 * self.same_group
 
     def only(self, slots: tuple[int, ...]) -> "GateTables":
         """The same of some of the slots; softmaxes run inside a slot, so that none changes."""

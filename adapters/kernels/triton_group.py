@@ -37,7 +37,7 @@ def outputs(
     while it computes.
     """
     Ws, biases = [weight for weight, _ in linears], [bias for _, bias in linears]
-    if not x.numel() or not len(weights.A):
+    if not len(x) or not len(weights.A):
         found = [F.linear(x, weight, bias) for weight, bias in linears]
         return found, x.new_zeros(len(x), len(weights.A)) if keep else None
     found = [x.new_empty(len(x), len(weight)) for weight in Ws]
