@@ -17,8 +17,8 @@ from .adapter_config import AdapterConfig, read_config
 from .canonical import MAX_BYTES
 from .digest import sha256_of
 from .domain_data import UNKNOWN_LICENSE, DomainData, check_new_name, read_domain_data, spec_of
-from .fingerprint import check_same_base, fingerprint
-from .manifest import ADAPTER_CONFIG, ADAPTER_TENSORS, BaseRecord
+from .fingerprint import fingerprint
+from .manifest import ADAPTER_CONFIG, ADAPTER_TENSORS, BaseRecord, check_same_base
 from .store import Store
 
 PICKLE_FILE: Final = "adapter_model.bin"

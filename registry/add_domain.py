@@ -13,11 +13,10 @@ from ..domains.prototypes import Neighbour, near_duplicate
 from .domain_data import check_new_name, general_examples, read_domain_data, spec_of
 from .drift import Drift, measure_drift
 from .evaluation import DomainScores, score_new_domain, score_preservation
-from .fingerprint import check_same_base
 from .ground import Ground
 from .learning import OnNeighbours, learn_domain, learn_preservation
 from .loaded_base import LoadedBase
-from .manifest import BaseRecord, PackManifest
+from .manifest import BaseRecord, PackManifest, check_same_base
 from .new_version import draft_of, new_lesson, store_version
 from .pack import read_pack, read_routing
 from .store import Store

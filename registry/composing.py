@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from ..adapters.composition import GENERAL, Composition
 from ..domains.errors import IntegrityError, NotFoundError
-from .fingerprint import check_same_base
-from .manifest import BaseRecord, PackManifest
+from .manifest import BaseRecord, PackManifest, check_same_base
 from .store import Store
 
 KP_PRIOR = 0.6  # KP's share of the prior: an empty prompt and unknown text behave like base + KP (docs/log.md)

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..adapters.bank import ExpertBank
-from .fingerprint import check_same_base
-from .manifest import PackManifest
+from .manifest import PackManifest, check_same_base
 from .pack import DomainPack, read_pack
 from .store import Store
 

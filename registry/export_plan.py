@@ -16,7 +16,6 @@ from .manifest import MANIFEST_FILE, PackManifest
 from .saved_composition import is_saved_composition
 from .store import Store
 
-VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes (vllm/config/lora.py)
 REASONS: Final = {
     "peft": "an adapter of PEFT has constant gates",
     "vllm": "vLLM serves one fixed adapter a request, and computes no gates",

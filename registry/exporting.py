@@ -19,11 +19,12 @@ from .compose import compose_packs
 from .composing import Plan
 from .digest import hex_of, sha256_of
 from .domain_data import general_examples
-from .export_plan import VLLM_RANKS, Exported, check_static
+from .export_plan import Exported, check_static
 from .files import new_path
 from .loaded_base import LoadedBase
 from .manifest import ADAPTER_TENSORS, BaseRecord
 from .pack import DomainPack
+from .peft_config import VLLM_RANKS
 from .static_adapter import adapter_files, one_rank, static_bank
 
 # largest difference of logits, as a share of the largest logit, at which a merged model is the composed one

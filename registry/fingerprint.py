@@ -82,31 +82,6 @@ def fingerprint(folder: Path, *, source: str, revision: str | None = None, cache
     )
 
 
-def check_same_base(*, wanted: BaseRecord, found: BaseRecord, what: str) -> None:
-    """Refuses experts of another base model.
-
-    Raises:
-        IncompatibleError: Architecture, weights or tokenizer differ; names the first that does, with both values.
-    """
-    for part in ("architecture", "weights", "tokenizer", "chat_template"):
-        expected, actual = getattr(wanted, part), getattr(found, part)
-        if expected != actual:
-            fix = f"use the base model it was trained on: {wanted.id}"
-            if wanted.id == found.id:
-                fix = "restore the base model's files, or make a new registry: registry init OTHER-FOLDER"
-            raise IncompatibleError(
-                f"{what} belongs to another base model.",
-                cause=f"{part}: expected that of {wanted.id!r}, {_short(expected)};"
-                f" found that of {found.id!r}, {_short(actual)}",
-                fix=fix,
-            )
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 72 else text[:69] + "..."
-
-
 def _download(source: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..domains.base_model import Anatomy, check_device, find_anatomy, load_base_model
-from .fingerprint import check_same_base, find_base, fingerprint
-from .manifest import BaseRecord
+from .fingerprint import find_base, fingerprint
+from .manifest import BaseRecord, check_same_base
 from .store import Store
 
 

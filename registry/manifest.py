@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Final
 
-from ..domains.errors import NotFoundError
+from ..domains.errors import IncompatibleError, NotFoundError
 from ..domains.names import WINDOWS_NAMES, check_name
 from .canonical import MAX_BYTES, JsonObject, canonical_json, parse_json
 from .digest import is_digest, sha256_of
@@ -248,3 +248,28 @@ def _require(holds: bool, key: str, value: object) -> None:
     if not holds:
         text = repr(value)
         raise ValueError(f"{key} cannot be {text if len(text) <= 300 else text[:300] + '...'}")
+
+
+def check_same_base(*, wanted: BaseRecord, found: BaseRecord, what: str) -> None:
+    """Refuses experts of another base model.
+
+    Raises:
+        IncompatibleError: Architecture, weights or tokenizer differ; names the first that does, with both values.
+    """
+    for part in ("architecture", "weights", "tokenizer", "chat_template"):
+        expected, actual = getattr(wanted, part), getattr(found, part)
+        if expected != actual:
+            fix = f"use the base model it was trained on: {wanted.id}"
+            if wanted.id == found.id:
+                fix = "restore the base model's files, or make a new registry: registry init OTHER-FOLDER"
+            raise IncompatibleError(
+                f"{what} belongs to another base model.",
+                cause=f"{part}: expected that of {wanted.id!r}, {_short(expected)};"
+                f" found that of {found.id!r}, {_short(actual)}",
+                fix=fix,
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 72 else text[:69] + "..."

@@ -9,8 +9,8 @@ import shlex
 from typing import Any, Final
 
 from ..adapters.composition import GENERAL
-from .export_plan import VLLM_RANKS
 from .manifest import ExpertRecord, PackManifest
+from .peft_config import VLLM_RANKS
 
 TAGS: Final = ("lora", "peft", "lorary", "lora-experts", "continual-learning")
 SCORE: Final = "bits per byte, lower is better"

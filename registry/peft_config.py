@@ -5,11 +5,13 @@ Only keys that PEFT knows are written, in canonical JSON, so equal experts give 
 
 import re
 from collections import Counter
-from typing import Any
+from typing import Any, Final
 
 from ..adapters.bank import Expert, ExpertBank, LayerExperts
 from ..domains.base_model import Anatomy
 from ..domains.errors import IntegrityError
+
+VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes (vllm/config/lora.py)
 
 _KEY = re.compile(
     r"base_model\.model\.(?P<layers>[\w.]+)\.(?P<index>\d+)\.(?P<target>[\w.]+)\.lora_(?P<letter>[AB])\.weight"

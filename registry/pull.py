@@ -18,9 +18,8 @@ from ..domains.progress import OnProgress, Progress
 from ..domains.remote_ref import RemoteRef
 from .check_manifest import check_manifest
 from .digest import sha256_of
-from .fingerprint import check_same_base
 from .hub_client import Hub, RemoteFile, Snapshot
-from .manifest import BaseRecord, PackFile, PackManifest
+from .manifest import BaseRecord, PackFile, PackManifest, check_same_base
 from .origins import Origin, Traced, note_origin, traced_to
 from .signing import MAX_SIGNATURE, SIGNATURE_FILE, check_signature
 from .store import LATEST, Store

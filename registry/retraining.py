@@ -16,12 +16,11 @@ from .add_domain import other_domains
 from .domain_data import general_examples
 from .drift import Drift, measure_drift
 from .evaluation import score_new_domain
-from .fingerprint import check_same_base
 from .gate import Gate, measure_gate
 from .ground import Ground
 from .learning import learn_more
 from .loaded_base import LoadedBase
-from .manifest import BaseRecord, PackManifest
+from .manifest import BaseRecord, PackManifest, check_same_base
 from .new_version import draft_of, new_lesson, store_version
 from .pack import DomainPack, read_pack, read_routing
 from .proof import digest_of_tensors

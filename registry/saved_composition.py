@@ -18,8 +18,7 @@ from .check_manifest import check_manifest
 from .composing import Plan, Slot
 from .digest import sha256_of
 from .files import make_folder, write_atomic
-from .fingerprint import check_same_base
-from .manifest import MANIFEST_FILE, BaseRecord, PackManifest
+from .manifest import MANIFEST_FILE, BaseRecord, PackManifest, check_same_base
 from .pack_source import PackFolder, read_plain
 from .records import minor_of, record_from_json
 from .store import Store

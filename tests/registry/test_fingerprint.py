@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from lorary.domains.errors import IncompatibleError, NotFoundError, RemoteError
-from lorary.registry.fingerprint import POCKET, check_same_base, find_base, fingerprint
-from lorary.registry.manifest import BaseRecord
+from lorary.registry.fingerprint import POCKET, find_base, fingerprint
+from lorary.registry.manifest import BaseRecord, check_same_base
 
 
 @pytest.fixture
