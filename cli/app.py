@@ -5,21 +5,21 @@ from collections.abc import Callable
 
 import typer
 
-from .add_command import add_domain
 from .boundary import ReportingGroup
-from .care_commands import doctor, gc, verify
-from .compose_commands import compose, generate
-from .diff_command import diff
-from .export_command import export
-from .hub_commands import pull, push, search
-from .import_command import import_adapter
-from .init_command import init
-from .look_commands import list_domains, show, version
-from .measure_commands import evaluate, route
-from .quickstart_command import quickstart
-from .report_command import report
-from .retrain_command import retrain
-from .version_commands import alias, log, remove, restore
+from .commands.add_domain import add_domain
+from .commands.compose import compose, generate
+from .commands.diff import diff
+from .commands.export import export
+from .commands.hub import pull, push, search
+from .commands.import_adapter import import_adapter
+from .commands.init import init
+from .commands.look import list_domains, show, version
+from .commands.maintenance import doctor, gc, verify
+from .commands.measure import evaluate, route
+from .commands.quickstart import quickstart
+from .commands.report import report
+from .commands.retrain import retrain
+from .commands.versions import alias, log, remove, restore
 
 app = typer.Typer(
     name="registry",

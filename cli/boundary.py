@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..domains.errors import LoraryError
-from . import output
+from .show import output
 
 INTERRUPTED = 130
 DEBUG = "LORARY_DEBUG"  # set to 1: errors come with their traceback

@@ -7,8 +7,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from . import output
 from .boundary import DEBUG
+from .show import output
 
 if TYPE_CHECKING:
     from ..registry import Registry
@@ -42,7 +42,7 @@ def quiet_libraries() -> None:
 
 def store_option(store: Path) -> str:
     """The option that the next command needs to find this registry from this folder; empty where it finds it."""
-    from ..registry.location import locate_store
+    from ..registry.store.location import locate_store
 
     is_found = locate_store(None, os.environ, Path.cwd()).resolve() == store.resolve()
     return "" if is_found else f" --store {shlex.quote(str(store))}"
@@ -50,7 +50,7 @@ def store_option(store: Path) -> str:
 
 def fetch_base(base: str, revision: str | None) -> None:
     """Downloads a base model of the Hub that is not here yet, under the Hub client's own progress bars."""
-    from ..registry.fingerprint import POCKET, find_base
+    from ..registry.base.fingerprint import POCKET, find_base
 
     if base == POCKET or Path(base).expanduser().is_dir():
         return

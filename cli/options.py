@@ -12,8 +12,8 @@ import typer
 from ..adapters.config import BankConfig
 
 if TYPE_CHECKING:
-    from ..adapters.training import TrainingConfig
-    from ..domains.corpus import Source
+    from ..adapters.training.train import TrainingConfig
+    from ..domains.data.corpus import Source
 
 _BANK, _TRAINING, _MACHINE = "The new experts", "Training", "Machine"
 
@@ -132,7 +132,7 @@ class TrainingOptions:
 
     def config(self) -> "TrainingConfig":
         """The same for the library; imports torch."""
-        from ..adapters.training import TrainingConfig
+        from ..adapters.training.train import TrainingConfig
 
         return TrainingConfig(**given_options(self))
 

@@ -16,10 +16,10 @@ from ..domains.progress import OnProgress
 
 if TYPE_CHECKING:
     from ..registry import Registry
-    from ..registry.composing import Plan
-    from ..registry.generation import Answer
-    from ..registry.manifest import PackManifest
-    from ..registry.retention_report import RetentionReport
+    from ..registry.compose.generate import Answer
+    from ..registry.compose.plan import Plan
+    from ..registry.measure.report import RetentionReport
+    from ..registry.store.manifest import PackManifest
 
 DOMAINS = ("medicine", "legal")
 COMPOSITION = "+".join(DOMAINS)

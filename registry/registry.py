@@ -17,33 +17,33 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.composition import GENERAL, parse_reference
 from ..domains.errors import ConflictError, IntegrityError
 from ..domains.progress import OnProgress, silent
-from .composing import Plan, plan_composition
-from .fingerprint import POCKET, find_base, fingerprint
-from .location import locate_store
-from .manifest import BaseRecord, PackManifest
-from .removal import remove_version, restore_version
-from .saved_composition import is_saved_composition, open_plan, save_composition
-from .store import Store
+from .base.fingerprint import POCKET, find_base, fingerprint
+from .compose.plan import Plan, plan_composition
+from .compose.saved import is_saved_composition, open_plan, save_composition
+from .store.location import locate_store
+from .store.manifest import BaseRecord, PackManifest
+from .store.removal import remove_version, restore_version
+from .store.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..adapters.config import BankConfig
-    from ..adapters.training import TrainingConfig
-    from ..domains.corpus import Source
-    from .adapter_import import ImportedAdapter
-    from .add_domain import AddedDomain
-    from .evaluation import DomainScores
-    from .export_plan import Exported
-    from .generation import Answer
-    from .learning import OnNeighbours
-    from .loaded_base import LoadedBase
-    from .pull import Pulled
-    from .push import Pushed
-    from .remote_terms import Localised
-    from .retention_report import RetentionReport
-    from .retraining import Retrained
-    from .routing import RouteReport
+    from ..adapters.training.train import TrainingConfig
+    from ..domains.data.corpus import Source
+    from .base.load import LoadedBase
+    from .compose.generate import Answer
+    from .compose.route import RouteReport
+    from .hub.pull import Pulled
+    from .hub.push import Pushed
+    from .hub.remote_terms import Localised
+    from .interop.export_plan import Exported
+    from .interop.import_adapter import ImportedAdapter
+    from .learn.add_domain import AddedDomain
+    from .learn.retrain import Retrained
+    from .learn.train import OnNeighbours
+    from .measure.evaluate import DomainScores
+    from .measure.report import RetentionReport
 
 
 class Registry:
@@ -94,7 +94,7 @@ class Registry:
             if store.versions(GENERAL) or store.settings != settings:
                 raise
         registry = cls(store, device=device, dtype=dtype)
-        from .add_domain import train_preservation
+        from .learn.add_domain import train_preservation
 
         train_preservation(
             store, registry.base, record, data=data, bank=bank, training=training, on_progress=on_progress
@@ -123,7 +123,7 @@ class Registry:
             IncompatibleError: The files are not those that the registry was made for.
         """
         if self._base is None:
-            from .loaded_base import open_base
+            from .base.load import open_base
 
             self._base = open_base(self.store, self.base_record, device=self.device, dtype=self.dtype)
         return self._base
@@ -147,16 +147,16 @@ class Registry:
         return self.store.manifest(*parse_reference(reference))
 
     def remove(self, reference: str) -> PackManifest:
-        """Removes a version; see `lorary.registry.removal.remove_version`."""
+        """Removes a version; see `lorary.registry.store.removal.remove_version`."""
         return remove_version(self.store, reference)
 
     def restore(self, reference: str) -> PackManifest:
-        """Brings a removed version back; see `lorary.registry.removal.restore_version`."""
+        """Brings a removed version back; see `lorary.registry.store.removal.restore_version`."""
         return restore_version(self.store, reference)
 
     def localise(self, composition: str, *, on_progress: OnProgress = silent) -> "Localised":
         """A composition in the names of this registry: what it names on the Hub, hf://owner/repo@v2, is pulled."""
-        from .remote_terms import Localised, has_remote_terms, localise
+        from .hub.remote_terms import Localised, has_remote_terms, localise
 
         if not has_remote_terms(composition):
             return Localised(composition)
@@ -184,7 +184,7 @@ class Registry:
         Raises:
             NotFoundError, IncompatibleError, IntegrityError, InputError: See `plan` and the verification of packs.
         """
-        from .compose import compose_model, compose_saved
+        from .compose.build import compose_model, compose_saved
 
         composition = self.localise(composition).composition
         plan = self.plan(composition, static=static)
@@ -216,11 +216,11 @@ class Registry:
             on_neighbours: Told which stored domains are like this one, nearest first, before training begins.
 
         Raises:
-            LoraryError: See `lorary.registry.add_domain.add_domain`; nothing is stored then.
+            LoraryError: See `lorary.registry.learn.add_domain.add_domain`; nothing is stored then.
         """
         from ..adapters.config import BankConfig
-        from ..adapters.training import TrainingConfig
-        from .add_domain import add_domain
+        from ..adapters.training.train import TrainingConfig
+        from .learn.add_domain import add_domain
 
         with self._base_in_doubt():
             return add_domain(
@@ -249,16 +249,16 @@ class Registry:
         Args:
             reference: The parent: a domain's latest version, or `name@2`.
             data: Files, or `hf:` data sets, of the new text alone.
-            options: `mode`, `bank`, `gate_data`, `tolerance`: see `lorary.registry.retraining_plan.plan_retraining`.
+            options: `mode`, `bank`, `gate_data`, `tolerance`: see `lorary.registry.learn.retrain_plan.plan_retraining`.
 
         Raises:
-            LoraryError: See `lorary.registry.retraining.retrain`; nothing is stored then.
+            LoraryError: See `lorary.registry.learn.retrain.retrain`; nothing is stored then.
         """
-        from .retraining_plan import plan_retraining
+        from .learn.retrain_plan import plan_retraining
 
         plan = plan_retraining(self.store, self.manifest(reference), data, **options)
-        from ..adapters.training import TrainingConfig
-        from .retraining import retrain
+        from ..adapters.training.train import TrainingConfig
+        from .learn.retrain import retrain
 
         settings = training or TrainingConfig()
         with self._base_in_doubt():
@@ -282,10 +282,10 @@ class Registry:
             reference: `name`, `name@2` or `name@alias`.
             destination: owner/repo, an owner, or nothing: your own lorary-NAME.
             on_progress: Told when the Hub lets us wait.
-            **wishes: private, create_pr, dry_run, message, sign; see `lorary.registry.push.Wishes`.
+            **wishes: private, create_pr, dry_run, message, sign; see `lorary.registry.hub.push.Wishes`.
         """
-        from .hub_client import Hub
-        from .push import Wishes, push
+        from .hub.client import Hub
+        from .hub.push import Wishes, push
 
         hub = Hub(on_progress=on_progress)
         return push(self.store, self.manifest(reference), destination, Wishes(**wishes), hub=hub)
@@ -309,8 +309,8 @@ class Registry:
             offline: Whether only the Hub's cache on this machine is read.
             signer: The public key of whoever must have signed it.
         """
-        from .hub_client import Hub
-        from .pull import parse_source, pull
+        from .hub.client import Hub
+        from .hub.pull import parse_source, pull
 
         ref, hub = parse_source(source, revision), Hub(offline=offline, on_progress=on_progress)
         return pull(self.store, self.base_record, ref, hub=hub, name=name, signer=signer, on_progress=on_progress)
@@ -324,40 +324,40 @@ class Registry:
         same_base: bool = False,
         on_progress: OnProgress = silent,
     ) -> "ImportedAdapter":
-        """Makes a LoRA adapter that PEFT saved a new domain, exactly; see `lorary.registry.adapter_import`."""
-        from .adapter_source import read_import
+        """Makes a LoRA adapter that PEFT saved a new domain, exactly; see `lorary.registry.interop.import_adapter`."""
+        from .interop.adapter_source import read_import
 
         what = read_import(self.store, name, str(adapter), data, base=None if same_base else self.base_record)
-        from .adapter_import import import_adapter
+        from .interop.import_adapter import import_adapter
 
         return import_adapter(self.store, self.base, self.base_record, what, on_progress=on_progress)
 
     def export(
         self, composition: str, out: str | Path, *, to: str, static: bool = False, served_base: str | None = None
     ) -> "Exported":
-        """Writes `peft`, `vllm`, `merged` or `tar`, which others load, to a new place; see `registry/exporting.py`."""
-        from .export_plan import export_archive, static_plan
+        """Writes `peft`, `vllm`, `merged` or `tar`, which others load, to a new place."""
+        from .interop.export_plan import export_archive, static_plan
 
         if to == "tar":
             return export_archive(self.store, self.manifest(composition), Path(out))
         composition = self.localise(composition).composition
         plan = static_plan(self.plan, composition, static=static, to=to)
-        from .compose import packs_of
-        from .exporting import export_composition
+        from .compose.build import packs_of
+        from .interop.export import export_composition
 
         packs = packs_of(self.store, composition, plan)
         return export_composition(plan, packs, self.base, Path(out), to=to, served_base=served_base)
 
     def generate(self, model: "PreTrainedModel", prompt: str, **options: Any) -> "Answer":
-        """The model's continuation of a prompt, with the route it took; see `lorary.registry.generation.generate`."""
-        from .generation import generate
+        """The model's continuation of a prompt, with the route it took."""
+        from .compose.generate import generate
 
         return generate(model, self.tokenizer, prompt, **options)
 
     def route(self, text: str, composition: str | None = None) -> "RouteReport":
         """Which domain would take a text, with margin and nearest prototypes; among all domains if none are named."""
-        from .compose import packs_of
-        from .routing import route_text
+        from .compose.build import packs_of
+        from .compose.route import route_text
 
         composition = composition or "+".join([GENERAL, *(n for n in self.store.domains() if n != GENERAL)])
         composition = self.localise(composition).composition
@@ -378,7 +378,7 @@ class Registry:
             data: Held-out text of the composition's only domain, instead of what was held out when it was added.
             questions: Whether the questions of built-in domains are answered too.
         """
-        from .evaluation import evaluate_composition
+        from .measure.evaluate import evaluate_composition
 
         composition = self.localise(composition).composition
         plan, model = self.plan(composition), self.compose(composition)
@@ -387,8 +387,8 @@ class Registry:
         )
 
     def retention(self, domains: Sequence[str] = (), **options: Any) -> "RetentionReport":
-        """What became of each domain after each step; see `lorary.registry.reporting.report_retention`."""
-        from .reporting import report_retention
+        """What became of each domain after each step; see `lorary.registry.measure.reporting.report_retention`."""
+        from .measure.reporting import report_retention
 
         machine = {"device": self.device, "dtype": self.dtype}
         return report_retention(self.store, lambda: self.base, self.base_record, domains, machine=machine, **options)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lorary.registry import Registry
-from lorary.registry.manifest import PackManifest
+from lorary.registry.store.manifest import PackManifest
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "hub.md"
 SECTION = re.search(r"## The commands\n(.*?)\n## ", PAGE.read_text(encoding="utf-8"), re.DOTALL)

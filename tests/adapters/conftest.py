@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lorary.adapters.attach import attach
 from lorary.adapters.bank import Expert, ExpertBank, LayerExperts
 from lorary.adapters.config import BankConfig
-from lorary.adapters.gates import LayerGates
-from lorary.adapters.router import DomainRouter, Tempers
-from lorary.adapters.stack import Stack
+from lorary.adapters.layer.attach import attach
+from lorary.adapters.layer.gates import LayerGates
+from lorary.adapters.layer.stack import Stack
+from lorary.adapters.router.router import DomainRouter, Tempers
 from lorary.domains.base_model import find_anatomy, linear_shape, target_modules
-from lorary.domains.statistics import PAIR_BUCKETS, DomainStatistics, pair_buckets
+from lorary.domains.statistics.statistics import PAIR_BUCKETS, DomainStatistics, pair_buckets
 
 torch.set_num_threads(1)
 

@@ -15,22 +15,22 @@ import torch
 from streams import Domain, read_stream
 from transformers import PreTrainedModel
 
-from lorary.adapters.attach import attach, trained_bank
 from lorary.adapters.bank import ExpertBank, new_bank
 from lorary.adapters.config import BankConfig
-from lorary.adapters.stack import Stack
-from lorary.adapters.training import TrainingConfig, train_bank
-from lorary.adapters.warm_start import activation_weights, lend, seed_expert_gates
-from lorary.domains.blocks import Blocks, encode, pack_blocks
-from lorary.domains.corpus import read_examples
-from lorary.domains.evaluation import score_language
-from lorary.domains.example import Example
+from lorary.adapters.layer.attach import attach, trained_bank
+from lorary.adapters.layer.stack import Stack
+from lorary.adapters.training.train import TrainingConfig, train_bank
+from lorary.adapters.training.warm_start import activation_weights, lend, seed_expert_gates
+from lorary.domains.data.blocks import Blocks, encode, pack_blocks
+from lorary.domains.data.corpus import read_examples
+from lorary.domains.data.example import Example
 from lorary.domains.progress import silent
-from lorary.domains.prototypes import PrototypeIndex, make_prototypes
-from lorary.domains.statistics import measure_statistics
-from lorary.registry.fingerprint import POCKET, find_base
-from lorary.registry.learning import feature_layer
-from lorary.registry.loaded_base import LoadedBase
+from lorary.domains.scoring.language import score_language
+from lorary.domains.statistics.prototypes import PrototypeIndex, make_prototypes
+from lorary.domains.statistics.statistics import measure_statistics
+from lorary.registry.base.fingerprint import POCKET, find_base
+from lorary.registry.base.load import LoadedBase
+from lorary.registry.learn.train import feature_layer
 
 # 64 ranks over 8 layers; alpha stays, so scale times expert gate is the same for any number of experts
 SHAPES: dict[str, dict[str, Any]] = {

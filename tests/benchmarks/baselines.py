@@ -20,7 +20,7 @@ from method import Bench, Scored, Step, digest
 from peft_adapters import Adapter, arrow_model, train_adapter, train_xlora, with_adapters, xlora_model
 from streams import Domain
 
-from lorary.domains.example import Example
+from lorary.domains.data.example import Example
 
 REPLAYED = 0.05  # share of an earlier domain's rows
 

@@ -22,13 +22,13 @@ from peft import PeftModel
 from timing import report
 
 from lorary.domains.base_model import find_anatomy
-from lorary.registry.compose import compose_model
-from lorary.registry.composing import plan_composition
-from lorary.registry.digest import sha256_of
-from lorary.registry.manifest import BaseRecord, PackManifest
-from lorary.registry.pack import DomainPack, expert_records, pack_files
-from lorary.registry.stack_cache import StackCache
-from lorary.registry.store import Store
+from lorary.registry.compose.build import compose_model
+from lorary.registry.compose.cache import StackCache
+from lorary.registry.compose.plan import plan_composition
+from lorary.registry.pack.pack import DomainPack, expert_records, pack_files
+from lorary.registry.store.digest import sha256_of
+from lorary.registry.store.manifest import BaseRecord, PackManifest
+from lorary.registry.store.store import Store
 
 torch.set_num_threads(1)
 BASE = BaseRecord(

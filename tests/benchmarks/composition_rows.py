@@ -25,17 +25,17 @@ from streams import Domain, general_columns, read_stream
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lorary.adapters.attach import attach
 from lorary.adapters.bank import new_bank
 from lorary.adapters.composition import GENERAL
 from lorary.adapters.config import BankConfig
-from lorary.adapters.router import DomainRouter
-from lorary.adapters.stack import Stack
+from lorary.adapters.layer.attach import attach
+from lorary.adapters.layer.stack import Stack
+from lorary.adapters.router.router import DomainRouter
 from lorary.registry import Registry
-from lorary.registry.compose import build_router, read_packs
-from lorary.registry.composing import Plan
-from lorary.registry.loaded_base import LoadedBase
-from lorary.registry.pack import DomainPack
+from lorary.registry.base.load import LoadedBase
+from lorary.registry.compose.build import build_router, read_packs
+from lorary.registry.compose.plan import Plan
+from lorary.registry.pack.pack import DomainPack
 
 TERMS = {"token": ("token_evidence",), "pair": ("pair_evidence",), "hidden": ("rows", "bias")}  # the router's buffers
 ROUTED = tuple("+".join(terms) for count in (3, 2, 1) for terms in combinations(TERMS, count))

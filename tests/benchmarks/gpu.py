@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from timing import report
 from torch import Tensor
 
-from lorary.adapters.gates import LayerGates
 from lorary.adapters.kernels import eager, reference, triton_group
 from lorary.adapters.kernels.group import GroupWeights
+from lorary.adapters.layer.gates import LayerGates
 
 DRY = not torch.cuda.is_available()
 DEVICE = "cpu" if DRY else "cuda"

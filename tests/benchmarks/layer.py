@@ -18,9 +18,9 @@ from timing import geomean, measure, ratios, report
 from torch import Tensor, nn
 
 from lorary.adapters.bank import Expert, LayerExperts
-from lorary.adapters.fused import GateCell, OpenGates
-from lorary.adapters.stack import _Slice, build_gates, build_group, same_input_groups, stack_gates, stack_group
-from lorary.adapters.stacked import StackedLayer
+from lorary.adapters.layer.fused import GateCell, OpenGates
+from lorary.adapters.layer.stack import _Slice, build_gates, build_group, same_input_groups, stack_gates, stack_group
+from lorary.adapters.layer.stacked import StackedLayer
 
 torch.set_num_threads(1)
 RANK = 8

@@ -11,9 +11,9 @@ from streams import Domain
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorary.adapters.training import TrainingConfig
+from lorary.adapters.training.train import TrainingConfig
 from lorary.domains.progress import OnProgress
-from lorary.registry.loaded_base import LoadedBase
+from lorary.registry.base.load import LoadedBase
 
 SCHEMA = 1  # counted up when what was trained before would not be trained the same way again
 

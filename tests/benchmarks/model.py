@@ -18,7 +18,7 @@ import torch
 from timing import measure, ratios, report
 from transformers import DynamicCache
 
-from lorary.adapters.merge import merge_experts, unmerge_experts
+from lorary.adapters.layer.merge import merge_experts, unmerge_experts
 
 torch.set_num_threads(1)
 PROMPT = 512  # tokens

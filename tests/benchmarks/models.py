@@ -11,14 +11,14 @@ from peft import LoraConfig, XLoraConfig, create_arrow_model, get_peft_model
 from peft.tuners.lora.config import ArrowConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lorary.adapters.active import SLOT_THRESHOLD
-from lorary.adapters.attach import attach
 from lorary.adapters.bank import new_bank
 from lorary.adapters.config import BankConfig
-from lorary.adapters.router import DomainRouter, Tempers
-from lorary.adapters.stack import Stack
+from lorary.adapters.layer.active import SLOT_THRESHOLD
+from lorary.adapters.layer.attach import attach
+from lorary.adapters.layer.stack import Stack
+from lorary.adapters.router.router import DomainRouter, Tempers
 from lorary.domains.base_model import find_anatomy
-from lorary.domains.statistics import MOST_FEATURES, PAIR_BUCKETS, DomainStatistics
+from lorary.domains.statistics.statistics import MOST_FEATURES, PAIR_BUCKETS, DomainStatistics
 
 RANK = 8
 LAYERS, WIDTH, INNER, HEADS, KEY_HEADS, VOCABULARY = 12, 768, 2048, 12, 4, 32_000

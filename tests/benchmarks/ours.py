@@ -21,16 +21,16 @@ from scores import ScoreBook
 from streams import Domain
 from torch import nn
 
-from lorary.adapters.attach import routing_of
 from lorary.adapters.composition import GENERAL
-from lorary.adapters.router import router_rows
-from lorary.adapters.training import TrainingConfig
-from lorary.domains.corpus import corpus_digest, read_examples
-from lorary.domains.statistics import DomainStatistics
+from lorary.adapters.layer.attach import routing_of
+from lorary.adapters.router.router import router_rows
+from lorary.adapters.training.train import TrainingConfig
+from lorary.domains.data.corpus import corpus_digest, read_examples
+from lorary.domains.statistics.statistics import DomainStatistics
 from lorary.registry import Registry
-from lorary.registry.compose import read_packs
-from lorary.registry.evaluation import routed_right
-from lorary.registry.pack import read_pack
+from lorary.registry.compose.build import read_packs
+from lorary.registry.measure.evaluate import routed_right
+from lorary.registry.pack.pack import read_pack
 
 KP_STEPS = 50  # at most; KP only has to know what general text looks like
 ROOT = Path(__file__).resolve().parents[2]

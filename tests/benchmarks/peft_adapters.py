@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lorary.adapters.config import BankConfig
-from lorary.adapters.training import TrainingConfig, train_bank
+from lorary.adapters.training.train import TrainingConfig, train_bank
 from lorary.domains.base_model import linear_shape, target_modules
-from lorary.domains.blocks import encode, pack_blocks
-from lorary.domains.corpus import corpus_digest
-from lorary.domains.example import Example
-from lorary.registry.loaded_base import LoadedBase
+from lorary.domains.data.blocks import encode, pack_blocks
+from lorary.domains.data.corpus import corpus_digest
+from lorary.domains.data.example import Example
+from lorary.registry.base.load import LoadedBase
 
 BANK = BankConfig(experts=1.5)  # lorary's own: 12 experts of rank 4 over the 8 layers of the pocket base
 PARAMETERS = 186_624  # of such a bank; no method may train more for a domain

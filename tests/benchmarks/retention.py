@@ -28,10 +28,10 @@ from streams import STREAMS, Domain, general_columns, read_stream
 from tables import write_tables
 from transformers.utils.logging import disable_progress_bar
 
-from lorary.adapters.training import TrainingConfig
+from lorary.adapters.training.train import TrainingConfig
 from lorary.domains.progress import Progress
-from lorary.registry.fingerprint import POCKET, find_base
-from lorary.registry.loaded_base import LoadedBase
+from lorary.registry.base.fingerprint import POCKET, find_base
+from lorary.registry.base.load import LoadedBase
 
 RECIPES = {"A": (50, 256), "B": (100, 64), "C": (50, 256)}  # optimizer steps of a domain, tokens of a block
 

@@ -11,9 +11,9 @@ from streams import Domain
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from lorary.domains.choices import score_choices
-from lorary.domains.corpus import corpus_digest
-from lorary.domains.evaluation import confidence_interval, score_language
+from lorary.domains.data.corpus import corpus_digest
+from lorary.domains.scoring.choices import score_choices
+from lorary.domains.scoring.language import confidence_interval, score_language
 
 Cell = Mapping[str, Any]  # bits, interval, bytes; with questions also accuracy, accuracy_interval, asked
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorary.domains.corpus import read_examples, split
-from lorary.domains.example import Example
-from lorary.registry.domain_data import HELD_OUT, general_examples
+from lorary.domains.data.corpus import read_examples, split
+from lorary.domains.data.example import Example
+from lorary.registry.measure.held_out import HELD_OUT, general_examples
 
 TEXT = {name: f"{name}/lm" for name in ("medicine", "legal", "finance", "math")}
 INTENTS = {

@@ -8,7 +8,7 @@ from typing import Any
 
 from streams import GENERAL_COLUMNS
 
-from lorary.registry.retention_metrics import (
+from lorary.registry.measure.metrics import (
     RetentionMatrix,
     Values,
     backward_transfer,

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lorary.adapters.training import TrainingConfig
-from lorary.domains.catalog import builtin_domains
+from lorary.adapters.training.train import TrainingConfig
+from lorary.domains.data.catalog import builtin_domains
 from lorary.registry import Registry
 
 SCRIPT = Path(__file__).with_name("ablations.py")

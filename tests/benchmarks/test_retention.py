@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorary.domains.catalog import builtin_domains
+from lorary.domains.data.catalog import builtin_domains
 
 SCRIPT = Path(__file__).with_name("retention.py")
 METHODS = ("ours", "separate", "sequential", "joint", "olora", "replay", "arrow", "xlora")

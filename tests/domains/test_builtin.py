@@ -5,8 +5,8 @@ from collections import Counter
 
 import pytest
 
-from lorary.domains.catalog import find_domain
-from lorary.domains.corpus import check_corpus, corpus_counts, read_examples, split
+from lorary.domains.data.catalog import find_domain
+from lorary.domains.data.corpus import check_corpus, corpus_counts, read_examples, split
 
 NAMES = ["code", "finance", "general", "legal", "medicine"]
 

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lorary.registry.canonical import canonical_json
-from lorary.registry.digest import sha256_of
-from lorary.registry.manifest import BaseRecord, ExpertRecord, PackManifest
+from lorary.registry.store.digest import sha256_of
+from lorary.registry.store.manifest import BaseRecord, ExpertRecord, PackManifest
+from lorary.registry.store.strict_json import canonical_json
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from lorary.registry import Registry
-    from lorary.registry.store import Store
+    from lorary.registry.store.store import Store
 
 
 @pytest.fixture(scope="session")
@@ -101,7 +101,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_
 def short_run() -> Callable[..., dict[str, Any]]:
     """`short_run(steps=.., ..)` gives the keywords `bank` and `training` of a run of six small steps."""
     from lorary.adapters.config import BankConfig
-    from lorary.adapters.training import TrainingConfig
+    from lorary.adapters.training.train import TrainingConfig
 
     usual = {"steps": 6, "block": 64, "batch": 2, "learning_rate": 1e-2, "checkpoint_every": 2}
     return lambda **changes: {
@@ -202,7 +202,7 @@ class LoosePack:
         return LoosePack(manifest, self.files)
 
     def sealed(self) -> tuple[PackManifest, Any]:
-        from lorary.registry.pack_source import PackBytes
+        from lorary.registry.pack.pack_source import PackBytes
 
         kinds = {file["path"]: file["kind"] for file in self.manifest["files"]}
         files = [
@@ -253,7 +253,7 @@ def light_store(tmp_path: Path, kp_store: Path) -> "Callable[[str], Registry]":
 @pytest.fixture
 def light_pack(cooking_store: Path, rescaled: Callable[[str], Any]) -> "Callable[..., PackManifest]":
     """`light_pack(registry, "legal", text="one")` stores the next version of a domain, with tensors of its own."""
-    from lorary.registry.store import Store
+    from lorary.registry.store.store import Store
 
     pattern = Store.open(cooking_store).manifest("cooking")
 
@@ -268,7 +268,7 @@ def light_pack(cooking_store: Path, rescaled: Callable[[str], Any]) -> "Callable
 def rescaled(cooking_store: Path) -> Callable[[str], Any]:
     """`rescaled("one")` gives the files of `cooking` with its B matrices scaled by a number made of the text."""
     from lorary.registry import Registry
-    from lorary.registry.pack import pack_files, read_pack
+    from lorary.registry.pack.pack import pack_files, read_pack
 
     registry = Registry.open(cooking_store)
     base, anatomy = registry.base_record, registry.base.anatomy

@@ -34,8 +34,8 @@ def _change_tensors(folder: Path, change: Callable[[dict[str, Any]], None]) -> N
 @pytest.fixture
 def refused_over(refused_with: Any, saved: Path, base_folder: Path, tmp_path: Path) -> Callable[[Any], str]:
     """`refused_over(model)` plans the saved composition over another base, and is what was said."""
-    from lorary.registry.fingerprint import fingerprint
-    from lorary.registry.saved_composition import open_plan
+    from lorary.registry.base.fingerprint import fingerprint
+    from lorary.registry.compose.saved import open_plan
 
     def check(model: Any) -> str:
         other = shutil.copytree(base_folder, tmp_path / "other")
@@ -182,7 +182,7 @@ def test_what_is_frozen_stays_frozen(refused_with: Any, save_adapter: Any, by_pe
     model.base_model.set_adapter(["default", "new"])
     assert all(p.requires_grad for p in frozen)
 
-    from lorary.registry.proof import check_only_new_is_trainable
+    from lorary.registry.learn.proof import check_only_new_is_trainable
 
     composed = whole.compose("cooking")
     assert not any(p.requires_grad for p in composed.parameters())

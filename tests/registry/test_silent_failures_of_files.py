@@ -25,7 +25,7 @@ def test_altered_safetensors(refused_with: Any, saved: Path, whole: Any) -> None
 
     from safetensors.torch import load
 
-    from lorary.registry.compose import read_saved_packs
+    from lorary.registry.compose.build import read_saved_packs
 
     path, draw, accepted = saved / "packs" / "cooking" / "adapter_model.safetensors", random.Random(1), 0
     plan, sound = whole.plan(str(saved)), path.read_bytes()

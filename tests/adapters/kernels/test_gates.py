@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorary.adapters.gates import LayerGates
 from lorary.adapters.kernels import eager, reference
+from lorary.adapters.layer.gates import LayerGates
 
 # ranks of each expert, by group of mates; groups 0 and 1 belong to slot 0
 LAYOUTS = {

@@ -1,0 +1,1 @@
+"""The fused layer: experts and gates attached to a frozen base model."""

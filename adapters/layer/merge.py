@@ -1,0 +1,123 @@
+"""Soft merging: under constant gates all experts of a module are one matrix, which is added to a copy of its weight.
+
+    W' = W + sum over ranks of g[rank] B[:, rank] A[rank, :]
+
+Always the product B A, never the factors. The base's parameters are shared by every model that is composed over it, so
+they are never written to: each merged module gets a Linear with a weight of its own, which costs as much memory as the
+weights it extends, and the module it stands for is kept. Taking it off gives the same modules, and so the same bits.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ...domains.errors import InputError
+from .attach import routing_of, set_hooks
+from .fused import FusedLinear
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was taken out of a model while it is merged; `model.merged`."""
+
+    modules: dict[str, FusedLinear]  # by path
+
+    @property
+    def extra_bytes(self) -> int:
+        """Memory of the merged weights, beside the base's."""
+        weights: list[Any] = [module.base.weight for module in self.modules.values()]
+        return sum(weight.nbytes for weight in weights)
+
+
+@torch.no_grad()
+def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """Folds the experts of a static composition into copies of the weights; decoding then costs what the base's does.
+
+    The router and the gates are out of the way until `unmerge_experts`. Slot gates set by `fixed_slots` count.
+
+    Raises:
+        InputError: The gates depend on the text, the model is merged already, or has modules that cannot be merged.
+    """
+    routing = routing_of(model)
+    if getattr(model, "merged", None) is not None:
+        raise InputError("The experts are merged already.", fix="call unmerge_experts first")
+    if routing.fixed is None or not routing.stack.static or routing.stack.trainable:
+        raise InputError(
+            "Only constant gates can be merged.",
+            cause="in this composition they depend on the text",
+            fix="compose it with static=True (--static), which uses the experts' mean gates",
+        )
+    found = {path: module for path, module in model.named_modules() if isinstance(module, FusedLinear)}
+    for path, module in found.items():
+        if type(module.base) not in (nn.Linear, Conv1D):
+            raise InputError(f"{path} cannot be merged.", cause=f"it is a {type(module.base).__name__}")
+    for index in routing.stack.layers:
+        layer: Any = model.get_submodule(f"{routing.anatomy.layers}.{index}")
+        gate = layer.expert_gates.constant_gate(routing.fixed)
+        for group in layer.expert_groups:
+            for path, module in zip(*_members_in(found, group.members), strict=True):
+                model.set_submodule(path, _merged_module(module, group, gate))
+    set_hooks(model, active=False)
+    model.merged = Merged(found)  # type: ignore[assignment]
+    return model
+
+
+def unmerge_experts(model: PreTrainedModel) -> PreTrainedModel:
+    """Undoes `merge_experts`: the fused modules are back, over the base's own weights, bit for bit.
+
+    Raises:
+        InputError: The experts are not merged.
+    """
+    merged = getattr(model, "merged", None)
+    if not isinstance(merged, Merged):
+        raise InputError("The experts of this model are not merged.")
+    for path, module in merged.modules.items():
+        model.set_submodule(path, module)
+    del model.merged
+    set_hooks(model, active=True)
+    return model
+
+
+def _members_in(
+    found: dict[str, FusedLinear], members: Sequence[FusedLinear]
+) -> tuple[list[str], Sequence[FusedLinear]]:
+    path_of = {id(module): path for path, module in found.items()}
+    return [path_of[id(member)] for member in members], members
+
+
+def _merged_module(module: FusedLinear, group: Any, gate: Float[Tensor, " rank"]) -> nn.Module:
+    """A module like the base's, with the update in its weight; the bias is shared."""
+    base: Any = module.base
+    weights = group.weights((module.place,), base.weight.dtype)
+    by_column = gate if weights.columns is None else gate[weights.columns]
+    weight = merged_weight(base.weight, weights.A, weights.Bt[0], by_column, transposed=isinstance(base, Conv1D))
+    with torch.device("meta"):
+        if isinstance(base, Conv1D):
+            merged: Any = Conv1D(base.nf, base.nx)
+        else:
+            merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
+    merged.weight = nn.Parameter(weight, requires_grad=False)
+    merged.bias = base.bias
+    return merged.train(base.training)
+
+
+def merged_weight(
+    weight: Float[Tensor, "rows columns"],
+    A: Float[Tensor, "rank d_in"],
+    Bt: Float[Tensor, "rank d_out"],
+    gate: Float[Tensor, " rank"],
+    *,
+    transposed: bool = False,
+) -> Float[Tensor, "rows columns"]:
+    """W + B diag(g) A in new memory, summed in float32 and rounded once; `transposed` weights are (d_in, d_out)."""
+    left, right = (A, Bt) if transposed else (Bt, A)
+    if weight.dtype == torch.float32:
+        return torch.addmm(weight, (left * gate[:, None]).t(), right)
+    product = (left.float() * gate[:, None]).t() @ right.float()
+    return (weight.float() + product).to(weight.dtype)

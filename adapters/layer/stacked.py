@@ -1,0 +1,102 @@
+"""Stacked layers: the frozen experts of a composition as the tensors that the fused layer runs on, and as one file.
+
+A composition of frozen banks can be kept in this form, so that composing it again is reading it: a few tensors for each
+decoder layer, in the type and order in which they are used.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from ..bank import LayerExperts
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackedGroup:
+    """The frozen experts of target modules that read the same input."""
+
+    targets: tuple[str, ...]  # paths inside the decoder layer
+    ranks: tuple[int, ...]  # frozen ranks of each target
+    A: Float[Tensor, "columns d_in"]  # of all targets, one under the other
+    Bt: tuple[Float[Tensor, "_ _"], ...]  # by target: (its ranks, its d_out), scales folded in
+    columns: Int[Tensor, " all_columns"] | None  # the gate of each column, new ranks included; None: all, in order
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackedLayer:
+    """Everything of one decoder layer."""
+
+    groups: tuple[StackedGroup, ...]
+    slot_of_rank: tuple[int, ...]
+    gates: Mapping[str, Tensor]  # keywords of LayerGates
+    new: LayerExperts | None = None  # those that train, on the last ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackedComposition:
+    """A composition of frozen banks, read from a file; serves `attach` as a Stack does."""
+
+    names: tuple[str, ...]
+    static: bool
+    stacked: Mapping[int, StackedLayer]
+    trainable: bool = False
+
+    @cached_property
+    def layers(self) -> tuple[int, ...]:
+        """Decoder layers that carry experts."""
+        return tuple(sorted(self.stacked))
+
+    def layer(self, index: int, dtype: object) -> StackedLayer:
+        """One decoder layer, in the type in which it was kept."""
+        return self.stacked[index]
+
+    def to_tensors(self) -> tuple[dict[str, Tensor], str]:
+        """As tensors by name, and what else there is to say, as JSON."""
+        tensors, layers = {}, {}
+        for index, layer in self.stacked.items():
+            described = []
+            for number, group in enumerate(layer.groups):
+                place = f"{index}.{number}"
+                tensors[f"{place}.A"] = group.A
+                tensors |= {f"{place}.Bt{i}": Bt for i, Bt in enumerate(group.Bt)}
+                if group.columns is not None:
+                    tensors[f"{place}.columns"] = group.columns
+                described.append({"targets": group.targets, "ranks": group.ranks})
+            tensors |= {f"{index}.gates.{name}": tensor for name, tensor in layer.gates.items()}
+            layers[str(index)] = {"groups": described, "slot_of_rank": layer.slot_of_rank, "gates": list(layer.gates)}
+        return tensors, json.dumps({"names": self.names, "static": self.static, "layers": layers})
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], described: str) -> "StackedComposition":
+        """The inverse of `to_tensors`.
+
+        Raises:
+            KeyError, TypeError, ValueError: They do not fit together.
+        """
+        document = json.loads(described)
+        return cls(
+            names=tuple(document["names"]),
+            static=document["static"],
+            stacked={int(index): _layer(tensors, index, layer) for index, layer in document["layers"].items()},
+        )
+
+
+def _layer(tensors: Mapping[str, Tensor], index: str, described: dict) -> StackedLayer:
+    return StackedLayer(
+        groups=tuple(
+            StackedGroup(
+                targets=tuple(group["targets"]),
+                ranks=tuple(group["ranks"]),
+                A=tensors[f"{index}.{number}.A"],
+                Bt=tuple(tensors[f"{index}.{number}.Bt{i}"] for i in range(len(group["targets"]))),
+                columns=tensors.get(f"{index}.{number}.columns"),
+            )
+            for number, group in enumerate(described["groups"])
+        ),
+        slot_of_rank=tuple(described["slot_of_rank"]),
+        gates={name: tensors[f"{index}.gates.{name}"] for name in described["gates"]},
+    )

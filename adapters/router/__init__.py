@@ -1,0 +1,1 @@
+"""The analytic domain router and its state in the key-value cache."""

@@ -1,0 +1,226 @@
+"""DomainRouter: which slot is this text? Closed-form from statistics, causal, exact under removal and in any order.
+
+At position t each slot has
+
+    evidence  =  sum over tokens up to t of token evidence  +  hidden-state evidence of the mean feature up to t
+
+and the slot gate is taken in two steps: KP against the strongest domain, then the domains among themselves,
+
+    gate[KP]      = sigmoid(log odds of KP's prior + evidence[KP] - max over domains of (evidence + log weight))
+    gate[domain]  = (1 - gate[KP]) * softmax over domains of (evidence + log weight)
+
+with weights relative to the largest. So what KP keeps does not depend on how many domains are composed: ten domains
+that a text has nothing to do with weigh no more than one.
+
+*Token evidence* is naive Bayes: log P(token | slot) - log P(token | background), each slot's counts smoothed towards
+the background (the mean of all slots' distributions); the same of hashed pairs of a token and the one before it is
+added. *Hidden-state evidence* is linear discriminant analysis on causal means of hidden-state features: with pooled
+within-class covariance C and class means mu, row w = C^-1 mu and bias b = -1/2 mu^T C^-1 mu (Fisher 1936; Hastie,
+Tibshirani and Friedman, Elements of Statistical Learning, eq. 4.10). Tokens are not independent, so each term is
+tempered.
+
+Everything comes from additive statistics of the chosen slots alone: the router of a subset does not depend on what else
+is stored, and there is nothing to train that could drift.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor, nn
+
+from ...domains.statistics.statistics import DomainStatistics, feature_projection, hidden_features, pair_buckets
+
+METHOD = 2  # part of the keys of all that is kept: raised when the same statistics and text give other gates
+SMOOTHING = 0.3  # share of the background in each slot; pseudo-counts would favour slots with little text
+UNIFORM_SHARE = 0.02  # of the background, so that no token is impossible
+RIDGE = 0.01  # of the mean variance, added to the covariance
+TYPICAL_TOKENS = 8  # of the typical text on which drift is measured; longer ones are so sure that none could be seen
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tempers:
+    """How much of each term is believed; saved, so that a pack is always routed as it was trained (docs/log.md)."""
+
+    token: float = 0.4
+    hidden: float = 0.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterRows:
+    """The closed form for chosen slots, in float64."""
+
+    token_evidence: Float[Tensor, "vocabulary slots"]
+    pair_evidence: Float[Tensor, "buckets slots"]
+    rows: Float[Tensor, "slots features"]
+    bias: Float[Tensor, " slots"]
+
+
+def router_rows(statistics: Sequence[DomainStatistics]) -> RouterRows:
+    """Token evidence, discriminant rows and biases of these slots, untempered.
+
+    Adding a slot appends one row to each; the other rows change only through the background and the covariance that all
+    slots share, and the result is the same in any order.
+    """
+    means = torch.stack([s.feature_mean for s in statistics])  # (slots, features)
+    scatter = torch.stack(
+        [s.feature_outer - s.rows * torch.outer(m, m) for s, m in zip(statistics, means, strict=True)]
+    )
+    covariance = scatter.sum(0) / max(sum(s.rows for s in statistics), 1.0)
+    ridge = RIDGE * covariance.diagonal().mean().clamp(min=1e-12)
+    covariance = covariance + ridge * torch.eye(len(covariance), dtype=torch.float64)
+    rows = torch.linalg.solve(covariance, means.T).T
+    return RouterRows(
+        token_evidence=_evidence([s.token_counts for s in statistics]),
+        pair_evidence=_evidence([s.pair_counts for s in statistics]),
+        rows=rows,
+        bias=-0.5 * (means * rows).sum(1),
+    )
+
+
+def _evidence(slots: Sequence[Int64[Tensor, " kinds"]]) -> Float[Tensor, "kinds slots"]:
+    """Log P(kind | slot) - log P(kind | background) from counts, float64."""
+    counts = torch.stack(list(slots), dim=1).double()
+    totals = counts.sum(0).clamp(min=1)
+    background = (counts / totals).mean(1, keepdim=True)
+    background = (1 - UNIFORM_SHARE) * background + UNIFORM_SHARE / len(counts)
+    smoothed = (1 - SMOOTHING) * counts / totals + SMOOTHING * background
+    return smoothed.log() - background.log()
+
+
+class DomainRouter(nn.Module):
+    """The slot gate of one composition. Its running state is one small vector of sums for each sequence."""
+
+    token_evidence: Tensor
+    pair_evidence: Tensor
+    rows: Tensor
+    feature_rows: Tensor
+    bias: Tensor
+    log_odds: Tensor
+    log_weight: Tensor
+
+    def __init__(
+        self, statistics: Sequence[DomainStatistics], *, prior: Float[Tensor, " slots"], tempers: Tempers, width: int
+    ):
+        """Computes the rows.
+
+        Args:
+            statistics: One for each slot, KP first.
+            prior: Weights of the slots, 0 or more; the sum counts for nothing.
+            tempers: Of the two terms.
+            width: Of the base model's hidden state.
+        """
+        super().__init__()
+        closed = router_rows(statistics)
+        projection = feature_projection(width)
+        rows = closed.rows if projection is None else closed.rows @ projection.double()
+        self.slots = len(statistics)
+        self.register_buffer("token_evidence", (tempers.token * closed.token_evidence).float(), persistent=False)
+        self.register_buffer("pair_evidence", (tempers.token * closed.pair_evidence).float(), persistent=False)
+        self.register_buffer("rows", (tempers.hidden * rows).float(), persistent=False)
+        self.register_buffer("feature_rows", (tempers.hidden * closed.rows).float(), persistent=False)
+        self.register_buffer("bias", (tempers.hidden * closed.bias).float(), persistent=False)
+        self.register_buffer("log_odds", (prior[:1] / prior[1:].sum()).log().float(), persistent=False)
+        # where no domain has any weight KP takes everything, whatever stands here
+        weight = prior[1:] / prior[1:].max() if prior[1:].any() else torch.ones_like(prior[1:])
+        self.register_buffer("log_weight", weight.log().float(), persistent=False)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "DomainRouter":
+        """A router that was kept: the inverse of `tensors`."""
+        router = cls.__new__(cls)
+        nn.Module.__init__(router)
+        router.slots = len(tensors["bias"])
+        for name, tensor in tensors.items():
+            router.register_buffer(name, tensor, persistent=False)
+        return router
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a router is made of."""
+        return dict(self.named_buffers())
+
+    def increments(
+        self,
+        input_ids: Int64[Tensor, "batch seq"],
+        hidden: Float[Tensor, "batch seq width"],
+        mask: Bool[Tensor, "batch seq"],
+        last: Int64[Tensor, "batch later"] | None = None,  # `last_tokens`; None: of this text alone
+    ) -> Float[Tensor, "batch seq sums"]:
+        """What each position adds to the sums: token evidence, feature scores (a slot each) and one for the count."""
+        # the projection is folded into the rows
+        unit = hidden_features(hidden, None)
+        last = last_tokens(input_ids, mask, None) if last is None else last
+        tokens = F.embedding(input_ids, self.token_evidence) + self._pair_evidence(input_ids, last)
+        return torch.cat([tokens, unit @ self.rows.T, torch.ones_like(unit[..., :1])], dim=-1) * mask.unsqueeze(-1)
+
+    def _pair_evidence(
+        self, ids: Int64[Tensor, "batch seq"], last: Int64[Tensor, "batch later"]
+    ) -> Float[Tensor, "batch seq slots"]:
+        earlier = last[:, :-1]
+        found = F.embedding(pair_buckets(earlier.clamp(min=0), ids), self.pair_evidence)
+        return found * (earlier >= 0).unsqueeze(-1)
+
+    def slot_gates(self, sums: Float[Tensor, "batch seq sums"]) -> Float[Tensor, "batch seq slots"]:
+        """The gates of KP and the domains, given the sums up to each position."""
+        tokens, scores, count = sums.split([self.slots, self.slots, 1], dim=-1)
+        # before the first real token there is no evidence: the prior alone decides
+        hidden = torch.where(count > 0, scores / count.clamp(min=1) + self.bias, 0.0)
+        evidence = tokens + hidden
+        if self.slots == 1:
+            return torch.ones_like(evidence)
+        domains = evidence[..., 1:] + self.log_weight
+        kp = torch.sigmoid(self.log_odds + evidence[..., :1] - domains.amax(-1, keepdim=True))
+        return torch.cat([kp, (1 - kp) * torch.softmax(domains, dim=-1)], dim=-1)
+
+
+def last_tokens(
+    ids: Int64[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], before: Int64[Tensor, " batch"] | None
+) -> Int64[Tensor, "batch later"]:
+    """The last token of the text before each position, and (one column more) after the last; -1 where there is none.
+
+    Padding is passed over, wherever it stands.
+    """
+    first = torch.full_like(ids[:, :1], -1) if before is None else before[:, None]
+    if ids.shape[1] == 1:  # decoding, in a third of the operators
+        return torch.cat([first, torch.where(mask, ids, first)], dim=1)
+    known = torch.cat([first, ids], dim=1)
+    positions = torch.arange(known.shape[1], device=ids.device)
+    is_real = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)
+    return known.gather(1, torch.where(is_real, positions, 0).cummax(1).values)
+
+
+@torch.inference_mode()
+def typical_gates(router: DomainRouter, statistics: Sequence[DomainStatistics]) -> Float[Tensor, "texts slots"]:
+    """The slot gates of a typical text of each of these: its expected evidence after `TYPICAL_TOKENS`.
+
+    Computed from statistics alone, so that routing can be compared before and after a domain is added without any text.
+    """
+    sums = []
+    for one in statistics:
+        tokens = TYPICAL_TOKENS * (
+            _shares(one.token_counts, router.token_evidence) @ router.token_evidence
+            + _shares(one.pair_counts, router.pair_evidence) @ router.pair_evidence
+        )
+        mean = one.feature_mean.float().to(tokens.device)
+        sums.append(torch.cat([tokens, mean @ router.feature_rows.T, torch.ones_like(tokens[:1])]))
+    return router.slot_gates(torch.stack(sums).unsqueeze(0))[0]
+
+
+def _shares(counts: Int64[Tensor, " kinds"], like: Tensor) -> Float[Tensor, " kinds"]:
+    return (counts.float() / counts.sum().clamp(min=1)).to(like.device)
+
+
+def whole_prompts(
+    gates: Float[Tensor, "batch seq slots"], lengths: Int64[Tensor, " batch"]
+) -> Float[Tensor, "batch seq slots"]:
+    """The gates where prompts are read as a whole: each position of a prompt has the gates of its last one.
+
+    Args:
+        gates: Causal gates.
+        lengths: Positions of each prompt, its padding in front included; at most `seq`.
+    """
+    positions = torch.arange(gates.shape[1], device=gates.device)
+    source = torch.maximum(positions, lengths.to(gates.device)[:, None] - 1)
+    return gates.gather(1, source[..., None].expand_as(gates))

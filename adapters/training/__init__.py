@@ -1,0 +1,1 @@
+"""Train one bank: warm start, Trainer, checkpoints."""

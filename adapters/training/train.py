@@ -1,0 +1,359 @@
+"""Training a composed model's new bank, and nothing else, with transformers' Trainer.
+
+Trainer brings mixed precision, accumulation, distributed runs and resuming; its checkpoints are replaced by our own,
+which hold the new bank and the optimizer's state as safetensors and JSON. Nothing is ever unpickled.
+"""
+
+import json
+import math
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+
+from ...domains.data.blocks import Blocks
+from ...domains.errors import InputError, IntegrityError
+from ...domains.progress import OnProgress, Progress
+from ..layer.gates import LayerGates
+
+BANK_FILE, OPTIMIZER_FILE, RANDOM_FILE, SCHEDULE_FILE, STATE_FILE = (
+    "bank.safetensors",
+    "optimizer.safetensors",
+    "random.safetensors",
+    "schedule.json",
+    "trainer_state.json",
+)
+RATE_BY_WIDTH = 2.0  # 0.01 at 192 (measured, docs/log.md), 5e-4 at 4096, where LoRA is usually trained
+
+
+_LEAST = {
+    "steps": 1,
+    "least_steps": 1,
+    "most_steps": 1,
+    "block": 2,  # the first token of a block is predicted from nothing
+    "batch": 1,
+    "accumulation": 1,
+    "checkpoint_every": 1,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How a bank is trained; stored in its pack."""
+
+    steps: int | None = None  # None: as many as `epochs` over the data need, between the two bounds below
+    epochs: float = 4.0
+    least_steps: int = 40
+    most_steps: int = 1000
+    block: int = 256  # tokens
+    batch: int = 8  # blocks a step and device
+    accumulation: int = 1
+    learning_rate: float | None = None  # the highest; None: RATE_BY_WIDTH / width of the hidden state
+    warmup: float = 0.06  # fraction of the steps
+    balance: float = 0.01  # weight of the balance loss inside the bank
+    seed: int = 0
+    checkpoint_every: int = 50  # steps
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None and getattr(self, name) < least:
+                raise InputError(f"{name} must be at least {least}, found {getattr(self, name)}.")
+        for name in ("epochs", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise InputError(f"{name} must be positive, found {value}.")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be at least 0 and below 2**32, found {self.seed}.")
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"warmup must be in [0, 1], found {self.warmup}.")
+        if not (math.isfinite(self.balance) and self.balance >= 0):
+            raise InputError(f"balance must be 0 or more, found {self.balance}.")
+
+    def for_width(self, width: int) -> "TrainingConfig":
+        """The same with the learning rate filled in for a base model of this width, if it was left open."""
+        return self if self.learning_rate else replace(self, learning_rate=RATE_BY_WIDTH / width)
+
+    def planned_steps(self, blocks: int) -> int:
+        """The steps of a run over this many blocks."""
+        if self.steps is not None:
+            return self.steps
+        wanted = round(blocks * self.epochs / (self.batch * self.accumulation))
+        return min(self.most_steps, max(self.least_steps, wanted))
+
+
+class BlockDataset(Dataset):
+    """Packed blocks as Trainer reads them."""
+
+    def __init__(self, blocks: Blocks):
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks.input_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {
+            "input_ids": self.blocks.input_ids[index],
+            "labels": self.blocks.labels[index],
+            "attention_mask": self.blocks.attention_mask[index],
+        }
+
+
+def train_bank(
+    model: PreTrainedModel,
+    blocks: Blocks,
+    config: TrainingConfig,
+    *,
+    run: Path,
+    stage: str,
+    on_progress: OnProgress,
+) -> dict[str, Any]:
+    """Trains the model's trainable bank in place, resuming from the last complete checkpoint in `run` if there is one.
+
+    Returns:
+        The loss curve and figures of the run: steps, tokens, first and last loss, seconds, the step resumed from.
+
+    Raises:
+        IntegrityError: The loss is not finite any more.
+    """
+    steps = config.planned_steps(len(blocks.input_ids))
+    rate = config.for_width(model.config.get_text_config().hidden_size).learning_rate
+    assert rate is not None
+    arguments = TrainingArguments(
+        output_dir=str(run),
+        max_steps=steps,
+        per_device_train_batch_size=config.batch,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=max(1, round(config.warmup * steps)),
+        weight_decay=0.0,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_steps=config.checkpoint_every,
+        save_total_limit=2,
+        seed=config.seed,
+        data_seed=config.seed,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+        dataloader_pin_memory=False,
+        use_cpu=next(model.parameters()).device.type == "cpu",
+    )
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    reporter = _Reporter(stage, steps, config.batch * config.accumulation * blocks.input_ids.shape[1], on_progress)
+    checkpoint = last_checkpoint(run)
+    resumed_from = 0 if checkpoint is None else _step_of(checkpoint)
+    began = time.monotonic()
+    with _caller_random_state(model.device):
+        trainer = BankTrainer(
+            model=model,
+            args=arguments,
+            train_dataset=BlockDataset(blocks),
+            callbacks=[reporter],
+            balance=config.balance,
+        )
+        trainer.remove_callback(_console_callback(trainer))
+        if checkpoint is not None and resumed_from >= steps:
+            trainer.take_over(checkpoint)
+        else:
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    model.eval()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "steps": steps,
+        "tokens": steps * reporter.tokens_per_step,
+        "losses": [round(loss, 4) for loss in losses],
+        "resumed_from": resumed_from,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+
+
+class BankTrainer(Trainer):
+    """A Trainer whose checkpoints hold only what is trained, as safetensors and JSON."""
+
+    def __init__(self, *, balance: float, **arguments: Any):
+        super().__init__(**arguments)
+        self._balance = balance
+        self._composed: PreTrainedModel = arguments["model"]
+        self._trained = {name: p for name, p in self._composed.named_parameters() if p.requires_grad}
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Language-model loss plus the weighted balance loss of the new bank."""
+        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        assert isinstance(loss, Tensor)
+        # a loss over all tokens of a step is added up over its batches; the balance is a mean over them
+        is_shared = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        batches = self.current_gradient_accumulation_steps if is_shared else 1
+        return loss + self._balance / batches * balance_loss(self._composed, inputs["attention_mask"])
+
+    def take_over(self, checkpoint: Path) -> None:
+        """Ends a run whose last step was saved; resuming there would train one step more than was asked for."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(str(output_dir or self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in self._trained.items()}, folder / BANK_FILE)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer, scheduler = self._optimizer_and_scheduler()
+        state = optimizer.state_dict()["state"]
+        tensors = {f"{i}.{key}": torch.as_tensor(value) for i, entry in state.items() for key, value in entry.items()}
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(output_dir) / OPTIMIZER_FILE)
+        schedule = {key: value for key, value in scheduler.state_dict().items() if _is_plain(value)}
+        (Path(output_dir) / SCHEDULE_FILE).write_text(json.dumps(schedule), encoding="utf-8")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        states = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            states |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+        save_file(states, Path(output_dir) / RANDOM_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / BANK_FILE)
+        with torch.no_grad():
+            for name, parameter in self._trained.items():
+                parameter.copy_(saved[name])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in load_file(Path(checkpoint) / OPTIMIZER_FILE).items():
+            index, _, key = name.partition(".")
+            state.setdefault(int(index), {})[key] = tensor
+        optimizer, scheduler = self._optimizer_and_scheduler()
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        schedule = json.loads((Path(checkpoint) / SCHEDULE_FILE).read_text(encoding="utf-8"))
+        scheduler.load_state_dict({**scheduler.state_dict(), **schedule})
+        for group, rate in zip(optimizer.param_groups, schedule["_last_lr"], strict=True):
+            group["lr"] = rate
+
+    def _optimizer_and_scheduler(self) -> tuple[Any, Any]:
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        return self.optimizer, self.lr_scheduler
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        states = load_file(Path(checkpoint) / RANDOM_FILE)
+        torch.set_rng_state(states.pop("cpu"))
+        for name, state in states.items():
+            torch.cuda.set_rng_state(state, int(name.removeprefix("cuda")))
+
+
+def balance_loss(model: nn.Module, mask: Tensor) -> Tensor:
+    """How unevenly the new bank's experts are used: mean over layers of n * sum_e use_e^2 - 1.
+
+    `use_e` is expert e's mean gate over real tokens; 0 when all are used alike, n - 1 when one takes all. The soft form
+    of the importance loss of Shazeer et al. 2017 (arXiv:1701.06538), safe for a batch of one.
+    """
+    weight = mask.to(torch.float32).unsqueeze(-1)
+    losses = []
+    for module in model.modules():
+        if isinstance(module, LayerGates) and module.new_expert_use is not None:
+            use = (module.new_expert_use * weight).sum((0, 1)) / weight.sum().clamp(min=1)
+            losses.append(len(use) * use.square().sum() - 1)
+    return torch.stack(losses).mean() if losses else weight.new_zeros(())
+
+
+def diverged(cause: str, rate: float) -> IntegrityError:
+    """The error for a bank that learns nothing any more, at this learning rate."""
+    return IntegrityError(
+        "Training diverged.", cause=cause, fix=f"repeat with a lower rate: --learning-rate {rate / 3:.1g}"
+    )
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run that was written to its end; a kill in the middle of one leaves the one before."""
+    numbered = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdecimal()]
+    folders = sorted(numbered, key=_step_of, reverse=True)
+    return next((folder for folder in folders if _is_complete(folder)), None)
+
+
+def discard_checkpoints(run: Path) -> None:
+    """Removes every checkpoint of a run, so that the next one begins anew."""
+    for folder in run.glob("checkpoint-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+@contextmanager
+def _caller_random_state(device: torch.device) -> Iterator[None]:
+    """Gives the caller's generators their states back: Trainer seeds all of them."""
+    python, arrays = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
+def _is_complete(folder: Path) -> bool:
+    try:
+        json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))  # Trainer writes it last
+        json.loads((folder / SCHEDULE_FILE).read_text(encoding="utf-8"))
+        for name in (BANK_FILE, OPTIMIZER_FILE, RANDOM_FILE):
+            with safe_open(folder / name, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError):
+        return False
+    return True
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, int | float | list) and not (isinstance(value, list) and any(map(callable, value)))
+
+
+def _console_callback(trainer: Trainer) -> type:
+    """The callback that prints log lines; ours reports instead."""
+    return next(type(c) for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
+
+
+class _Reporter(TrainerCallback):
+    """Turns Trainer's logs into progress."""
+
+    def __init__(self, stage: str, steps: int, tokens_per_step: int, on_progress: OnProgress):
+        self.stage = stage
+        self.steps = steps
+        self.tokens_per_step = tokens_per_step
+        self.on_progress = on_progress
+        self._began = time.monotonic()
+        self._first_step = 0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._began, self._first_step = time.monotonic(), state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if logs and "loss" in logs:
+            loss = float(logs["loss"])
+            if not math.isfinite(loss):
+                raise diverged(f"the loss of step {state.global_step} is {loss}", args.learning_rate)
+            elapsed = max(time.monotonic() - self._began, 1e-9)
+            rate = (state.global_step - self._first_step) * self.tokens_per_step / elapsed
+            figures = {"loss": loss, "tokens_per_second": rate}
+            self.on_progress(Progress(self.stage, state.global_step, self.steps, figures))

@@ -1,0 +1,120 @@
+"""`registry diff`: what is different between two versions."""
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from ..opening import open_registry
+from ..options import Json, Reference, StorePath
+from ..show import facts as of
+from ..show import output
+from ..show.numbers import brief, exact, size
+from ..show.page import Block, Cell, Page, Span, Table, cell, facts, line, table
+
+if TYPE_CHECKING:
+    from ...registry.maintenance.diff import Difference
+    from ...registry.store.manifest import PackManifest
+
+_SCORE_NAMES = {
+    "gate": "the parent's text, routed",
+    "base": "own text, base",
+    "alone": "own text, own experts",
+    "routed": "own text, routed",
+    "general_base": "general text, base",
+    "general_routed": "general text, routed",
+}
+_STYLES = {"added": "good", "removed": "bad", "changed": "warn"}
+
+
+def diff(a: Reference, b: Reference, store: StorePath = None, as_json: Json = False) -> None:
+    """Compare two versions: experts and the size of their updates by layer, statistics, scores, files.
+
+    |dW| is the norm of what the experts of a layer add to its weights under constant gates, CHANGE that of the
+    difference. Scores are bits per byte, each on the held-out text that its version had.
+
+    Example: registry diff medicine@1 medicine@2
+    """
+    registry = open_registry(store)
+    manifests = registry.manifest(a), registry.manifest(b)
+    from ...registry.maintenance.diff import compare_versions
+
+    found = compare_versions(registry.store, *manifests)
+    output.show(diff_page(found), command="diff", as_json=as_json)
+
+
+def diff_page(found: "Difference") -> Page:
+    """Both versions, side by side."""
+    before, after = found.versions
+    names = of.reference(before), of.reference(after)
+    sizes = [sum(file.size for file in manifest.files) for manifest in found.versions]
+    parameters = [of.parameters(manifest) for manifest in found.versions]
+    rows = [
+        ("experts", *(cell(_experts(manifest)) for manifest in found.versions)),
+        ("parameters", *(cell(f"{number:,}", number) for number in parameters)),
+        *((name, *(cell(f"{number:,}", number) for number in pair)) for name, pair in found.statistics.items()),
+        ("size", *(cell(size(number), number) for number in sizes)),
+        ("digest", *(cell(brief(manifest.digest), manifest.digest) for manifest in found.versions)),
+    ]
+    blocks: list[Block] = [
+        table(("", *names), rows, right=names, tight=("", *names)),
+        _layer_table(found),
+        _score_table(found, names),
+        _file_table(found),
+        facts([("like texts", cell(f"{found.feature_cosine:.4f} cosine of mean features", found.feature_cosine))]),
+    ]
+    return Page(data=found.as_json(), blocks=tuple(block for block in blocks if not _is_empty(block)))
+
+
+def _experts(manifest: "PackManifest") -> str:
+    """Experts by generation: `3 of rank 4 + 3 of rank 4`."""
+    groups = Counter((expert.generation, expert.rank) for expert in manifest.experts)
+    return " + ".join(f"{count} of rank {rank}" for (_, rank), count in sorted(groups.items()))
+
+
+def _layer_table(found: "Difference") -> Table:
+    columns = ("LAYER", "EXPERTS", "RANKS", "|dW|", "|dW| AFTER", "CHANGE")
+    rows = [
+        [
+            cell(str(layer.layer)),
+            _pair(*layer.experts),
+            _pair(*layer.ranks),
+            cell(f"{layer.norms[0]:.3f}", exact(layer.norms[0])),
+            cell(f"{layer.norms[1]:.3f}", exact(layer.norms[1])),
+            cell(f"{layer.change:.3f}", exact(layer.change)),
+        ]
+        for layer in found.layers
+    ]
+    return table(columns, rows, right=columns, tight=columns)
+
+
+def _pair(before: int, after: int) -> Cell:
+    text = str(before) if before == after else f"{before} -> {after}"
+    return cell(text, f"{before} {after}")
+
+
+def _score_table(found: "Difference", names: tuple[str, str]) -> Table:
+    rows = []
+    for key, (before, after) in found.scores.items():
+        if before is None and after is None:
+            continue
+        delta = None if before is None or after is None else after - before
+        style = "" if delta is None or abs(delta) < 0.0005 else "good" if delta < 0 else "bad"
+        shown = "-" if delta is None else f"{delta:+z.3f}"
+        rows.append(
+            [
+                cell(_SCORE_NAMES[key]),
+                of.number(before),
+                of.number(after),
+                cell(line(Span(shown, style)), exact(delta)),
+            ]
+        )
+    columns = ("BITS/BYTE", *names, "DELTA")
+    return table(columns, rows, right=columns[1:], tight=columns)
+
+
+def _file_table(found: "Difference") -> Table:
+    rows = [[cell(path), cell(Span(state, _STYLES[state]))] for path, state in found.files.items() if state != "same"]
+    return table(("FILE", "STATE"), rows, tight=("STATE",))
+
+
+def _is_empty(block: Block) -> bool:
+    return isinstance(block, Table) and not block.rows

@@ -1,0 +1,182 @@
+"""`registry report`: what is kept of every domain, step by step, with formulas, intervals and gates."""
+
+import csv
+import io
+import os
+import shlex
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...domains.errors import InputError
+from ..opening import open_registry
+from ..options import Device, Dtype, Json, NoQuestions, StorePath
+from ..report.html import PageSource, retention_html
+from ..report.plot import check_plot, retention_png
+from ..report.views import (
+    WIDE,
+    confusion_table,
+    domains_table,
+    figures_table,
+    heat_table,
+    questions_table,
+    verdict_lines,
+)
+from ..show import output
+from ..show.numbers import exact
+from ..show.page import Block, Page, Words, faint, line, title
+from ..show.watch import watch
+from .versions import history_of
+
+if TYPE_CHECKING:
+    from ...registry import Registry
+    from ...registry.measure.report import RetentionReport
+    from ...registry.measure.thresholds import Verdict
+
+SYMBOLS = "R score, G gain over the base, i step, j domain, T last step, L(j) step at which j was learned"
+
+
+def report(
+    gate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GATE",
+            help='A threshold such as "retention>=0.98": exit 9 unless every domain holds it; repeat it for several.',
+            show_default=False,
+        ),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write one page with everything, which loads nothing.", show_default=False),
+    ] = None,
+    png: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the matrix as a picture; needs lorary[plot].", show_default=False),
+    ] = None,
+    csv: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write every cell with its interval.", show_default=False)
+    ] = None,
+    domains: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="medicine,legal@2: these, as if added in this order.", show_default="all"),
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Most held-out text of a domain.", show_default="120000")
+    ] = None,
+    no_questions: NoQuestions = False,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    store: StorePath = None,
+    as_json: Json = False,
+) -> None:
+    """Report what is kept of every domain after every step: scores, forgetting, transfer, routing, drift.
+
+    Scores are kept in the registry's cache: after one more domain only its row is measured, and an interrupted report
+    goes on where it was.
+
+    Example: registry report --gate "retention>=0.98"
+    """
+    from ...registry.measure.thresholds import check_verdicts, judge, parse_threshold
+
+    thresholds = [parse_threshold(text) for text in gate or []]
+    for path in filter(None, (html, png, csv)):
+        _check_place(path)  # measuring may take long
+    if png:
+        check_plot(png)
+    registry = open_registry(store, device=device, dtype=dtype)
+    named = [name.strip() for name in (domains or "").split(",") if name.strip()]
+    with watch("reading held-out text", as_json=as_json) as watching:
+        found = registry.retention(
+            named, questions=not no_questions, max_bytes=max_bytes, on_progress=watching.on_progress
+        )
+    verdicts = judge(found, thresholds)
+    if csv:
+        _write(csv, cells_csv(found).encode())
+    if html:
+        _write(html, retention_html(_page_source(registry, found, verdicts)).encode())
+    if png:
+        _write(png, retention_png(found))
+    output.show(retention_page(found, verdicts), command="report", as_json=as_json)
+    check_verdicts(verdicts)
+
+
+def _page_source(registry: "Registry", report: "RetentionReport", verdicts: "list[Verdict]") -> PageSource:
+    """What the HTML page shows besides the report."""
+    from importlib.metadata import version
+
+    from ...registry.measure.report_details import read_details
+
+    manifests = dict(zip(report.columns, report.scores.manifests, strict=True))
+    return PageSource(
+        report=report,
+        verdicts=verdicts,
+        details=read_details(registry.store, manifests),
+        history={name: history_of(registry, name) for name in manifests},
+        base=registry.base_record,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=version("lorary"),
+    )
+
+
+def retention_page(report: "RetentionReport", verdicts: "list[Verdict]") -> Page:
+    """The report in a terminal."""
+    blocks: list[Block] = [
+        title("What is kept", faint("   bits per byte after each step, lower is better")),
+        heat_table(report.bits),
+    ]
+    if len(report.columns) > WIDE:
+        blocks.append(Words(line(faint("0 is a column's best score, 5 its worst")), in_pipes=False))
+    if report.accuracy:
+        blocks += [
+            title("Questions answered right", faint("   by likelihood, higher is better")),
+            heat_table(report.accuracy),
+        ]
+    blocks += [title("Domains"), domains_table(report)]
+    blocks += [questions_table(report.accuracy)] if report.accuracy else []
+    blocks += [title("Where texts go", faint("   held-out texts by the slot that takes most of them"))]
+    blocks += [confusion_table(report), title("Figures", faint("   " + SYMBOLS)), figures_table(report.figures)]
+    blocks += verdict_lines(verdicts)
+    hints = [f"Left out: {name}: {why}" for name, why in report.left_out.items()]
+    data = report.as_json() | {"gates": [verdict.as_json() for verdict in verdicts]}
+    return Page(data=data, blocks=tuple(blocks), hints=tuple(hints))
+
+
+def cells_csv(report: "RetentionReport") -> str:
+    """Every measured cell on a line, for spreadsheets and plots."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["step", "after", "domain", "metric", "value", "low", "high", "n"])
+    for metric, scores in (("bits_per_byte", report.bits), ("accuracy", report.accuracy)):
+        if scores is None:
+            continue
+        for i, step in enumerate(scores.matrix.steps):
+            for j, name in enumerate(scores.matrix.domains):
+                value, interval = scores.value(i, j), scores.intervals[i][j]
+                if value is not None and interval is not None:
+                    numbers = map(exact, (value, *interval))
+                    writer.writerow([i, step, name, metric, *numbers, scores.counts[name]])
+    return text.getvalue()
+
+
+def _check_place(path: Path) -> None:
+    """Passes if a file can be written there.
+
+    Raises:
+        InputError: Its folder is not there or may not be written to, or the path is a folder.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise InputError(f"{path} is a folder.", fix=f"name a file in it: {path / 'report.html'}")
+    if not folder.is_dir():
+        raise InputError(f"There is no folder {folder}.", fix=f"mkdir -p {shlex.quote(str(folder))}")
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{folder} may not be written to.", fix="name a file in a folder of your own")
+
+
+def _write(path: Path, data: bytes) -> None:
+    """A file the user asked for; a failure is theirs to fix."""
+    from ...registry.store.files import write_atomic
+
+    write_atomic(path.absolute(), data)

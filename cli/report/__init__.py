@@ -1,0 +1,1 @@
+"""The retention report as tables, HTML, and pictures."""

@@ -1,0 +1,171 @@
+"""How a retention report is shown in a terminal: heat maps, what became of each domain, figures with formulas."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..show import facts as of
+from ..show.charts import HEAT_LEVELS, heat
+from ..show.numbers import bits, exact, percent
+from ..show.page import Block, Cell, Span, Table, cell, faint, line, table, title
+
+if TYPE_CHECKING:
+    from ...registry.measure.report import Figure, Interval, RetentionReport, ScoreTable, Value
+    from ...registry.measure.thresholds import Verdict
+
+WIDE = 10  # columns from which a heat map shows levels instead of scores, for people
+
+
+def heat_table(scores: "ScoreTable") -> Table:
+    """The retention matrix: a row for each step, a column for each domain, dark where it is predicted best."""
+    matrix, is_wide = scores.matrix, len(scores.matrix.domains) > WIDE
+    names = [f"{j}" if is_wide else name for j, name in enumerate(matrix.domains)]
+    levels = [heat_levels(scores, j, levels=HEAT_LEVELS) for j in range(len(names))]
+    rows = []
+    for i, step in enumerate(matrix.steps):
+        cells = [_heat_cell(scores, i, j, levels[j][i], is_wide=is_wide) for j in range(len(names))]
+        rows.append([cell(show_step(i, step), step), *cells])
+    headings = ("STEP", *names)
+    return table(headings, rows, right=names, tight=headings)
+
+
+def heat_levels(scores: "ScoreTable", column: int, *, levels: int) -> list[int | None]:
+    """How far each step's score is from its column's best, 0 for the best; None where nothing was measured.
+
+    A column whose scores hardly differ has no dark cells: its colours span at least 5 % of its worst bits per byte, or
+    20 points of accuracy.
+    """
+    is_lower = scores.matrix.lower_is_better
+    values = [scores.value(i, column) for i in range(len(scores.matrix.steps))]
+    losses = [None if value is None else value if is_lower else -value for value in values]
+    known = [loss for loss in losses if loss is not None]
+    least = max(known) / 20 if is_lower else 0.2
+    return [None if loss is None else heat(loss, known, levels=levels, least=least) for loss in losses]
+
+
+def _heat_cell(scores: "ScoreTable", step: int, column: int, level: int | None, *, is_wide: bool) -> Cell:
+    value = scores.value(step, column)
+    if value is None:
+        return cell(faint(" · "), "")
+    text = str(level) if is_wide else bits(value) if scores.matrix.lower_is_better else percent(value)
+    return cell(Span(f" {text} ", f"heat{level}"), exact(value))
+
+
+def domains_table(report: "RetentionReport") -> Table:
+    """What became of each domain: when it was learned, and after the last step."""
+    figures = {figure.name: figure for figure in report.figures}
+    columns = ("DOMAIN", "BASE", "LEARNED", "NOW", "95 %", "KEPT", "ORACLE GAIN", "95 %")
+    rows = []
+    for j, name in enumerate(report.columns):
+        interval = report.bits.intervals[-1][j]
+        share = figures["oracle_share"].domains.get(name)
+        row = [
+            cell("general text" if j == 0 else name, name),
+            *(of.number(report.bits.value(i, j)) for i in (0, j + 1, len(report.steps) - 1)),
+            _interval(interval, "bits/byte"),
+            _shown(figures["retention"].domains.get(name), "share"),
+            _shown(share, "share"),
+            _interval(share and share.interval, "share"),
+        ]
+        rows.append(tuple(row))
+    numbers = frozenset(range(1, len(columns)))
+    # where it is narrow, the one heading of two words breaks before a number is cut
+    return Table(columns, tuple(rows), right=numbers, tight=numbers - {columns.index("ORACLE GAIN")})
+
+
+def questions_table(scores: "ScoreTable") -> Table:
+    """The share of each domain's questions that is answered right: by the base, and after the last step."""
+    last, rows = len(scores.matrix.steps) - 1, []
+    for j, name in enumerate(scores.matrix.domains):
+        before, after = scores.value(0, j), scores.value(last, j)
+        interval = _interval(scores.intervals[last][j], "share")
+        rows.append([cell(name), cell(percent(before), exact(before)), cell(percent(after), exact(after)), interval])
+    columns = ("QUESTIONS", "BASE", "NOW", "95 %")
+    return table(columns, rows, right=columns[1:], tight=columns)
+
+
+def figures_table(figures: Sequence["Figure"]) -> Table:
+    """Every figure of the whole, with its interval, formula and source."""
+    rows = []
+    for figure in figures:
+        origin = "" if figure.source == "this project" else f" ({figure.source})"
+        rows.append(
+            [
+                cell(figure.title, figure.name),
+                _shown(figure.whole, figure.unit),
+                _interval(figure.whole.interval, figure.unit),
+                cell(faint(figure.formula + origin), figure.formula + origin),
+            ]
+        )
+    return table(
+        ("FIGURE", "VALUE", "95 %", "FORMULA"), rows, right=("VALUE", "95 %"), tight=("FIGURE", "VALUE", "95 %")
+    )
+
+
+def confusion_table(report: "RetentionReport") -> Table:
+    """Texts by true domain and the slot that took most of them; only what is not zero."""
+    rows, right = [], report.figure("routing_accuracy").domains
+    for name in report.columns:
+        taken = sorted(report.confusion[name].items(), key=lambda item: -item[1])
+        parts = [Span(f"{slot} {count}", "good" if slot == name else "warn") for slot, count in taken]
+        spaced = [part for span in parts for part in (span, Span("   "))]
+        texts = cell(line(*spaced), " ".join(f"{slot}:{count}" for slot, count in taken))
+        rows.append([cell(name), _shown(right[name], "share"), texts])
+    return table(("TRUE DOMAIN", "RIGHT", "TEXTS BY SLOT"), rows, right=("RIGHT",), tight=("TRUE DOMAIN", "RIGHT"))
+
+
+def verdict_lines(verdicts: Sequence["Verdict"]) -> list[Block]:
+    """Which gates hold."""
+    rows = []
+    for verdict in verdicts:
+        failed = show_failed(verdict)
+        word = Span("holds", "good") if verdict.holds else Span("fails", "bad")
+        rows.append([cell(str(verdict.threshold)), cell(word), cell(str(verdict.checked)), cell(failed or "-", failed)])
+    return [title("Gates"), table(("GATE", "VERDICT", "CHECKED", "FAILED"), rows, right=("CHECKED",))] if rows else []
+
+
+def show_failed(verdict: "Verdict") -> str:
+    """The domains that fail a gate, with their values."""
+    return ", ".join(f"{name} {show_value(value, 'nats')}" for name, value in verdict.failed.items())
+
+
+def show_step(index: int, step: str) -> str:
+    """A step of the retention matrix; after the first, the bare base, each adds something."""
+    return step if index == 0 else f"+ {step}"
+
+
+def show_value(value: float | None, unit: str) -> str:
+    """A figure in its unit; small shares with two digits more."""
+    if value is None:
+        return "-"
+    if unit == "share":
+        return percent(value, digits=_digits(value))
+    return f"{value:g}" if unit == "count" else bits(value)
+
+
+def show_interval(interval: "Interval | None", unit: str) -> str:
+    """An interval in the unit of its figure, both bounds with the same number of digits.
+
+    >>> show_interval((-0.09, 0.0046), "share"), show_interval((-0.003, 0.0012), "share")
+    ('-9 to 0', '-0.30 to 0.12')
+    """
+    if interval is None:
+        return "-"
+    if unit == "share":
+        digits = min((_digits(bound) for bound in interval if bound), default=0)
+        low, high = (percent(bound, digits=digits).removesuffix(" %") for bound in interval)
+    else:
+        low, high = (show_value(bound, unit) for bound in interval)
+    return f"{low} to {high}" if "-" in low + high else f"{low}–{high}"
+
+
+def _digits(share: float) -> int:
+    return 2 if abs(share) < 0.02 and share else 0
+
+
+def _shown(value: "Value | None", unit: str) -> Cell:
+    number = None if value is None else value.value
+    return cell(show_value(number, unit), exact(number))
+
+
+def _interval(interval: "Interval | None", unit: str) -> Cell:
+    return cell(show_interval(interval, unit), " ".join(map(exact, interval or ())))

@@ -1,0 +1,208 @@
+"""What a stored version says of itself, in the words and charts that several commands share."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from ...domains.names import is_name
+from .charts import layers, sparkline
+from .numbers import bits, brief, duration, exact, percent, plural, short
+from .page import Cell, Line, Part, Span, Table, cell, faint, line, table
+
+if TYPE_CHECKING:
+    from ...domains.statistics.prototypes import Neighbour
+    from ...registry.store.manifest import PackManifest
+
+SCORES = ("BITS/BYTE", "BASE", "OWN EXPERTS", "ROUTED", "95 %", "ORACLE GAIN")  # the last: the share of it that is kept
+
+
+def reference(manifest: "PackManifest") -> str:
+    """`name@version`."""
+    return f"{manifest.name}@{manifest.version}"
+
+
+def parameters(manifest: "PackManifest") -> int:
+    """Numbers in all experts."""
+    return sum(expert.parameters for expert in manifest.experts)
+
+
+def expert_count(manifest: "PackManifest") -> int:
+    """Experts, counted once in each layer."""
+    return sum(manifest.allocation["counts"])
+
+
+def record(manifest: "PackManifest") -> dict[str, Any]:
+    """For --json, what every command that stores a version says of it."""
+    return {
+        "name": manifest.name,
+        "version": manifest.version,
+        "digest": manifest.digest,
+        "parameters": parameters(manifest),
+        "experts_per_layer": list(manifest.allocation["counts"]),
+    }
+
+
+def per_layer(counts: Iterable[int]) -> Cell:
+    """Numbers of all decoder layers, as small columns and as digits."""
+    numbers = list(counts)
+    digits = " ".join(map(str, numbers))
+    shown = line(Span(layers(numbers), "slot1"), *([f"   {digits}"] if len(numbers) <= 40 else []))
+    return cell(shown, digits)
+
+
+def experts(manifest: "PackManifest") -> Cell:
+    """How many there are, where, and of which form."""
+    counts, first = manifest.allocation["counts"], manifest.experts[0]
+    bearing = sum(1 for count in counts if count)
+    text = (
+        f"{plural(sum(counts), 'expert')} in {bearing} of {plural(len(counts), 'layer')}, "
+        f"rank {first.rank}, alpha {first.alpha:g}, {first.method}, {short(parameters(manifest))} parameters"
+    )
+    return cell(text)
+
+
+def scores(manifest: "PackManifest") -> Table:
+    """Bits per byte of its own held-out text and of general text."""
+    found = manifest.evaluation
+    own = score_row(manifest.name, found)
+    rows = [own]
+    if found.get("general_routed") is not None:
+        general = {"base": found.get("general_base"), "routed": found["general_routed"]}
+        rows.append(score_row("general text", general))
+    return score_table(rows)
+
+
+def score_table(rows: Iterable[Iterable[Cell | Part]]) -> Table:
+    """Scores of several texts; lower is better."""
+    return table(SCORES, rows, right=SCORES[1:], tight=SCORES)
+
+
+def score_row(name: str, found: dict[str, Any]) -> list[Cell]:
+    """One text of `score_table`, from a manifest's evaluation."""
+    share = found.get("share_of_oracle_gain")
+    return [
+        cell(name),
+        number(found.get("base")),
+        number(found.get("alone")),
+        cell(against(found.get("base"), found.get("routed")), exact(found.get("routed"))),
+        interval(found.get("interval")),
+        cell(percent(share), exact(share)),
+    ]
+
+
+def number(value: float | None) -> Cell:
+    """Bits per byte."""
+    return cell(bits(value), exact(value))
+
+
+def interval(bounds: Iterable[float] | None) -> Cell:
+    """A 95 % interval."""
+    values = list(bounds or [])
+    return cell("–".join(map(bits, values)) or "-", " ".join(map(exact, values)))
+
+
+def against(before: float | None, after: float | None) -> Line:
+    """A score in the colour of what became of it; lower is better."""
+    if before is None or after is None:
+        return line(bits(after))
+    is_worse = after > before * 1.005
+    return line(Span(bits(after), "bad" if is_worse else "good" if after < before * 0.995 else ""))
+
+
+def gain(manifest: "PackManifest") -> float | None:
+    """By what share routing lowers the bits per byte of the base."""
+    return lowered(manifest.evaluation.get("base"), manifest.evaluation.get("routed"))
+
+
+def lowered(before: float | None, after: float | None) -> float | None:
+    """By what share the second score is below the first."""
+    return (before - after) / before if before and after is not None else None
+
+
+def loss(manifest: "PackManifest") -> Cell | None:
+    """The course of the training loss."""
+    losses = manifest.train.get("losses") or []
+    if not losses:
+        return None
+    shown = line(f"{losses[0]:.3f} ", Span(sparkline(losses), "slot1"), f" {losses[-1]:.3f}")
+    return cell(shown, " ".join(map(str, losses)))
+
+
+def training(manifest: "PackManifest") -> Cell:
+    """Steps, tokens and seconds; or where it was imported from."""
+    train = manifest.train
+    if "imported" in train:
+        return imported(train["imported"])
+    settings = train.get("settings", {})
+    parts = [plural(train.get("steps", 0), "step"), f"{short(train.get('tokens', 0))} tokens"]
+    parts += [duration(train["seconds"])] if "seconds" in train else []
+    parts += [f"learning rate {settings['learning_rate']:.3g}, seed {settings['seed']}"] if settings else []
+    return cell(", ".join(parts))
+
+
+def imported(record: dict[str, Any]) -> Cell:
+    """Where an adapter was trained, as far as its files tell."""
+    commit = f" at {record['commit'][:12]}" if record["commit"] else ""
+    digests = [digest for _, digest in sorted(record["files"].items())]
+    text = f"none here, imported from {record['from']}{commit}: "
+    return cell(line(text, faint(", ".join(map(brief, digests)))), text + ", ".join(digests))
+
+
+def data(manifest: "PackManifest") -> Cell | None:
+    """Which data it learned from."""
+    found = manifest.train.get("data")
+    if not found:
+        return None
+    names = ", ".join(found["files"])
+    return cell(f"{names}: {plural(found['rows'], 'row')}, {found['held_out']} held out, {brief(found['digest'])}")
+
+
+def proof(manifest: "PackManifest") -> Cell | None:
+    """What stayed frozen while it was trained."""
+    frozen = manifest.proof.get("frozen")
+    if not frozen or not manifest.proof.get("unchanged"):
+        return None
+    packs = frozen["packs"]
+    parts = [f"base {brief(frozen['base'])}", *(f"{name} {brief(digest)}" for name, digest in packs.items())]
+    counted = f"{plural(frozen['tensors'], 'tensor')} and {plural(len(packs), 'pack')} unchanged"
+    plain = [f"base {frozen['base']}", *(f"{name} {digest}" for name, digest in packs.items())]
+    return cell(line(Span(counted, "good"), faint(", " + ", ".join(parts))), ", ".join([counted, *plain]))
+
+
+def base(manifest: "PackManifest") -> Cell:
+    """Which base model it needs."""
+    found = manifest.base
+    name = found.id + (f" at {found.revision[:12]}" if found.revision else "")
+    kind = found.architecture.split()[0]
+    shown = line(f"{name}, {kind}, {found.dtype}, ", faint(brief(found.weights)))
+    return cell(shown, f"{name}, {kind}, {found.dtype}, {found.weights}")
+
+
+def drift(manifest: "PackManifest") -> Cell | None:
+    """How the routing of older domains changed."""
+    found = manifest.proof.get("drift")
+    if not found or not found["domains"]:
+        return None
+    from ...registry.store.manifest import DRIFT_EPSILON
+
+    flips, share = found["top1_flips"], found["newcomer_share"]
+    compared = f"{plural(found['domains'], 'older domain')} compared: mean KL {found['mean_kl']:z.4f} nats, "
+    taken = f"the newcomer takes at most {percent(share, digits=1)}"
+    taken += f", more than {percent(DRIFT_EPSILON)}" if share > DRIFT_EPSILON else ""
+    flipped = Span(f"{flips or 'none'} routed elsewhere now", "warn" if flips else "good")
+    return cell(line(compared, Span(taken, "warn") if share > DRIFT_EPSILON else taken, ", ", flipped))
+
+
+def neighbours(found: "Iterable[Neighbour]") -> Cell | None:
+    """The stored domains that are most like it."""
+    nearest = [f"{near.name} {near.similarity:.2f}" for near in list(found)[:5] if is_name(near.name)]
+    return cell(", ".join(nearest)) if nearest else None
+
+
+def neighbour_record(near: "Neighbour") -> dict[str, Any]:
+    """One of them for --json."""
+    return {"name": near.name, "similarity": round(near.similarity, 5)}
+
+
+def day(time: str) -> Cell:
+    """A time as a person reads it."""
+    return cell(time[:10], time)

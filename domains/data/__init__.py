@@ -1,0 +1,1 @@
+"""Read, check, split, and tokenize a domain's data."""

@@ -1,0 +1,64 @@
+"""Rows of Parquet files and of data sets on the Hugging Face Hub, through the optional package `datasets`.
+
+Both are read as streams: nothing is downloaded that is not read.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError, NotFoundError, RemoteError
+from .rows import Row
+from .spec import HubData
+
+
+def read_parquet(path: Path) -> Iterator[Row]:
+    """The rows of a Parquet file, numbered from 1.
+
+    Raises:
+        InputError: `datasets` is not installed, or the file is not Parquet.
+    """
+    datasets = _datasets(f"{path} is a Parquet file")
+    try:
+        table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        yield from _rows(table, {})
+    except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
+        raise InputError(f"{path} cannot be read as Parquet.", cause=str(error)) from error
+
+
+def read_hub(data: HubData) -> Iterator[Row]:
+    """The rows of a Hub data set, numbered from 1, with its columns under our keys.
+
+    Raises:
+        NotFoundError: There is no such data set.
+        InputError: `datasets` is not installed, or the data set has no such config, split or column.
+        RemoteError: The Hub cannot be reached.
+    """
+    datasets = _datasets(f"{data} is a data set of the Hub")
+    try:
+        table = datasets.load_dataset(data.id, data.config, split=data.split, streaming=True)
+        yield from _rows(table, dict(data.columns))
+    except FileNotFoundError as error:
+        raise NotFoundError(f"There is no data set {data.id!r} on the Hub.", cause=str(error)) from error
+    except OSError as error:  # connection errors, and huggingface_hub's HfHubHTTPError
+        raise RemoteError(f"{data} cannot be read from the Hub.", cause=str(error)) from error
+    except ValueError as error:
+        raise InputError(
+            f"{data} cannot be read.", cause=str(error), fix="check config and split on its page"
+        ) from error
+
+
+def _rows(table: Iterable[dict[str, Any]], columns: dict[str, str]) -> Iterator[Row]:
+    for number, row in enumerate(table, start=1):
+        if missing := sorted(set(columns.values()) - row.keys()):
+            raise InputError(f"The data set has no column {missing[0]!r}.", cause=f"its columns: {', '.join(row)}")
+        yield Row(number, {key: row[column] for key, column in columns.items()} if columns else row)
+
+
+def _datasets(why: str) -> Any:
+    try:
+        import datasets  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        fix = "pip install 'lorary[data]'"
+        raise InputError(f"{why}, and the package 'datasets' is not installed.", fix=fix) from error
+    return datasets

@@ -1,0 +1,1 @@
+"""Additive statistics, prototypes, and confidence intervals of a domain's text."""

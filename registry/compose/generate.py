@@ -1,0 +1,106 @@
+"""Answers from a composed model, with the route that each token took."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...adapters.layer.attach import Routing, routing_of
+from ...domains.base_model import most_positions
+from ...domains.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """A continuation of a prompt."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    slots: tuple[str, ...]
+    route: dict[str, float]  # mean slot gate over the new tokens
+    tokens: tuple[tuple[str, tuple[float, ...]], ...]  # every token, prompt included, with its slot gates
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+) -> Answer:
+    """Continues a prompt.
+
+    Args:
+        model: A composed model.
+        tokenizer: Its base's tokenizer.
+        prompt: Plain text.
+        max_new_tokens: At most so many tokens are written.
+        temperature: 0 takes the likeliest token; above, samples.
+        seed: For sampling.
+        chat: Put the prompt through the tokenizer's chat template as a user's turn.
+
+    Raises:
+        InputError: The prompt is empty of tokens, too long, or the tokenizer has no chat template.
+    """
+    text = _chat_text(tokenizer, prompt) if chat else prompt
+    inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(next(model.parameters()).device)
+    length = inputs["input_ids"].shape[1]
+    longest = most_positions(model)
+    if length == 0:
+        raise InputError("The prompt has no tokens.", fix="give some text")
+    if longest is not None and length + max_new_tokens > longest:
+        raise InputError(
+            "The prompt is too long.",
+            cause=f"{length} tokens and {max_new_tokens} new ones, the base model reads {longest}",
+            fix="shorten it, or lower --max-new-tokens",
+        )
+    routing = routing_of(model)
+    generator: Any = model
+    routing.trace = []
+    try:
+        with routing.reading_prompts(length), torch.random.fork_rng():
+            torch.manual_seed(seed)
+            output = generator.generate(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                max_new_tokens=max_new_tokens,
+                do_sample=temperature > 0,
+                temperature=temperature if temperature > 0 else None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            )[0]
+        gates = torch.cat(routing.trace, dim=1)[0] if routing.trace else _constant_gates(routing, len(output) - 1)
+    finally:
+        routing.trace = None
+    new = output[length:]
+    names = routing.stack.names
+    mean = gates[length - 1 :].mean(0).tolist()
+    # the last token was written but not read, so its gates are those under which it was written
+    gates = torch.cat([gates, gates[-1:].expand(len(output) - len(gates), -1)])
+    pieces = [str(tokenizer.decode([token])) for token in output[: len(gates)].tolist()]
+    return Answer(
+        text=str(tokenizer.decode(new, skip_special_tokens=True)),
+        prompt_tokens=length,
+        new_tokens=len(new),
+        slots=names,
+        route=dict(zip(names, mean, strict=True)),
+        tokens=tuple((piece, tuple(gate)) for piece, gate in zip(pieces, gates.tolist(), strict=True)),
+    )
+
+
+def _constant_gates(routing: Routing, tokens: int) -> torch.Tensor:
+    """The slot gates of a merged composition, which runs no router: the same for every token."""
+    assert routing.fixed is not None
+    return routing.fixed.expand(tokens, -1)
+
+
+def _chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    if not tokenizer.chat_template:
+        raise InputError("The tokenizer of the base model has no chat template.", fix="leave out --chat")
+    turn = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))

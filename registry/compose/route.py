@@ -1,0 +1,68 @@
+"""Where a text would go: its slot gates, and the stored domains that its features are nearest to."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ...adapters.composition import GENERAL
+from ...adapters.layer.attach import routing_of
+from ...domains.base_model import hidden_states_at, most_positions
+from ...domains.errors import InputError
+from ...domains.statistics.prototypes import PrototypeIndex
+from ...domains.statistics.statistics import causal_means, feature_projection, hidden_features
+from ..base.load import LoadedBase
+from ..pack.pack import DomainPack
+from .build import compose_packs
+from .plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouteReport:
+    """How a text is routed."""
+
+    gates: dict[str, float]  # slot gates after the whole text, largest first
+    margin: float  # largest minus second largest
+    taken_by: str  # the slot with the largest gate; general means that the base and KP answer
+    tokens: int
+    similarity: dict[str, float]  # cosine of the text's features to each domain's nearest prototype
+
+
+@torch.inference_mode()
+def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str) -> RouteReport:
+    """Routes a text in a composition of these packs, one for each slot.
+
+    Raises:
+        InputError: The text has no tokens, or the composition is static.
+    """
+    if plan.static:
+        raise InputError("A static composition does not route.", fix="leave out --static")
+    model = compose_packs(plan, packs, base)
+    ids = base.tokenizer(text, return_tensors="pt")["input_ids"][:, : most_positions(base.model)].to(base.model.device)
+    if ids.shape[1] == 0 or not text.strip():
+        raise InputError("The text is empty.", fix='registry route "some text"')
+    mask = torch.ones_like(ids)
+    model(input_ids=ids, attention_mask=mask, use_cache=False)
+    gate = routing_of(model).slot_gate
+    assert gate is not None
+    by_slot = dict(zip((slot.name for slot in plan.slots), gate[0, -1].tolist(), strict=True))
+    ordered = dict(sorted(by_slot.items(), key=lambda item: -item[1]))
+    values = list(ordered.values())
+    return RouteReport(
+        gates=ordered,
+        margin=values[0] - values[1] if len(values) > 1 else 1.0,
+        taken_by=next(iter(ordered)),
+        tokens=ids.shape[1],
+        similarity=_similarity(plan, packs, base, ids),
+    )
+
+
+def _similarity(plan: Plan, packs: list[DomainPack], base: LoadedBase, ids: torch.Tensor) -> dict[str, float]:
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    hidden = hidden_states_at(base.model, base.anatomy, packs[0].feature_layer, input_ids=ids)
+    features = hidden_features(hidden.cpu(), feature_projection(base.anatomy.width))
+    mean = causal_means(features, mask.cpu())[:, -1]
+    centre = packs[0].statistics.feature_mean
+    names = [slot.name for slot in plan.slots]
+    domains = [(name, pack.prototypes) for name, pack in zip(names, packs, strict=True) if name != GENERAL]
+    index = PrototypeIndex([name for name, _ in domains], [vectors for _, vectors in domains])
+    return {n.name: n.similarity for n in index.neighbours(mean - centre.float())}

@@ -1,0 +1,1 @@
+"""Packs on the Hugging Face Hub: push, pull, search, and model cards."""

@@ -1,0 +1,1 @@
+"""Import PEFT adapters; export to PEFT, vLLM, and transformers."""

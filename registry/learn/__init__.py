@@ -1,0 +1,1 @@
+"""Training runs: the KP bank, new domains, and retrained versions, each with a frozen proof."""

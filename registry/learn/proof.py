@@ -1,0 +1,107 @@
+"""The frozen proof: digests of everything that must not change, taken before and after training and compared.
+
+What is proved frozen: every tensor of the base model and every older expert and gate in the model that trains, by
+hashing them before and after; and all stored versions: each manifest's content digest is the same before and after, and
+each file that it names has the bytes of its digest. A file is hashed unless it was hashed since it was last written to
+(see verified.py).
+"""
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...domains.errors import IntegrityError
+from ..store.hashed_files import check_files
+from ..store.store import Store
+
+
+@dataclass(frozen=True)
+class FrozenDigests:
+    """What was frozen, as digests."""
+
+    base: str  # of all tensors of the base model
+    attached: str  # of all frozen expert tensors and gates in the composed model
+    packs: dict[str, str]  # content digest of each stored version, its files verified
+    tensors: int  # how many tensors the first two cover
+
+
+def frozen_digests(base: PreTrainedModel, composed: PreTrainedModel, store: Store) -> FrozenDigests:
+    """Digests of the base, of what is attached and frozen, and of the stored packs.
+
+    Raises:
+        IntegrityError: A stored file differs from its digest.
+    """
+    base_tensors = dict(base.state_dict(keep_vars=True))
+    own = {tensor.data_ptr() for tensor in base_tensors.values()}
+    trainable = {id(p) for p in trainable_parameters(composed)}
+    attached = {
+        name: tensor
+        for name, tensor in [*composed.named_parameters(), *composed.named_buffers()]
+        if id(tensor) not in trainable and tensor.data_ptr() not in own
+    }
+    manifests = [manifest for name in store.domains(removed=True) for manifest in store.history(name)]
+    check_files(store, manifests)
+    return FrozenDigests(
+        digest_of_tensors(base_tensors.items()),
+        digest_of_tensors(attached.items()),
+        {f"{manifest.name}@{manifest.version}": manifest.digest for manifest in manifests},
+        len(base_tensors) + len(attached),
+    )
+
+
+def trainable_parameters(composed: PreTrainedModel) -> list[Tensor]:
+    """The new bank's parameters: the only ones that may be trained."""
+    names = ("new_A", "new_B", "new_expert_gate", "new_rank_gate")
+    return [p for name, p in composed.named_parameters() if name.rpartition(".")[2] in names]
+
+
+def check_only_new_is_trainable(composed: PreTrainedModel) -> None:
+    """Refuses a model in which anything but the new bank would be trained.
+
+    Raises:
+        IntegrityError: Names the first parameter that must be frozen and is not.
+    """
+    allowed = {id(p) for p in trainable_parameters(composed)}
+    for name, tensor in [*composed.named_parameters(), *composed.named_buffers()]:
+        if tensor.requires_grad and id(tensor) not in allowed:
+            raise IntegrityError(
+                "A frozen tensor is set to be trained.",
+                cause=f"{name} requires a gradient, only the new bank may",
+                fix="nothing was stored; report this with the traceback of LORARY_DEBUG=1",
+            )
+
+
+def prove(before: FrozenDigests, after: FrozenDigests) -> dict[str, object]:
+    """The proof, as it is stored in the manifest.
+
+    Raises:
+        IntegrityError: Something that must be frozen has changed; names it, with both digests.
+    """
+    for part in ("base", "attached"):
+        _compare(f"tensors of the {part} model", getattr(before, part), getattr(after, part))
+    for name, digest in before.packs.items():
+        _compare(f"pack {name}", digest, after.packs.get(name, "missing"))
+    return {"frozen": asdict(before), "unchanged": True}
+
+
+def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over names, types, shapes and bytes, in the order of the names."""
+    total = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda item: item[0]):
+        plain = tensor.detach().cpu().contiguous()
+        total.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
+        total.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return f"sha256:{total.hexdigest()}"
+
+
+def _compare(what: str, before: str, after: str) -> None:
+    if before != after:
+        raise IntegrityError(
+            f"Training changed the {what}, which must stay frozen.",
+            cause=f"before {before}, after {after}",
+            fix="nothing was stored; report this with the traceback of LORARY_DEBUG=1",
+        )

@@ -1,0 +1,1 @@
+"""Diagnose an installation, verify a store, and compare versions."""

@@ -1,0 +1,151 @@
+"""What is different between two stored versions: experts, updates, statistics, scores, files.
+
+The size of what experts do in a layer is the Frobenius norm of their update of all target modules under constant gates,
+dW = B diag(scale * gate) A. It is computed on the ranks, never on dW itself:
+
+    |B A|^2 = sum over ranks i, j of (B^T B)[i, j] (A A^T)[i, j]        so |dW_b - dW_a|: [B_b, -B_a] and [A_b; A_a]
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...adapters.bank import ExpertBank
+from ..pack.pack import DomainPack, read_pack
+from ..store.manifest import PackManifest, check_same_base
+from ..store.store import Store
+
+SCORES = ("base", "alone", "routed", "general_base", "general_routed")
+
+Pair = tuple[Tensor, Tensor]  # A (rank, d_in) and B (d_out, rank) with scale and gate folded in
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDifference:
+    """One decoder layer in both versions."""
+
+    layer: int
+    experts: tuple[int, int]
+    ranks: tuple[int, int]
+    norms: tuple[float, float]  # of the update
+    change: float  # norm of the difference of the updates
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """Two versions, in the order in which they were named."""
+
+    versions: tuple[PackManifest, PackManifest]
+    layers: tuple[LayerDifference, ...]
+    statistics: dict[str, tuple[float, float]]
+    feature_cosine: float  # of the mean features: how like the texts are
+    scores: dict[str, tuple[float | None, float | None]]  # bits per byte
+    files: dict[str, str]  # path to: same, changed, added, removed
+
+    def as_json(self) -> dict[str, Any]:
+        """For --json."""
+        before, after = self.versions
+        return {
+            "versions": [
+                {"name": m.name, "version": m.version, "digest": m.digest, "experts": [asdict(e) for e in m.experts]}
+                for m in (before, after)
+            ],
+            "layers": [asdict(layer) for layer in self.layers],
+            "statistics": self.statistics,
+            "feature_cosine": self.feature_cosine,
+            "scores": self.scores,
+            "files": self.files,
+        }
+
+
+def compare_versions(store: Store, before: PackManifest, after: PackManifest) -> Difference:
+    """Reads both packs and compares them.
+
+    Raises:
+        IncompatibleError: They belong to different base models.
+        IntegrityError: A file differs from its digest.
+    """
+    what = f"{after.name}@{after.version}"
+    check_same_base(wanted=after.base, found=before.base, what=what)
+    packs = read_pack(store, before), read_pack(store, after)
+    means = [pack.statistics.feature_mean for pack in packs]
+    return Difference(
+        versions=(before, after),
+        layers=_layers(packs[0].bank, packs[1].bank),
+        statistics=_statistics(*packs),
+        feature_cosine=round(F.cosine_similarity(means[0], means[1], dim=0).item(), 6),
+        scores=_scores(before, after),
+        files=_files(before, after),
+    )
+
+
+def _layers(before: ExpertBank, after: ExpertBank) -> tuple[LayerDifference, ...]:
+    found = []
+    for index in sorted(before.layers.keys() | after.layers.keys()):
+        layers = [bank.layers.get(index) for bank in (before, after)]
+        old, new = _pairs(before, index), _pairs(after, index)
+        found.append(
+            LayerDifference(
+                layer=index,
+                experts=tuple(len(layer.experts) if layer else 0 for layer in layers),  # type: ignore[arg-type]
+                ranks=tuple(layer.rank if layer else 0 for layer in layers),  # type: ignore[arg-type]
+                norms=(_norm([old]), _norm([new])),
+                change=_norm([new, {target: (A, -B) for target, (A, B) in old.items()}]),
+            )
+        )
+    return tuple(found)
+
+
+def _pairs(bank: ExpertBank, index: int) -> dict[str, Pair]:
+    if index not in bank.layers:
+        return {}
+    layer = bank.layers[index]
+    factor = (layer.scales() * layer.static_gate()).double()
+    return {target: (layer.A[target].double(), layer.B[target].double() * factor) for target in layer.A}
+
+
+def _norm(parts: Sequence[dict[str, Pair]]) -> float:
+    """Of the sum of the parts' updates, over all target modules."""
+    total = 0.0
+    for target in dict.fromkeys(target for part in parts for target in part):
+        pairs = [part[target] for part in parts if target in part]
+        A, B = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs], dim=1)
+        total += ((B.T @ B) * (A @ A.T)).sum().item()
+    return round(max(total, 0.0) ** 0.5, 6)  # rounding errors may be below zero
+
+
+def _statistics(before: DomainPack, after: DomainPack) -> dict[str, tuple[float, float]]:
+    counts = [
+        {
+            "tokens": int(pack.statistics.token_counts.sum()),
+            "different tokens": int((pack.statistics.token_counts > 0).sum()),
+            "feature rows": int(pack.statistics.rows),
+            "prototypes": len(pack.prototypes),
+        }
+        for pack in (before, after)
+    ]
+    return {name: (counts[0][name], counts[1][name]) for name in counts[0]}
+
+
+def _scores(before: PackManifest, after: PackManifest) -> dict[str, tuple[float | None, float | None]]:
+    """Each version on its own held-out text; a version and its parent also on the same, the parent's."""
+    scores = {name: (before.evaluation.get(name), after.evaluation.get(name)) for name in SCORES}
+    gate = after.evaluation.get("gate")
+    if gate and (after.name, after.parent) == (before.name, before.version):
+        scores = {"gate": (gate["parent"], gate["new"])} | scores
+    return scores
+
+
+def _files(before: PackManifest, after: PackManifest) -> dict[str, str]:
+    old, new = ({file.path: file.sha256 for file in manifest.files} for manifest in (before, after))
+    return {path: _state(old.get(path), new.get(path)) for path in sorted(old.keys() | new.keys())}
+
+
+def _state(old: str | None, new: str | None) -> str:
+    if old is None or new is None:
+        return "added" if old is None else "removed"
+    return "same" if old == new else "changed"

@@ -1,0 +1,227 @@
+"""Scores of stored domains: bits per byte under the base, under a domain's own experts alone, and under routing.
+
+    share of oracle gain = (base - routed) / (base - own experts alone)
+
+Own experts alone means slot gate 1 for the domain and 0 for everything else: the choice of an oracle that knows each
+text's domain. A share of 1 means that routing loses nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ...adapters.composition import GENERAL
+from ...adapters.layer.attach import attach, fixed_slots, routing_of
+from ...adapters.layer.stack import Stack
+from ...domains.data.blocks import encode
+from ...domains.data.corpus import Source, first_within
+from ...domains.data.example import Example
+from ...domains.errors import InputError
+from ...domains.progress import OnProgress, Progress
+from ...domains.scoring.choices import ChoiceScore, score_choices
+from ...domains.scoring.language import LanguageScore, confidence_interval, score_language
+from ...domains.statistics.intervals import percentile_interval, ratio_draws
+from ..base.load import LoadedBase
+from ..compose.build import build_router
+from ..compose.plan import Plan, prior_shares
+from ..pack.pack import DomainPack
+from ..store.store import Store
+from .held_out import MOST_BYTES, measured_on
+
+ROUTED_TOKENS = 256  # of each text, for routing accuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainScores:
+    """How one domain's held-out text is predicted; bits per byte, lower is better."""
+
+    base: float
+    alone: float  # own experts only
+    routed: float
+    interval: tuple[float, float]  # 95 %, of routed
+    bytes: int
+    general_base: float | None = None  # the bundled general text
+    general_routed: float | None = None
+    routed_right: float | None = None  # share of positions whose largest slot gate is the domain's
+    share_interval: tuple[float, float] | None = None  # 95 %, of the share of the oracle's gain
+    accuracy: dict[str, Any] = field(default_factory=dict)  # questions, if there are any
+
+    @property
+    def share_of_oracle_gain(self) -> float:
+        """(base - routed) / (base - alone); nan if the own experts gain nothing."""
+        gain = self.base - self.alone
+        return (self.base - self.routed) / gain if gain > 0 else float("nan")
+
+    def as_json(self) -> dict[str, Any]:
+        """Rounded for a manifest."""
+        values = {k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        share = self.share_of_oracle_gain
+        return values | {
+            "interval": [round(bound, 5) for bound in self.interval],
+            "share_interval": self.share_interval and [round(bound, 4) for bound in self.share_interval],
+            "metric": "bits per byte",
+            "share_of_oracle_gain": round(share, 4) if share == share else None,
+        }
+
+
+def score_preservation(
+    base: LoadedBase, pack: DomainPack, held_out: Sequence[Example], *, on_progress: OnProgress
+) -> DomainScores:
+    """General text under the base and under KP, which is the only slot."""
+    composed = attach(base.model, Stack(names=(GENERAL,), banks=(pack.bank,)), router=None, fixed=torch.ones(1))
+    before = _language(base.model, base, held_out, "the base", on_progress)
+    after = _language(composed, base, held_out, "KP", on_progress)
+    return DomainScores(
+        base=before.bits_per_byte,
+        alone=after.bits_per_byte,
+        routed=after.bits_per_byte,
+        interval=confidence_interval(after),
+        bytes=after.bytes,
+    )
+
+
+def score_new_domain(
+    base: LoadedBase,
+    preservation: DomainPack,
+    pack: DomainPack,
+    name: str,
+    held_out: Sequence[Example],
+    general: Sequence[Example],
+    *,
+    on_progress: OnProgress,
+) -> DomainScores:
+    """A new domain in the composition of KP and itself."""
+    composed = with_preservation(base, preservation, pack, name)
+    scores = score_in_composition(composed, base, name, held_out, on_progress=on_progress)
+    general_base = _language(base.model, base, general, "general text", on_progress)
+    general_routed = _language(composed, base, general, "general text, routed", on_progress)
+    return replace(scores, general_base=general_base.bits_per_byte, general_routed=general_routed.bits_per_byte)
+
+
+def with_preservation(base: LoadedBase, preservation: DomainPack, pack: DomainPack, name: str) -> PreTrainedModel:
+    """The routed composition of KP and one domain, from packs in memory."""
+    shares = torch.tensor(list(prior_shares({GENERAL: None, name: None}).values()))
+    router = build_router([preservation, pack], shares, width=base.anatomy.width)
+    return attach(base.model, Stack(names=(GENERAL, name), banks=(preservation.bank, pack.bank)), router=router)
+
+
+def score_in_composition(
+    composed: PreTrainedModel,
+    base: LoadedBase,
+    name: str,
+    held_out: Sequence[Example],
+    *,
+    questions: Sequence[Example] = (),
+    on_progress: OnProgress,
+) -> DomainScores:
+    """One domain's held-out text under the base, its own experts, and the composition's routing."""
+    before = _language(base.model, base, held_out, f"{name}, base", on_progress)
+    accuracy: dict[str, Any] = {}
+    if questions:
+        accuracy["base"] = _answers(base.model, base, questions, f"{name}, base", on_progress)
+        accuracy["routed"] = _answers(composed, base, questions, f"{name}, routed", on_progress)
+    with fixed_slots(composed, {name: 1.0}):
+        alone = _language(composed, base, held_out, f"{name}, own experts", on_progress)
+        if questions:
+            accuracy["alone"] = _answers(composed, base, questions, f"{name}, own experts", on_progress)
+    routed = _language(composed, base, held_out, f"{name}, routed", on_progress)
+    return DomainScores(
+        base=before.bits_per_byte,
+        alone=alone.bits_per_byte,
+        routed=routed.bits_per_byte,
+        interval=confidence_interval(routed),
+        bytes=routed.bytes,
+        share_interval=_share_interval(before, alone, routed),
+        routed_right=routed_right(composed, base, name, first_within(held_out, MOST_BYTES)),
+        accuracy=accuracy,
+    )
+
+
+@torch.inference_mode()
+def routed_right(composed: PreTrainedModel, base: LoadedBase, name: str, examples: Sequence[Example]) -> float | None:
+    """The share of positions, in the first tokens of each text, whose largest slot gate is this domain's."""
+    routing = routing_of(composed)
+    if routing.router is None or name not in routing.stack.names:
+        return None
+    right = total = 0
+    for example in examples:
+        ids = torch.tensor([encode(example, base.tokenizer)[0][:ROUTED_TOKENS]], device=base.model.device)
+        composed(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        assert routing.slot_gate is not None
+        right += int((routing.slot_gate.argmax(-1) == routing.stack.names.index(name)).sum())
+        total += ids.shape[1]
+    return right / total
+
+
+def _language(
+    model: PreTrainedModel, base: LoadedBase, examples: Sequence[Example], what: str, on_progress: OnProgress
+) -> LanguageScore:
+    return score_language(
+        model,
+        base.tokenizer,
+        examples,
+        max_bytes=MOST_BYTES,
+        on_progress=lambda done, total: on_progress(Progress(f"scoring {what}", done, total)),
+    )
+
+
+def _answers(
+    model: PreTrainedModel, base: LoadedBase, questions: Sequence[Example], what: str, on_progress: OnProgress
+) -> dict[str, Any]:
+    score: ChoiceScore = score_choices(
+        model,
+        base.tokenizer,
+        questions,
+        on_progress=lambda done, total: on_progress(Progress(f"asking {what}", done, total)),
+    )
+    return {
+        "accuracy": round(score.accuracy, 4),
+        "correct": score.correct,
+        "total": score.total,
+        "interval": [round(bound, 4) for bound in score.interval],
+    }
+
+
+def _share_interval(before: LanguageScore, alone: LanguageScore, routed: LanguageScore) -> tuple[float, float] | None:
+    """The 95 % interval of the share of the oracle's gain, by the paired bootstrap over texts."""
+    nats = [score.text_nats for score in (before, alone, routed)]
+    base, own, ours = ratio_draws(nats, before.text_bytes).T
+    has_gain = base > own
+    return percentile_interval((base - ours)[has_gain] / (base - own)[has_gain])
+
+
+def evaluate_composition(
+    store: Store,
+    plan: Plan,
+    model: PreTrainedModel,
+    base: LoadedBase,
+    *,
+    data: Sequence[Source],
+    with_questions: bool,
+    on_progress: OnProgress,
+) -> dict[str, DomainScores]:
+    """Scores of every slot of a composition, KP's included.
+
+    Raises:
+        InputError: `data` was given for a composition of several domains, or held-out text is not to be had.
+    """
+    names = [slot.name for slot in plan.slots]
+    domains = [name for name in names if name != GENERAL] or [GENERAL]
+    if data and len(domains) != 1:
+        raise InputError(
+            "--data is the held-out text of one domain.",
+            cause=f"the composition has {len(domains)}: {', '.join(domains)}",
+            fix=f"registry evaluate {domains[0]} --data FILE",
+        )
+    scores = {}
+    for slot in plan.slots:
+        if data and slot.name not in domains:
+            continue
+        found = measured_on(store, slot.manifest, data=data, max_bytes=MOST_BYTES, with_questions=with_questions)
+        scores[slot.name] = score_in_composition(
+            model, base, slot.name, found.texts, questions=found.questions, on_progress=on_progress
+        )
+    return scores

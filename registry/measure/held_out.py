@@ -1,0 +1,243 @@
+"""A domain's text: read, checked and split when a version is learned; the held-out part found again later.
+
+Nothing heavy is imported here, so that a command can refuse a name or a row before torch is loaded.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...adapters.composition import GENERAL
+from ...domains.data.catalog import builtin_domains, find_domain
+from ...domains.data.corpus import (
+    Source,
+    check_corpus,
+    corpus_counts,
+    corpus_digest,
+    first_within,
+    read_examples,
+    split,
+)
+from ...domains.data.example import Example
+from ...domains.data.spec import DomainSpec
+from ...domains.errors import ConflictError, InputError, LoraryError
+from ...domains.names import check_name
+from ...domains.scoring.questions import find_labels, find_questions
+from ..store.digest import sha256_of
+from ..store.manifest import PackManifest
+from ..store.store import Store
+
+HELD_OUT = 0.15  # share of the rows that is never trained on
+FRESH = "fresh"  # the mode of retraining that takes nothing from the parent
+UNKNOWN_LICENSE = "unknown"
+MOST_BYTES = 120_000  # of held-out text that is scored
+MOST_QUESTIONS = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainData:
+    """The examples of a domain, split, with what the manifest says of them."""
+
+    train: list[Example]
+    held_out: list[Example]
+    record: dict[str, Any]
+    sources: list[str]  # where it was read, for this machine only
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """What a domain is measured on."""
+
+    name: str
+    texts: tuple[Example, ...]
+    questions: tuple[Example, ...] = ()
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the content in this order."""
+        parts = [b"".join(example.digest() for example in part) for part in (self.texts, self.questions)]
+        return sha256_of(b"".join(sha256_of(part).encode() for part in parts))
+
+
+def check_new_name(store: Store, name: str) -> None:
+    """Refuses a name under which no domain can be added.
+
+    Raises:
+        InputError: It breaks the grammar, or is KP's.
+        ConflictError: The domain exists.
+    """
+    check_name(name)
+    if name == GENERAL:
+        raise InputError("'general' is the KP slot; init trains it.", fix="choose another name for the domain")
+    if store.versions(name):
+        raise ConflictError(
+            f"There is a domain named {name!r} already.",
+            cause=f"its versions: {', '.join(map(str, store.versions(name)))}",
+            fix=f"look at it with: registry show {name}; or choose another name",
+        )
+
+
+def spec_of(name: str, data: Sequence[Source]) -> DomainSpec:
+    """What is known of a domain: the built-in spec, or what can be said of one whose data the user brings.
+
+    The licence of a built-in domain is that of its bundled corpus; that of the user's data nobody told.
+
+    Raises:
+        NotFoundError: No data was given and no built-in domain has this name.
+    """
+    if not data:
+        return find_domain(name)
+    own = DomainSpec(name=name, description=f"{name}, from the user's own data", license=UNKNOWN_LICENSE)
+    return replace(builtin_domains().get(name, own), license=UNKNOWN_LICENSE)
+
+
+def read_domain_data(spec: DomainSpec, data: Sequence[Source]) -> DomainData:
+    """The examples of a domain, from the user's files or the bundled corpus, split by content.
+
+    Raises:
+        CorpusError: A row cannot be used; tells how many more there are.
+        InputError: There is too little to split.
+    """
+    sources: list[Source] = list(data) or ([spec.corpus] if spec.corpus else [])
+    examples = read_checked(sources)
+    train, held_out = split(examples, HELD_OUT)
+    if not train or not held_out:
+        raise InputError(
+            f"The data of {spec.name!r} has {len(examples)} row; at least two different ones are needed.",
+            cause="one part is trained on, the other held out to measure",
+            fix="give more rows, or split a long text into several",
+        )
+    counts = corpus_counts(examples)
+    record = {
+        "files": [_file_name(source) for source in sources],
+        "digest": corpus_digest(examples),
+        "rows": counts.rows,
+        "bytes": counts.bytes,
+        "held_out": len(held_out),
+        "held_out_share": HELD_OUT,
+    }
+    return DomainData(train=train, held_out=held_out, record=record, sources=[_absolute(s) for s in sources])
+
+
+def read_checked(sources: Sequence[Source]) -> list[Example]:
+    """Every example of these sources.
+
+    Raises:
+        CorpusError: A row cannot be used; tells how many more there are.
+    """
+    problems = check_corpus(sources)
+    if len(problems) > 1:
+        problems[0].cause = f"{len(problems)} rows cannot be used; next: {problems[1].message}"
+    if problems:
+        raise problems[0]
+    return list(read_examples(sources))
+
+
+def general_examples() -> list[Example]:
+    """The held-out part of the bundled general corpus: what 'general text' is measured on."""
+    corpus = builtin_domains()[GENERAL].corpus
+    assert corpus is not None
+    return split(list(read_examples([corpus])), HELD_OUT)[1]
+
+
+def stored_held_out(store: Store, manifest: PackManifest) -> list[Example]:
+    """The held-out text of a stored version, read again where it was read and checked by digest.
+
+    Of a version that was retrained, and not from scratch, it is what its parent held out and what it held out itself.
+
+    Raises:
+        InputError: It is not on this machine any more, or has changed; asks for --data.
+    """
+    versions = _learned_from(store, manifest)
+    return together(*(split(_own_examples(store, one), one.train["data"]["held_out_share"])[1] for one in versions))
+
+
+def together(*parts: list[Example]) -> list[Example]:
+    """Every example once."""
+    return list({example.digest(): example for part in parts for example in part}.values())
+
+
+def _learned_from(store: Store, manifest: PackManifest) -> list[PackManifest]:
+    """The versions whose data a version knows, the oldest first: its own and, unless it started over, its parent's."""
+    if manifest.parent is None or manifest.lineage.get("mode") == FRESH:
+        return [manifest]
+    parents = [older for older in store.history(manifest.name) if older.version == manifest.parent]
+    return [one for parent in parents for one in _learned_from(store, parent)] + [manifest]
+
+
+def _own_examples(store: Store, manifest: PackManifest) -> list[Example]:
+    data = manifest.train.get("data") or {"digest": "unknown", "files": ["unknown"]}
+    for sources in _known_sources(store, manifest):
+        try:
+            examples = list(read_examples(sources))
+        except LoraryError:
+            continue
+        if corpus_digest(examples) == data["digest"]:
+            return examples
+    raise InputError(
+        f"The data of {manifest.name}@{manifest.version} is not on this machine, or has changed.",
+        cause=f"its digest is {data['digest']}, its files were {', '.join(data['files'])}",
+        fix=f"give held-out text: registry evaluate {manifest.name} --data FILE",
+    )
+
+
+def measured_on(
+    store: Store, manifest: PackManifest, *, data: Sequence[Source] = (), max_bytes: int, with_questions: bool
+) -> HeldOut:
+    """What a stored version is measured on: its held-out rows, and the questions among them or its spec's.
+
+    Args:
+        data: Held-out rows to be used instead.
+        max_bytes: At most so much text.
+    """
+    held_out = read_checked(data) if data else stored_held_out(store, manifest)
+    questions: list[Example] = []
+    if with_questions:
+        # all of the data: not every label need be among the held-out rows
+        known = held_out if data else together(*(_own_examples(store, one) for one in _learned_from(store, manifest)))
+        questions = find_questions(held_out, find_labels(known)) or domain_questions(manifest.name)
+    return HeldOut(
+        name=manifest.name,
+        texts=tuple(first_within(held_out, max_bytes)),
+        questions=tuple(questions[:MOST_QUESTIONS]),
+    )
+
+
+def general_text(*, max_bytes: int) -> HeldOut:
+    """The general text that every composition is measured on."""
+    return HeldOut(name=GENERAL, texts=tuple(first_within(general_examples(), max_bytes)))
+
+
+def domain_questions(name: str) -> list[Example]:
+    """The questions of a built-in domain; none for others."""
+    spec = builtin_domains().get(name)
+    return list(read_examples([spec.questions])) if spec and spec.questions else []
+
+
+def _known_sources(store: Store, manifest: PackManifest) -> list[list[Source]]:
+    candidates: list[list[Source]] = []
+    # the last part only: the manifest may come from anybody
+    run = store.runs / Path(str(manifest.train.get("run"))).name / "run.json"
+    if run.is_file():
+        sources = json.loads(run.read_text(encoding="utf-8"))["sources"]
+        candidates.append([s if s.startswith("hf:") else Path(s) for s in sources])
+    spec = builtin_domains().get(manifest.name)
+    if spec and spec.corpus:
+        candidates.append([spec.corpus])
+    return candidates
+
+
+def _file_name(source: Source) -> str:
+    """How the manifest names a source: without folders, which are nobody else's business."""
+    return str(source) if _is_hub_data(source) else Path(str(source)).name
+
+
+def _absolute(source: Source) -> str:
+    return str(source) if _is_hub_data(source) else str(Path(str(source)).resolve())
+
+
+def _is_hub_data(source: Source) -> bool:
+    return str(source).startswith("hf:")

@@ -1,0 +1,312 @@
+"""What the measured cells say: matrices with intervals, metrics, routing and drift, as numbers and as JSON.
+
+Intervals are 95 %: Wilson's for accuracies, else the bootstrap over texts (questions for accuracies), paired: all steps
+of a column share their draws, so that the interval of a difference or a share is that of the difference or share.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+
+from ...adapters.composition import GENERAL
+from ...domains.statistics.intervals import DRAWS, percentile_interval, ratio_draws, wilson_interval
+from .metrics import METRICS, RetentionMatrix, Values, mean
+from .retention import RetentionScores
+from .score_cache import CellScores
+
+Interval = tuple[float, float]
+
+_BITS: Final = "bits/byte"
+_SHARE: Final = "share"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A number with its 95 % interval, or neither."""
+
+    value: float | None
+    interval: Interval | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Rounded."""
+        bounds = self.interval and [round(bound, 6) for bound in self.interval]
+        return {"value": None if self.value is None else round(self.value, 6), "interval": bounds}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One metric of a report: what it is, its value for all, and for each domain."""
+
+    name: str  # as in gates and in JSON
+    title: str
+    formula: str
+    source: str
+    meaning: str
+    unit: str  # bits/byte, share, nats or count
+    whole: Value
+    domains: Mapping[str, Value] = field(default_factory=dict)
+    is_less_better: bool = False
+
+    @property
+    def applying(self) -> dict[str, Value]:
+        """The domains to which it applies: those with a value, and, of a share, those whose share is not defined."""
+        return {name: v for name, v in self.domains.items() if v.value is not None or self.unit == _SHARE}
+
+    def as_json(self) -> dict[str, Any]:
+        """With formula and source beside the numbers."""
+        about = {"title": self.title, "formula": self.formula, "source": self.source, "meaning": self.meaning}
+        domains = {name: value.as_json() for name, value in self.domains.items()}
+        better = "less" if self.is_less_better else "more"
+        return about | {"unit": self.unit, "better": better} | self.whole.as_json() | {"domains": domains}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreTable:
+    """A retention matrix with the interval of each cell, and its draws."""
+
+    matrix: RetentionMatrix
+    draws: RetentionMatrix
+    intervals: tuple[tuple[Interval | None, ...], ...]  # (steps, domains)
+    counts: Mapping[str, int]  # texts or questions behind each column
+
+    def value(self, step: int, column: int) -> float | None:
+        """A score; None where nothing was measured."""
+        return _number(self.matrix.R[step, column])
+
+
+class RetentionReport:
+    """The numbers of a report, computed as they are asked for."""
+
+    def __init__(self, scores: RetentionScores, *, left_out: Mapping[str, str] | None = None):
+        self.scores = scores
+        self.left_out = dict(left_out or {})  # domains that could not be measured, and why
+        self.steps = scores.steps
+        self.columns = scores.columns
+        self.domains = scores.columns[1:]
+
+    @cached_property
+    def bits(self) -> ScoreTable:
+        """Bits per byte of every column, general text first; lower is better."""
+        return self._table(
+            self.columns,
+            lower_is_better=True,
+            above=lambda cell: [nats / math.log(2) for nats in cell.text_nats],
+            below=lambda cell: cell.text_bytes,
+        )
+
+    @cached_property
+    def accuracy(self) -> ScoreTable | None:
+        """Accuracy on the questions of the domains that have some; higher is better."""
+        asked = [name for name, cell in zip(self.columns, self.scores.alone, strict=True) if cell.right]
+        if not asked:
+            return None
+        return self._table(
+            asked, lower_is_better=False, above=lambda cell: cell.right, below=lambda cell: [1.0] * len(cell.right)
+        )
+
+    @cached_property
+    def figures(self) -> tuple[Figure, ...]:
+        """Every metric, with intervals."""
+        figures = [_figure(name, self.bits, self.domains, prefix="", unit=_BITS) for name in METRICS]
+        if self.accuracy:
+            asked = [name for name in self.accuracy.matrix.domains if name != GENERAL]
+            figures += [_figure(name, self.accuracy, asked, prefix="accuracy_", unit=_SHARE) for name in METRICS]
+        return (*figures, *self._general(), self._routing(), *self._drift())
+
+    @cached_property
+    def confusion(self) -> dict[str, dict[str, int]]:
+        """Texts by true domain and by the slot that has most of their gate, after the last step."""
+        last = len(self.steps) - 1
+        return {name: dict(self.scores.cells[last, j].taken) for j, name in enumerate(self.columns)}
+
+    @cached_property
+    def mean_gates(self) -> dict[str, dict[str, float]]:
+        """Mean slot gates on each domain's text, after the last step."""
+        last = len(self.steps) - 1
+        return {name: dict(self.scores.cells[last, j].gates) for j, name in enumerate(self.columns)}
+
+    def figure(self, name: str) -> Figure:
+        """The metric of this name.
+
+        Raises:
+            KeyError: There is none.
+        """
+        return {figure.name: figure for figure in self.figures}[name]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for programs."""
+        manifests = zip(self.columns, self.scores.manifests, strict=True)
+        return {
+            "steps": list(self.steps),
+            "domains": list(self.columns),
+            "versions": {name: {"version": m.version, "digest": m.digest} for name, m in manifests},
+            "data": {
+                data.name: {
+                    "texts": len(data.texts),
+                    "bytes": sum(cell.text_bytes),
+                    "questions": len(data.questions),
+                    "digest": data.digest,
+                }
+                for data, cell in zip(self.scores.data, self.scores.alone, strict=True)
+            },
+            **_table_json(self.bits, "bits per byte"),
+            "accuracy": _table_json(self.accuracy, "accuracy") if self.accuracy else None,
+            "figures": {figure.name: figure.as_json() for figure in self.figures},
+            "routing": {"texts": self.confusion, "mean_gates": self.mean_gates},
+            "left_out": self.left_out,
+        }
+
+    def _table(
+        self,
+        columns: Sequence[str],
+        *,
+        lower_is_better: bool,
+        above: Callable[[CellScores], Sequence[float]],
+        below: Callable[[CellScores], Sequence[float]],
+    ) -> ScoreTable:
+        """Point values, draws and intervals of some columns."""
+        shape = len(self.steps), len(columns)
+        R, draws = np.full(shape, np.nan), np.full((DRAWS, *shape), np.nan)
+        oracle, oracle_draws = np.full(shape[1], np.nan), np.full((DRAWS, shape[1]), np.nan)
+        counts = {}
+        for k, name in enumerate(columns):
+            j = self.columns.index(name)
+            rows = [i for i in range(len(self.steps)) if (i, j) in self.scores.cells]
+            cells = [*(self.scores.cells[i, j] for i in rows), self.scores.alone[j]]
+            tops, bottom = [above(cell) for cell in cells], below(cells[0])
+            values = np.asarray(tops, dtype=np.float64).sum(1) / sum(bottom)
+            drawn = ratio_draws(tops, bottom, seed=j)  # another seed for each column: domains are drawn independently
+            R[rows, k], oracle[k] = values[:-1], values[-1]
+            draws[:, rows, k], oracle_draws[:, k] = drawn[:, :-1], drawn[:, -1]
+            counts[name] = len(bottom)
+        about: dict[str, Any] = {"steps": self.steps, "domains": columns, "lower_is_better": lower_is_better}
+        matrix = RetentionMatrix(R=R, oracle=oracle, **about)
+        intervals = tuple(
+            tuple(_cell_interval(R[i, k], draws[:, i, k], counts[columns[k]], lower_is_better) for k in range(shape[1]))
+            for i in range(shape[0])
+        )
+        drawn_matrix = RetentionMatrix(R=draws, oracle=oracle_draws, **about)
+        return ScoreTable(matrix=matrix, draws=drawn_matrix, intervals=intervals, counts=counts)
+
+    def _general(self) -> list[Figure]:
+        """What became of general text."""
+        before, after = self.bits.matrix.R[0, 0], self.bits.matrix.R[-1, 0]
+        drawn_before, drawn_after = self.bits.draws.R[:, 0, 0], self.bits.draws.R[:, -1, 0]
+        return [
+            Figure(
+                name="general_delta",
+                title="general text against the base",
+                formula="(R[T, general] - R[0, general]) / R[0, general]",
+                source="this project",
+                meaning="how much worse general text is predicted than by the bare base; less is better",
+                unit=_SHARE,
+                whole=_value((after - before) / before, (drawn_after - drawn_before) / drawn_before),
+                is_less_better=True,
+            )
+        ]
+
+    def _routing(self) -> Figure:
+        """How often the router gives a text to its own domain."""
+        right = {name: self.confusion[name].get(name, 0) for name in self.columns}
+        texts = {name: sum(self.confusion[name].values()) for name in self.columns}
+        return Figure(
+            name="routing_accuracy",
+            title="routing accuracy",
+            formula="texts of a domain whose largest mean slot gate is the domain's / its texts",
+            source="this project",
+            meaning="how often the router gives a held-out text to its own domain; mean over scored tokens",
+            unit=_SHARE,
+            whole=_share(sum(right.values()), sum(texts.values())),
+            domains={name: _share(right[name], texts[name]) for name in self.columns},
+        )
+
+    def _drift(self) -> list[Figure]:
+        """What each addition did to the routing of older domains."""
+        measured = dict(zip(self.domains, self.scores.drift, strict=True))
+        others = {name: drift for name, drift in measured.items() if drift.domains}
+        shared: dict[str, Any] = {"source": "this project", "is_less_better": True}
+        kl = {name: Value(value=drift.mean_kl) for name, drift in others.items()}
+        flips = {name: Value(value=float(drift.top1_flips)) for name, drift in others.items()}
+        return [
+            Figure(
+                name="drift_kl",
+                title="routing drift",
+                formula="mean over older domains of KL(gates before || gates after) on their typical text",
+                meaning="how much a domain's addition moved the gates of older domains; the largest of all additions",
+                unit="nats",
+                whole=Value(value=max((v.value for v in kl.values() if v.value is not None), default=None)),
+                domains=kl,
+                **shared,
+            ),
+            Figure(
+                name="drift_flips",
+                title="domains routed elsewhere",
+                formula="older domains whose typical text has another largest gate afterwards",
+                meaning="how many older domains an addition sends elsewhere; the sum of all additions",
+                unit="count",
+                whole=Value(value=math.fsum(v.value or 0 for v in flips.values())),
+                domains=flips,
+                **shared,
+            ),
+        ]
+
+
+def figure_names() -> set[str]:
+    """The names of all figures that a report can have."""
+    others = {"general_delta", "routing_accuracy", "drift_kl", "drift_flips"}
+    return {*METRICS, *(f"accuracy_{name}" for name in METRICS), *others}
+
+
+def _figure(name: str, scores: ScoreTable, domains: Sequence[str], *, prefix: str, unit: str) -> Figure:
+    metric = METRICS[name]
+    values, draws = metric.compute(scores.matrix.of(domains)), metric.compute(scores.draws.of(domains))
+    title = metric.title if not prefix else f"{metric.title}, accuracy"
+    return Figure(
+        name=prefix + name,
+        title=title,
+        formula=metric.formula,
+        source=metric.source,
+        meaning=metric.meaning,
+        unit=_SHARE if metric.is_share else unit,
+        whole=_value(mean(values), mean(draws)),
+        domains={domain: _value(values[j], draws[:, j]) for j, domain in enumerate(domains)},
+        is_less_better=name == "forgetting" or (name == "average_score" and scores.matrix.lower_is_better),
+    )
+
+
+def _cell_interval(value: float, draws: Values, count: int, lower_is_better: bool) -> Interval | None:
+    if np.isnan(value):
+        return None
+    return percentile_interval(draws) if lower_is_better else wilson_interval(round(value * count), count)
+
+
+def _value(value: Any, draws: Values) -> Value:
+    number = _number(value)
+    return Value(value=number, interval=None if number is None else percentile_interval(draws))
+
+
+def _share(right: int, total: int) -> Value:
+    return Value(value=right / total, interval=wilson_interval(right, total)) if total else Value(value=None)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _table_json(scores: ScoreTable, metric: str) -> dict[str, Any]:
+    rows = range(len(scores.matrix.steps))
+    columns = range(len(scores.matrix.domains))
+    values = [[scores.value(i, j) for j in columns] for i in rows]
+    oracle = [] if scores.matrix.oracle is None else scores.matrix.oracle.tolist()
+    return {
+        "metric": metric,
+        "columns": list(scores.matrix.domains),
+        "counts": dict(scores.counts),
+        "matrix": [[None if v is None else round(v, 5) for v in row] for row in values],
+        "intervals": [[b and [round(x, 5) for x in b] for b in row] for row in scores.intervals],
+        "own_experts_alone": [round(v, 5) for v in oracle],
+    }

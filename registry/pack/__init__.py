@@ -1,0 +1,1 @@
+"""The files of one domain version: written, read, checked, and signed."""

@@ -1,0 +1,206 @@
+"""What a manifest from outside may say: which files a pack has, and the form of everything that is only told.
+
+`PackManifest` itself holds what every manifest must be, also in a store. Here is what a finished pack of this program
+is: exactly its files, each of its kind, and records in the form in which commands and reports read them.
+"""
+
+import re
+from datetime import datetime
+from typing import Any, Final
+
+from ...domains.errors import IntegrityError
+from ..store.manifest import ADAPTER_CONFIG, ADAPTER_TENSORS, ROUTER_CONFIG, ROUTER_TENSORS, PackManifest
+
+MAX_TEXT: Final = 4096  # characters of a description, a license, a name
+MAX_LAYERS: Final = 4096  # decoder layers
+MAX_EXPERTS: Final = 4096
+MAX_ALPHA: Final = 1e6
+MAX_RECORD: Final = 100_000  # values in one of the free records
+MAX_TENSOR_FILE: Final = 8 << 30  # bytes; a file is read whole
+MAX_JSON_FILE: Final = 4 << 20
+
+_RUN: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
+_NUMBER: Final = (int, float)
+_OPTIONAL: Final = (int, float, type(None))
+
+# What commands and reports read of the free records: types by key. A list has one type of members, a dict with the
+# key "" any keys. Keys that are not named here are free, keys that are named may be missing unless they end with "!".
+_SCORES: Final = {
+    "base": _OPTIONAL,
+    "alone": _OPTIONAL,
+    "routed": _OPTIONAL,
+    "general_base": _OPTIONAL,
+    "general_routed": _OPTIONAL,
+    "share_of_oracle_gain": _OPTIONAL,
+    "interval": [_NUMBER],
+    "gate": {
+        "parent!": _NUMBER,
+        "new!": _NUMBER,
+        "bytes!": int,
+        "data!": str,
+        "tolerance!": _NUMBER,
+        "holds!": bool,
+    },
+}
+_FORMS: Final[dict[str, Any]] = {
+    "allocation": {"schedule!": str, "counts!": [int]},
+    "lineage": {
+        "preservation": {"version!": int, "digest!": str},
+        "parent": {"version!": int, "digest!": str},
+        "mode": (str, type(None)),
+    },
+    "train": {
+        "losses": [_NUMBER],
+        "tokens": int,
+        "steps": int,
+        "seconds": _NUMBER,
+        "warm_start": (str, type(None)),
+        "settings": {"learning_rate!": _NUMBER, "seed!": int},
+        "bank": {"experts": _NUMBER, "schedule": str, "expert_free": _NUMBER, "rank_gates": bool},
+        "imported": {"from!": str, "commit!": (str, type(None)), "files!": {"": str}},
+        "data": {
+            "files!": [str],
+            "digest!": str,
+            "rows!": int,
+            "bytes": int,
+            "held_out!": int,
+            "held_out_share": _NUMBER,
+        },
+    },
+    "evaluation": _SCORES,
+    "proof": {
+        "frozen": {"base!": str, "attached": str, "packs!": {"": str}, "tensors!": int},
+        "unchanged": bool,
+        "inherited": {"from!": str, "experts!": int, "digest!": str},
+        "drift": {"domains!": int, "mean_kl!": _NUMBER, "top1_flips!": int, "newcomer_share!": _NUMBER},
+    },
+    "tool": {"": str},
+}
+
+
+def check_manifest(manifest: PackManifest) -> None:
+    """Refuses a manifest that no finished pack of this program has.
+
+    Raises:
+        IntegrityError: A file is missing, unknown or of another kind, or a record has another form.
+    """
+    source = f"{manifest.name}@{manifest.version}"
+    try:
+        _check_files(manifest)
+        _check_texts(manifest)
+        for key, form in _FORMS.items():
+            value = getattr(manifest, key)
+            _check_size(key, value)
+            _check_form(key, value, form)
+        counts = manifest.allocation["counts"]
+        if not 1 <= len(counts) <= MAX_LAYERS or not all(0 <= count <= MAX_EXPERTS for count in counts):
+            raise ValueError(f"allocation.counts has {len(counts)} layers, from {min(counts, default=0)} experts")
+        for expert in manifest.experts:
+            if expert.alpha > MAX_ALPHA:
+                raise ValueError(f"expert {expert.id} has alpha {expert.alpha:g}; at most {MAX_ALPHA:g} is read")
+            if not expert.layers or max(expert.layers) >= len(counts):
+                raise ValueError(f"expert {expert.id} is in {_short(expert.layers)} of {len(counts)} layers")
+    except ValueError as error:
+        raise unsound(source, str(error)) from error
+
+
+def unsound(source: str, cause: str) -> IntegrityError:
+    """The error for a pack that is not what it says."""
+    return IntegrityError(
+        f"{source} is no sound pack.", cause=cause, fix="use another version of it, or tell its maker"
+    )
+
+
+def kinds_of_files(manifest: PackManifest) -> dict[str, str]:
+    """Every file that a pack with these experts has but the manifest, and its kind."""
+    files = {ADAPTER_CONFIG: "adapter", ADAPTER_TENSORS: "adapter", ROUTER_CONFIG: "router", ROUTER_TENSORS: "router"}
+    for expert in manifest.experts:
+        files |= {f"experts/{expert.id}/{name}": "expert" for name in (ADAPTER_CONFIG, ADAPTER_TENSORS)}
+    return files
+
+
+def _check_files(manifest: PackManifest) -> None:
+    if manifest.version < 1 or not 1 <= len(manifest.experts) <= MAX_EXPERTS:
+        raise ValueError(f"it has version {manifest.version} and {len(manifest.experts)} experts")
+    expected = kinds_of_files(manifest)
+    found = {file.path: file.kind for file in manifest.files}
+    for path in sorted(expected.keys() | found.keys()):
+        if found.get(path) != expected.get(path):
+            there, wanted = found.get(path, "missing"), expected.get(path, "unknown")
+            raise ValueError(f"the file {path} is {_short(there)}; such a pack has it as {wanted}")
+    for file in manifest.files:
+        most = MAX_JSON_FILE if file.path.endswith(".json") else MAX_TENSOR_FILE
+        if file.size > most:
+            raise ValueError(f"{file.path} has {file.size} bytes; at most {most} are read")
+
+
+def _check_texts(manifest: PackManifest) -> None:
+    base = manifest.base
+    texts = {
+        "description": manifest.description,
+        "license": manifest.license,
+        "created": manifest.created,
+        "base.id": base.id,
+        "base.revision": base.revision or "-",
+        "base.architecture": base.architecture,
+        "base.dtype": base.dtype,
+    }
+    for key, text in texts.items():
+        if len(text) > MAX_TEXT or (not text.strip() and key not in ("description", "license")):
+            raise ValueError(f"{key} has {len(text)} characters; at most {MAX_TEXT} are read, and not none")
+    datetime.fromisoformat(manifest.created)
+    run = manifest.train.get("run")  # a folder of that name is looked for where the domain's text is wanted again
+    if run is not None and not _RUN.fullmatch(str(run)):
+        raise ValueError(f"train.run cannot be {_short(run)}")
+
+
+def _check_size(key: str, value: object) -> None:
+    waiting, count = [value], 0
+    while waiting:
+        one = waiting.pop()
+        count += 1
+        if count > MAX_RECORD:
+            raise ValueError(f"{key} has more than {MAX_RECORD} values")
+        if isinstance(one, str) and len(one) > MAX_TEXT:
+            raise ValueError(f"{key} holds a text of {len(one)} characters; at most {MAX_TEXT} are read")
+        waiting += list(one.values()) if isinstance(one, dict) else one if isinstance(one, list | tuple) else []
+
+
+def _check_form(key: str, value: object, form: Any) -> None:
+    if isinstance(form, dict):
+        if value is None and not key.endswith("!"):
+            return
+        _check_object(key, value, form)
+    elif isinstance(form, list):
+        if value is None and not key.endswith("!"):
+            return
+        if not isinstance(value, list | tuple):
+            raise ValueError(f"{_plain(key)} is {_short(value)}, not a list")
+        for i, member in enumerate(value):
+            _check_form(f"{key}[{i}]!", member, form[0])
+    elif type(value) not in (form if isinstance(form, tuple) else (form,)):
+        raise ValueError(f"{_plain(key)} cannot be {_short(value)}")
+
+
+def _check_object(key: str, value: object, form: dict[str, Any]) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{_plain(key)} is {_short(value)}, not an object")
+    if "" in form:
+        for name, member in value.items():
+            _check_form(f"{key}.{name}!", member, form[""])
+        return
+    for name, part in form.items():
+        plain = _plain(name)
+        if plain in value:
+            _check_form(f"{key}.{name}", value[plain], part)
+        elif name.endswith("!"):
+            raise ValueError(f"{_plain(key)}.{plain} is missing")
+
+
+def _plain(key: str) -> str:
+    return key.replace("!", "")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:60] + "..."

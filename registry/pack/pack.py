@@ -1,0 +1,295 @@
+"""A domain's bank and router data as the files of a pack, and back.
+
+    experts/<id>/adapter_config.json + adapter_model.safetensors    one expert as an ordinary PEFT adapter
+    adapter_config.json + adapter_model.safetensors                 the whole bank with constant gates, as another
+    router/router.safetensors + router.json                         statistics, prototypes, gates, tempers
+
+Bytes are verified against the manifest's digests before they are parsed. Tensors whose names or shapes do not fit the
+manifest are refused.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...adapters.bank import Expert, ExpertBank, LayerExperts, join
+from ...adapters.layer.gates import TEMPERATURE
+from ...adapters.router.router import Tempers
+from ...domains.base_model import Anatomy
+from ...domains.errors import IncompatibleError, IntegrityError
+from ...domains.statistics.statistics import PROJECTION_SEED, DomainStatistics
+from ..store.manifest import ADAPTER_CONFIG, ADAPTER_TENSORS, ROUTER_CONFIG, ROUTER_TENSORS, ExpertRecord, PackManifest
+from ..store.strict_json import canonical_json, parse_json
+from .pack_source import PackSource
+from .peft_config import bank_config, expert_config, parse_key, tensor_key
+from .tensor_file import load_tensors, save_tensors
+
+ROUTER_SCHEMA = "lorary.router/2"
+
+PackFiles = dict[str, tuple[bytes, str]]  # path to bytes and kind
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainPack:
+    """What one version of a domain is made of, in memory."""
+
+    bank: ExpertBank
+    statistics: DomainStatistics
+    prototypes: Tensor  # (prototypes, features), unit vectors
+    tempers: Tempers
+    feature_layer: int  # decoder layer whose input the features are taken from
+
+    @property
+    def first_layer(self) -> int:
+        """The first decoder layer that carries experts."""
+        return self.bank.first_layer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutingData:
+    """The part of a pack that routing and neighbours need: everything but the experts."""
+
+    statistics: DomainStatistics
+    prototypes: Tensor
+    tempers: Tempers
+    feature_layer: int
+    first_layer: int
+
+
+Routable = DomainPack | RoutingData
+
+
+def pack_files(pack: DomainPack, *, anatomy: Anatomy, base_id: str, revision: str | None) -> PackFiles:
+    """Every file of the pack but the manifest."""
+    files: PackFiles = {}
+    for expert in pack.bank.experts:
+        folder = f"experts/{expert.id}"
+        config = expert_config(pack.bank, expert, anatomy=anatomy, base_id=base_id, revision=revision)
+        files[f"{folder}/{ADAPTER_CONFIG}"] = (canonical_json(config), "expert")
+        files[f"{folder}/{ADAPTER_TENSORS}"] = (save_tensors(_expert_tensors(pack.bank, expert, anatomy)), "expert")
+    config = bank_config(pack.bank, anatomy=anatomy, base_id=base_id, revision=revision)
+    files[ADAPTER_CONFIG] = (canonical_json(config), "adapter")
+    files[ADAPTER_TENSORS] = (save_tensors(merged_tensors(pack.bank, anatomy)), "adapter")
+    files[ROUTER_TENSORS] = (save_tensors(_router_tensors(pack)), "router")
+    files[ROUTER_CONFIG] = (canonical_json(_router_config(pack, anatomy)), "router")
+    return files
+
+
+def read_pack(files: PackSource, manifest: PackManifest) -> DomainPack:
+    """The pack of a stored version; every byte is verified before it is parsed.
+
+    Raises:
+        IntegrityError: A file differs from its digest, or tensors do not fit the manifest.
+    """
+    source = f"{manifest.name}@{manifest.version}"
+    router, config = _read_router(files, manifest)
+    bank = ExpertBank()
+    for record in manifest.experts:
+        _add_expert(bank, record, _load(files, manifest, f"experts/{record.id}/{ADAPTER_TENSORS}"), source)
+    _add_gates(bank, router, width=config["feature_width"], source=source)
+    return DomainPack(bank=bank, **_routing_fields(router, config, source))
+
+
+def read_routing(files: PackSource, manifest: PackManifest) -> RoutingData:
+    """What a stored version routes by; its experts are not read.
+
+    Raises:
+        IntegrityError: A file differs from its digest, or tensors do not fit the manifest.
+    """
+    source = f"{manifest.name}@{manifest.version}"
+    router, config = _read_router(files, manifest)
+    first = min(layer for expert in manifest.experts for layer in expert.layers)
+    return RoutingData(first_layer=first, **_routing_fields(router, config, source))
+
+
+def expert_records(bank: ExpertBank) -> tuple[ExpertRecord, ...]:
+    """What a manifest says of each expert."""
+    records = []
+    for expert in bank.experts:
+        tensors = _tensors_of(bank, expert)
+        targets = sorted({target.rpartition(".")[2] for _, target, _ in tensors})
+        size = sum(t.numel() for t in tensors.values())
+        records.append(
+            ExpertRecord(
+                id=expert.id,
+                rank=expert.rank,
+                alpha=expert.alpha,
+                method=expert.method,
+                targets=tuple(targets),
+                layers=tuple(sorted({index for index, _, _ in tensors})),
+                parameters=size,
+                generation=expert.generation,
+            )
+        )
+    return tuple(records)
+
+
+def _read_router(files: PackSource, manifest: PackManifest) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    source = f"{manifest.name}@{manifest.version}"
+    config = parse_json(files.read(manifest, ROUTER_CONFIG), source=f"{source}: {ROUTER_CONFIG}")
+    _check_router_config(config, source)
+    return _load(files, manifest, ROUTER_TENSORS), config
+
+
+def _routing_fields(router: dict[str, Tensor], config: dict[str, Any], source: str) -> dict[str, Any]:
+    return {
+        "statistics": _read_statistics(router, features=config["features"], source=source),
+        "prototypes": router["prototypes"],
+        "tempers": Tempers(**{term: float(temper) for term, temper in config["tempers"].items()}),
+        "feature_layer": config["feature_layer"],
+    }
+
+
+def _router_config(pack: DomainPack, anatomy: Anatomy) -> dict[str, Any]:
+    return {
+        "schema": ROUTER_SCHEMA,
+        "feature_layer": pack.feature_layer,
+        "feature_width": anatomy.width,
+        "features": len(pack.statistics.feature_sum),
+        "projection_seed": PROJECTION_SEED,
+        "expert_gate_temperature": TEMPERATURE,
+        "tempers": {"token": pack.tempers.token, "hidden": pack.tempers.hidden},
+        "decoder_layers": anatomy.layers,
+    }
+
+
+def _check_router_config(config: Any, source: str) -> None:
+    """Refuses a router whose tensors mean something else here than where they were made."""
+    config = config if isinstance(config, dict) else {}
+    known = {
+        "schema": ROUTER_SCHEMA,
+        "projection_seed": PROJECTION_SEED,
+        "expert_gate_temperature": TEMPERATURE,
+    }
+    for key, expected in known.items():
+        if config.get(key) != expected:
+            raise IncompatibleError(
+                f"The router of {source} was made in another way.",
+                cause=f"{key} is {config.get(key)!r}, this program knows {expected!r}",
+                fix="use the version of this program that made it",
+            )
+    tempers = config.get("tempers")
+    numbers = tempers if isinstance(tempers, dict) else {}
+    has_tempers = numbers.keys() == {"token", "hidden"} and all(type(t) in (int, float) for t in numbers.values())
+    has_sizes = all(type(config.get(key)) is int for key in ("feature_layer", "feature_width", "features"))
+    if not (has_tempers and has_sizes and numbers["token"] > 0 and numbers["hidden"] >= 0):
+        cause = f"{ROUTER_CONFIG} says tempers {tempers!r}, feature_layer {config.get('feature_layer')!r}"
+        raise IntegrityError(f"The router of {source} cannot be used.", cause=cause)
+
+
+def _read_statistics(router: dict[str, Tensor], *, features: int, source: str) -> DomainStatistics:
+    tensors = {k.removeprefix("statistics."): v for k, v in router.items() if k.startswith("statistics.")}
+    try:
+        statistics = DomainStatistics.from_tensors(tensors)
+        shapes = statistics.feature_sum.shape, statistics.feature_outer.shape, router["prototypes"].shape[1:]
+    except (KeyError, IndexError, RuntimeError, ValueError) as error:
+        raise IntegrityError(f"The router tensors of {source} are incomplete.", cause=str(error)) from error
+    if shapes != ((features,), (features, features), (features,)) or statistics.least_count < 0:
+        cause = f"{ROUTER_CONFIG} says {features} features, the tensors have {shapes}; counts are not negative"
+        raise IntegrityError(f"The statistics of {source} do not fit its router.", cause=cause)
+    return statistics
+
+
+def _router_tensors(pack: DomainPack) -> dict[str, Tensor]:
+    tensors = {f"statistics.{name}": tensor for name, tensor in pack.statistics.tensors().items()}
+    tensors["prototypes"] = pack.prototypes
+    for index, layer in pack.bank.layers.items():
+        tensors[f"layers.{index}.expert_gate"] = layer.expert_gate
+        if layer.rank_gate is not None:
+            tensors[f"layers.{index}.rank_gate"] = layer.rank_gate
+        if layer.mean_gate is not None:
+            tensors[f"layers.{index}.mean_gate"] = layer.mean_gate
+    return tensors
+
+
+def _tensors_of(bank: ExpertBank, expert: Expert) -> dict[tuple[int, str, str], Tensor]:
+    """The expert's A and B by layer, target and letter."""
+    return {
+        (index, target, letter): matrices[target]
+        for index, layer in bank.only(expert).layers.items()
+        for letter, matrices in (("A", layer.A), ("B", layer.B))
+        for target in matrices
+    }
+
+
+def _expert_tensors(bank: ExpertBank, expert: Expert, anatomy: Anatomy) -> dict[str, Tensor]:
+    return {
+        tensor_key(anatomy.layers, index, target, letter): tensor
+        for (index, target, letter), tensor in _tensors_of(bank, expert).items()
+    }
+
+
+def merged_tensors(bank: ExpertBank, anatomy: Anatomy) -> dict[str, Tensor]:
+    """The bank under constant gates: scales and gates folded into B."""
+    tensors = {}
+    for index, layer in bank.layers.items():
+        factor = layer.scales() * layer.static_gate()
+        for target in layer.A:
+            tensors[tensor_key(anatomy.layers, index, target, "A")] = layer.A[target]
+            tensors[tensor_key(anatomy.layers, index, target, "B")] = layer.B[target] * factor
+    return tensors
+
+
+def _add_expert(bank: ExpertBank, record: ExpertRecord, tensors: dict[str, Tensor], source: str) -> None:
+    """Puts one expert's tensors behind those already in the bank."""
+    expert = Expert(
+        id=record.id, rank=record.rank, alpha=record.alpha, method=record.method, generation=record.generation
+    )
+    layers: dict[int, dict[str, dict[str, Tensor]]] = {}
+    for key, tensor in tensors.items():
+        index, target, letter = parse_key(key, source=source)
+        rank = tensor.shape[0 if letter == "A" else -1] if tensor.ndim == 2 else -1
+        if rank != record.rank or not tensor.is_floating_point():
+            cause = f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}, the manifest says rank {record.rank}"
+            raise IntegrityError(f"Expert {record.id} of {source} does not fit its manifest.", cause=cause)
+        layers.setdefault(index, {}).setdefault(target, {})[letter] = tensor
+    if sorted(layers) != list(record.layers) or any(len(p) != 2 for t in layers.values() for p in t.values()):
+        cause = f"the manifest says layers {list(record.layers)}, the file has {sorted(layers)}"
+        raise IntegrityError(f"Expert {record.id} of {source} does not fit its manifest.", cause=cause)
+    size = sum(tensor.numel() for tensor in tensors.values())
+    if size != record.parameters:  # a target module more or less, or matrices of another width
+        cause = f"the manifest says {record.parameters} parameters, the file has {size}"
+        raise IntegrityError(f"Expert {record.id} of {source} does not fit its manifest.", cause=cause)
+    for index, pairs in layers.items():
+        _check_widths(bank.layers.get(index), pairs, where=f"Expert {record.id} of {source}, layer {index}")
+        new = LayerExperts(
+            experts=(expert,),
+            A={target: pair["A"] for target, pair in pairs.items()},
+            B={target: pair["B"] for target, pair in pairs.items()},
+            expert_gate=torch.empty(0, 0),
+            rank_gate=None,
+        )
+        bank.layers[index] = join(bank.layers[index], new) if index in bank.layers else new
+
+
+def _check_widths(layer: LayerExperts | None, pairs: dict[str, dict[str, Tensor]], *, where: str) -> None:
+    """The experts of a layer extend the same modules."""
+    for target, pair in pairs.items():
+        if layer is not None and target in layer.A:
+            expected = layer.A[target].shape[1], layer.B[target].shape[0]
+            found = pair["A"].shape[1], pair["B"].shape[0]
+            if found != expected:
+                cause = f"{target} is {found[0]} wide in and {found[1]} out, another expert's {expected}"
+                raise IntegrityError(f"{where}, does not fit the others.", cause=cause)
+
+
+def _add_gates(bank: ExpertBank, router: dict[str, Tensor], *, width: int, source: str) -> None:
+    for index, layer in bank.layers.items():
+        expert_gate = router.get(f"layers.{index}.expert_gate")
+        layer.rank_gate = router.get(f"layers.{index}.rank_gate")
+        layer.mean_gate = router.get(f"layers.{index}.mean_gate")
+        has_experts = expert_gate is not None and expert_gate.shape == (len(layer.experts), width)
+        has_ranks = layer.rank_gate is None or layer.rank_gate.shape == (layer.rank, width)
+        has_mean = layer.mean_gate is None or layer.mean_gate.shape == (layer.rank,)
+        gates = (expert_gate, layer.rank_gate, layer.mean_gate)
+        are_real = all(gate is None or gate.is_floating_point() for gate in gates)
+        if expert_gate is None or not (has_experts and has_ranks and has_mean and are_real):
+            cause = f"layer {index} has {len(layer.experts)} experts on {layer.rank} ranks"
+            raise IntegrityError(f"The gates of {source} do not fit its experts.", cause=cause)
+        layer.expert_gate = expert_gate
+
+
+def _load(files: PackSource, manifest: PackManifest, path: str) -> dict[str, Tensor]:
+    return load_tensors(files.read(manifest, path), source=f"{manifest.name}@{manifest.version}: {path}")

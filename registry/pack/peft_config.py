@@ -1,0 +1,95 @@
+"""The PEFT side of a pack: adapter_config.json and tensor names as plain PEFT and vLLM read them.
+
+Only keys that PEFT knows are written, in canonical JSON, so equal experts give equal bytes.
+"""
+
+import re
+from collections import Counter
+from typing import Any, Final
+
+from ...adapters.bank import Expert, ExpertBank, LayerExperts
+from ...domains.base_model import Anatomy
+from ...domains.errors import IntegrityError
+
+VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes (vllm/config/lora.py)
+
+_KEY = re.compile(
+    r"base_model\.model\.(?P<layers>[\w.]+)\.(?P<index>\d+)\.(?P<target>[\w.]+)\.lora_(?P<letter>[AB])\.weight"
+)
+
+
+def tensor_key(layers: str, index: int, target: str, letter: str) -> str:
+    """PEFT's name of a LoRA matrix: `base_model.model.model.layers.3.mlp.up_proj.lora_A.weight`."""
+    return f"base_model.model.{layers}.{index}.{target}.lora_{letter}.weight"
+
+
+def parse_key(key: str, *, source: str) -> tuple[int, str, str]:
+    """Decoder layer, target and letter of a tensor's name.
+
+    Raises:
+        IntegrityError: It is not the name of a LoRA matrix.
+    """
+    match = _KEY.fullmatch(key)
+    if match is None:
+        raise IntegrityError(f"{source} has a tensor that is no LoRA matrix.", cause=f"its name is {key[:120]!r}")
+    return int(match["index"]), match["target"], match["letter"]
+
+
+def expert_config(
+    bank: ExpertBank, expert: Expert, *, anatomy: Anatomy, base_id: str, revision: str | None
+) -> dict[str, Any]:
+    """adapter_config.json of one expert."""
+    return _config(bank.only(expert).layers, anatomy, base_id, revision) | {
+        "r": expert.rank,
+        "lora_alpha": expert.alpha,
+        "use_rslora": expert.method == "rslora",
+    }
+
+
+def bank_config(bank: ExpertBank, *, anatomy: Anatomy, base_id: str, revision: str | None) -> dict[str, Any]:
+    """adapter_config.json of the whole bank: ranks side by side, scales and gates folded into B, alpha = r."""
+    ranks = {index: layer.rank for index, layer in sorted(bank.layers.items())}  # sorted: the first of equals is common
+    common = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {
+        rf"{anatomy.layers}.{index}.{target}": rank
+        for index, rank in ranks.items()
+        if rank != common
+        for target in bank.layers[index].A
+    }
+    return _config(bank.layers, anatomy, base_id, revision) | {
+        "r": common,
+        "lora_alpha": common,
+        "use_rslora": False,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+    }
+
+
+def _config(layers: dict[int, LayerExperts], anatomy: Anatomy, base_id: str, revision: str | None) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_id,
+        "revision": revision,
+        **_places(layers, anatomy),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": anatomy.transposed,
+        "inference_mode": True,
+    }
+
+
+def _places(layers: dict[int, LayerExperts], anatomy: Anatomy) -> dict[str, Any]:
+    """Which modules the adapter extends, so that PEFT finds these and no others.
+
+    Whole paths where layers differ; in GPT-2's family, too, because there `c_proj` is a module of two blocks.
+    """
+    targets = {index: sorted(layer.A) for index, layer in sorted(layers.items())}
+    if anatomy.transposed or len({tuple(names) for names in targets.values()}) > 1:
+        paths = [f"{anatomy.layers}.{index}.{target}" for index, names in targets.items() for target in names]
+        return {"target_modules": paths}
+    return {
+        "target_modules": sorted({target.rpartition(".")[2] for names in targets.values() for target in names}),
+        "layers_to_transform": list(targets),
+        "layers_pattern": anatomy.layers.rpartition(".")[2],
+    }

@@ -1,0 +1,92 @@
+"""Tensor files: safetensors whose header is checked before its parser sees it, and whose values are finite.
+
+The parser reads headers of up to 100 MB and takes repeated names; a header of 33 MB costs it seconds and a gigabyte.
+Here a header is small, is strict JSON, and accounts for every byte of the file once.
+"""
+
+import math
+import re
+from itertools import pairwise
+from typing import Any, Final
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ...domains.errors import IntegrityError
+from ..store.strict_json import parse_json
+
+MAX_HEADER: Final = 1 << 20  # bytes
+MAX_TENSORS: Final = 20_000
+MAX_AXES: Final = 4
+METADATA: Final = {"format": "pt"}  # what torch's side of safetensors writes, and all we take
+
+_SIZES: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}  # bytes of one number
+_NAME: Final = re.compile(r"[A-Za-z0-9_.]{1,255}")
+_LENGTH: Final = 8  # bytes that say how long the header is
+
+
+def save_tensors(tensors: dict[str, Tensor]) -> bytes:
+    """Return the tensors as the bytes of a file; equal tensors give equal bytes."""
+    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=METADATA)
+
+
+def load_tensors(data: bytes, *, source: str) -> dict[str, Tensor]:
+    """Return the tensors of a file, by name and sorted; `source` names it in errors.
+
+    Raises:
+        IntegrityError: The file is not one that `save_tensors` could have written, or a value is not finite.
+    """
+    _check_header(data, source)
+    try:
+        tensors = load(data)
+    except (SafetensorError, RuntimeError, ValueError) as error:
+        raise _unreadable(source, str(error)) from error
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise IntegrityError(f"{source} has values that are not finite.", cause=f"in the tensor {name}")
+    return dict(sorted(tensors.items()))  # the parser gives them in another order each time
+
+
+def _check_header(data: bytes, source: str) -> None:
+    length = int.from_bytes(data[:_LENGTH], "little")
+    if len(data) < _LENGTH or length > min(MAX_HEADER, len(data) - _LENGTH):
+        cause = f"a header of {length} bytes in a file of {len(data)}; at most {MAX_HEADER} are read"
+        raise _unreadable(source, cause)
+    header = parse_json(data[_LENGTH : _LENGTH + length], source=f"{source}: its header")
+    if not isinstance(header, dict):
+        raise _unreadable(source, "its header is no object")
+    if header.pop("__metadata__", METADATA) != METADATA:
+        raise _unreadable(source, f"its header has metadata other than {METADATA}")
+    if len(header) > MAX_TENSORS:
+        raise _unreadable(source, f"it has {len(header)} tensors; at most {MAX_TENSORS} are read")
+    ranges = sorted(_range(name, entry, source) for name, entry in header.items())
+    ends = [(0, 0), *ranges, (len(data) - _LENGTH - length,) * 2]
+    if any(before[1] != after[0] for before, after in pairwise(ends)):
+        raise _unreadable(source, "its tensors overlap, or leave bytes between or behind them")
+
+
+def _range(name: str, entry: Any, source: str) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end, as many as its shape needs."""
+    if not _NAME.fullmatch(name):
+        raise _unreadable(source, f"a tensor is named {name[:80]!r}")
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _unreadable(source, f"{name} has another description than dtype, shape and data_offsets")
+    if entry["dtype"] not in list(_SIZES):
+        raise _unreadable(source, f"{name} has numbers of type {str(entry['dtype'])[:20]!r}, not {', '.join(_SIZES)}")
+    shape, offsets = entry["shape"], entry["data_offsets"]
+    if not (_are_counts(shape) and len(shape) <= MAX_AXES and _are_counts(offsets) and len(offsets) == 2):
+        raise _unreadable(source, f"{name} has a shape or offsets that are no counts")
+    size = math.prod(shape) * _SIZES[entry["dtype"]]
+    if offsets[1] - offsets[0] != size:
+        raise _unreadable(source, f"{name} has {offsets[1] - offsets[0]} bytes, its shape {shape} needs {size}")
+    return offsets[0], offsets[1]
+
+
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(number) is int and number >= 0 for number in value)
+
+
+def _unreadable(source: str, cause: str) -> IntegrityError:
+    return IntegrityError(f"{source} cannot be read.", cause=cause, fix="get the file again from where it came")

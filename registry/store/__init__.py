@@ -1,0 +1,1 @@
+"""Bytes on disk: blobs, manifests, immutable versions, aliases, and garbage collection."""

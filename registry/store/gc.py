@@ -1,0 +1,174 @@
+"""gc: deletes what nothing needs any more, and never what a writer is about to need.
+
+A blob is needed while a manifest names it, also that of a version removed less than the grace period ago. A writer puts
+its blobs first and links its manifest last, so a blob that nothing names yet may be needed in a moment: only blobs
+untouched for longer than the grace period go. Writers touch a blob that they find in place (`BlobStore.put`). So that
+none falls between a look and a deletion, blobs are first moved aside; then all manifests are read again, and a blob
+that is named by now, or was touched before it was moved, is moved back.
+
+Deleting needs no space. Where making the folder for what is moved aside does, the ballast gives it.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Final
+
+from ...domains.errors import StorageFullError
+from .digest import PREFIX
+from .files import TEMPORARY_PREFIX, delete, delete_tree, folder_lock, make_folder, move
+from .store import Store
+from .strict_json import parse_json
+
+GRACE_S: Final = 24 * 3600.0
+QUARANTINE: Final = "quarantine"  # beside blobs/sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collected:
+    """What was deleted, or would be."""
+
+    blobs: tuple[str, ...]  # digests
+    temporary: tuple[Path, ...]  # files that a crash left behind
+    checkpoints: tuple[Path, ...]  # folders of runs whose version is stored
+    bytes: int  # of all of them
+    young: int  # blobs that nothing names, spared because of their age
+    is_dry: bool
+
+
+def collect_garbage(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Collected:
+    """Delete what nothing needs and nobody has touched for the grace period.
+
+    Raises:
+        IntegrityError: A manifest cannot be read, so what it needs is not known; nothing is deleted.
+    """
+    oldest = time.time() - grace_s
+    needed = needed_blobs(store, since=oldest)
+    unnamed = {digest: store.blobs.path(digest) for digest in store.blobs.all() if digest not in needed}
+    old = {digest: path for digest, path in unnamed.items() if _is_older(path, oldest)}
+    temporary = tuple(path for path in _temporary_files(store) if _is_older(path, oldest))
+    checkpoints = tuple(path for path in _finished_checkpoints(store) if _is_older(path, oldest))
+    sizes = {digest: _size(path) for digest, path in old.items()}
+    others = sum(map(_size, [*temporary, *checkpoints]))
+    if not dry_run:
+        for path in temporary:
+            delete(path)
+        for path in checkpoints:
+            delete_tree(path)
+        old = _delete_blobs(store, old, since=oldest)
+        store.fill_ballast()
+    return Collected(
+        blobs=tuple(sorted(old)),
+        temporary=temporary,
+        checkpoints=checkpoints,
+        bytes=others + sum(sizes[digest] for digest in old),
+        young=len(unnamed) - len(old),
+        is_dry=dry_run,
+    )
+
+
+def needed_blobs(store: Store, *, since: float) -> set[str]:
+    """Digests that a version names which is not removed, or was removed after `since`.
+
+    Raises:
+        IntegrityError: A manifest cannot be read.
+    """
+    needed: set[str] = set()
+    for name in store.domains(removed=True):
+        gone = {number for number, removed in store.removed(name).items() if _seconds(removed, unknown=since) < since}
+        for manifest in store.history(name):
+            if manifest.version not in gone:
+                needed.update(file.sha256 for file in manifest.files)
+    return needed
+
+
+def _delete_blobs(store: Store, old: dict[str, Path], *, since: float) -> dict[str, Path]:
+    """Moves aside, looks again, deletes; what a gc before this one left aside is settled too."""
+    aside = _quarantine(store)
+    with folder_lock(aside):  # for two gcs not to do the same work; neither depends on it
+        for digest, path in old.items():
+            with suppress(FileNotFoundError):  # another gc was faster
+                move(path, aside / digest.removeprefix(PREFIX))
+        needed = needed_blobs(store, since=since)
+        for entry in sorted(os.listdir(aside)):
+            digest, path = PREFIX + entry, aside / entry
+            with suppress(FileNotFoundError):
+                if digest in needed or not _is_older(path, since):
+                    old.pop(digest, None)
+                    _put_back(store, digest, path)
+                else:
+                    delete(path)
+    return old
+
+
+def _put_back(store: Store, digest: str, path: Path) -> None:
+    """A writer may have written the blob again; then that one stays."""
+    if digest in store.blobs:
+        delete(path)
+    else:
+        move(path, store.blobs.path(digest))
+
+
+def _quarantine(store: Store) -> Path:
+    folder = store.blobs.folder.with_name(QUARANTINE)
+    try:
+        make_folder(folder)
+    except StorageFullError:
+        store.drop_ballast()
+        make_folder(folder)
+    return folder
+
+
+def _temporary_files(store: Store) -> Iterator[Path]:
+    for folder in (store.path, store.blobs.folder, store.path / "domains", store.runs, store.cache):
+        pattern = f"{TEMPORARY_PREFIX}*" if folder == store.path else f"**/{TEMPORARY_PREFIX}*"
+        yield from (path for path in sorted(folder.glob(pattern)) if path.is_file())
+
+
+def _finished_checkpoints(store: Store) -> Iterator[Path]:
+    """Checkpoints of runs that have brought a version; run.json stays, it says where the domain's text is."""
+    brought = {
+        str(manifest.train.get("run"))
+        for name in store.domains(removed=True)
+        for manifest in store.history(name)
+        if manifest.train.get("run")
+    }
+    for checkpoint in sorted(store.runs.glob("*/checkpoint-*")):
+        if checkpoint.parent.name in brought or _is_done(checkpoint.parent):
+            yield checkpoint
+
+
+def _is_done(run: Path) -> bool:
+    try:
+        record = parse_json((run / "run.json").read_bytes(), source=str(run))
+    except FileNotFoundError:
+        return False
+    return isinstance(record, dict) and record.get("state") == "done"
+
+
+def _seconds(moment: str, *, unknown: float) -> float:
+    """Since 1970; a time that cannot be read is no reason to delete anything."""
+    try:
+        return datetime.fromisoformat(moment).timestamp()
+    except ValueError:
+        return unknown
+
+
+def _is_older(path: Path, moment: float) -> bool:
+    try:
+        return path.stat().st_mtime < moment
+    except FileNotFoundError:
+        return False
+
+
+def _size(path: Path) -> int:
+    files = path.rglob("*") if path.is_dir() else [path]
+    total = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            total += file.stat().st_size
+    return total

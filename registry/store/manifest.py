@@ -1,0 +1,275 @@
+"""The manifest of a pack: which files it has, what is in them, how they came to be, and which base model they need.
+
+A pack is one version of one domain. Its manifest is the only file that names others, by path, size and digest, so
+whoever trusts the manifest can check all the rest. Round trip, for every manifest:
+
+    PackManifest.from_json(manifest.to_json(), source="...") == manifest
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Any, Final
+
+from ...domains.errors import IncompatibleError, NotFoundError
+from ...domains.names import WINDOWS_NAMES, check_name
+from .digest import is_digest, sha256_of
+from .records import EXTRA, field_names, later, minor_of, record_from_json, record_to_json
+from .strict_json import MAX_BYTES, JsonObject, canonical_json, parse_json
+
+SCHEMA: Final = "lorary.pack/1"
+MANIFEST_FILE: Final = "lorary.json"  # the manifest's own name in a pack folder
+ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # at the root, and of an expert
+ROUTER_TENSORS, ROUTER_CONFIG = "router/router.safetensors", "router/router.json"
+ROLES: Final = ("domain", "preservation")
+DRIFT_EPSILON: Final = 0.05  # of an older domain's gates: a newcomer that takes more is pointed out
+METHODS: Final = ("lora", "rslora")
+MAX_PATH: Final = 255  # characters
+
+_PATH_PART = re.compile(r"[A-Za-z0-9._-]+")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackFile:
+    """One file of a pack."""
+
+    path: str  # inside the pack: relative, with forward slashes
+    size: int  # bytes
+    sha256: str  # digest of its bytes, "sha256:..."
+    kind: str  # what it is for: expert, router, adapter, evaluation, card
+    extra: JsonObject = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_path(self.path)
+        _require(self.size >= 0, "size", self.size)
+        _require(is_digest(self.sha256), "sha256", self.sha256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseRecord:
+    """The base model that the experts of a pack belong to; all other weights are refused."""
+
+    id: str  # Hub id, or the name of a built-in model
+    revision: str | None  # Hub commit; None for a model from a folder
+    architecture: str  # class of the model, such as LlamaForCausalLM
+    weights: str  # digest
+    tokenizer: str  # digest
+    chat_template: str | None  # digest; None where the tokenizer has no template
+    dtype: str  # such as bfloat16
+    extra: JsonObject = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require(is_digest(self.weights), "weights", self.weights)
+        _require(is_digest(self.tokenizer), "tokenizer", self.tokenizer)
+        _require(self.chat_template is None or is_digest(self.chat_template), "chat_template", self.chat_template)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertRecord:
+    """One expert of the bank."""
+
+    id: str
+    rank: int
+    alpha: float
+    method: str  # lora: scale = alpha / rank; rslora: scale = alpha / sqrt(rank)
+    targets: tuple[str, ...]  # target modules, such as q_proj
+    layers: tuple[int, ...]  # decoder layers where it is present
+    parameters: int
+    generation: int = later(0)  # experts that were added together share a softmax of expert gates
+    extra: JsonObject = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", float(self.alpha))
+        _require(_PATH_PART.fullmatch(self.id) is not None and self.id.strip(".") != "", "id", self.id)
+        _require(self.rank >= 1, "rank", self.rank)
+        _require(math.isfinite(self.alpha) and self.alpha > 0, "alpha", self.alpha)
+        _require(self.method in METHODS, "method", self.method)
+        _require(all(layer >= 0 for layer in self.layers), "layers", self.layers)
+        _require(self.parameters >= 0, "parameters", self.parameters)
+        _require(self.generation >= 0, "generation", self.generation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackManifest:
+    """What a pack is. Version 0 and no files mark a draft; committing it to a store gives it both.
+
+    Raises:
+        InputError: The name breaks the grammar of domain names.
+        ValueError: Another value is out of its range; names the key.
+    """
+
+    name: str
+    version: int = 0
+    role: str  # domain or preservation
+    description: str
+    license: str
+    base: BaseRecord
+    files: tuple[PackFile, ...] = ()
+    experts: tuple[ExpertRecord, ...]
+    allocation: dict[str, Any]  # schedule, and the number of experts of each decoder layer
+    lineage: dict[str, Any]  # the version this one came from
+    train: dict[str, Any]  # data digests, seed, settings, seconds
+    evaluation: dict[str, Any]
+    proof: dict[str, Any]  # digests of frozen tensors before and after
+    created: str  # time, ISO 8601 in UTC
+    tool: dict[str, Any]  # versions of the programs that made it
+    schema: str = SCHEMA
+    extra: JsonObject = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        _require(self.version >= 0, "version", self.version)
+        _require(self.role in ROLES, "role", self.role)
+        _check_paths([file.path for file in self.files])
+        _require(not _repeated(expert.id for expert in self.experts), "experts", "two with the same id")
+        _check_generations([expert.generation for expert in self.experts])
+        _check_extra(self)
+
+    @classmethod
+    def from_json(cls, data: bytes, *, source: str) -> "PackManifest":
+        """Read a manifest; `source` names it in errors.
+
+        Raises:
+            IncompatibleError: Its schema has another major number.
+            IntegrityError: It is not valid JSON, or a key is missing, unknown or wrong.
+        """
+        value = parse_json(data, source=source)
+        schema = value.get("schema") if isinstance(value, dict) else None
+        minor = minor_of(schema, known=SCHEMA, source=source)
+        return record_from_json(cls, value, source=source, keeps_unknown=minor > 0)
+
+    def to_json(self) -> bytes:
+        """Return the manifest as canonical JSON.
+
+        Raises:
+            ValueError: A value has no form in JSON, or the whole is larger than what `from_json` reads.
+        """
+        data = canonical_json(record_to_json(self))
+        _require(len(data) <= MAX_BYTES, "files", f"a manifest of {len(data)} bytes; at most {MAX_BYTES} are read")
+        return data
+
+    @property
+    def digest(self) -> str:
+        """Digest of the content: equal for the same data, seed and settings, whenever, where and as whatever version.
+
+        The proof is left out: it speaks of whatever else was stored when the pack was made.
+        """
+        content = record_to_json(self)
+        for key in ("created", "proof", "tool", "version"):
+            del content[key]
+        content["train"] = {key: value for key, value in self.train.items() if key != "seconds"}
+        return sha256_of(canonical_json(content))
+
+    @property
+    def made_with(self) -> str:
+        """The programs that made it, with their versions: `lorary 0.1.0, torch 2.9.0, ...`."""
+        tool = dict(self.tool)
+        named = {str(tool.pop("name", "lorary")): tool.pop("version", "?")}
+        return ", ".join(f"{name} {version}" for name, version in {**named, **tool}.items())
+
+    @property
+    def parent(self) -> int | None:
+        """The version that this one was retrained from; None for one that began anew."""
+        parent = self.lineage.get("parent")
+        version = parent.get("version") if isinstance(parent, dict) else None
+        return version if type(version) is int else None
+
+    @property
+    def is_held_back(self) -> bool:
+        """Whether it did worse on its parent's held-out text than it may, so that `latest` does not move to it."""
+        gate = self.evaluation.get("gate")
+        return isinstance(gate, dict) and gate.get("holds") is False
+
+    def file(self, path: str) -> PackFile:
+        """Return the file at a path of the pack.
+
+        Raises:
+            NotFoundError: The pack has no such file.
+        """
+        for file in self.files:
+            if file.path == path:
+                return file
+        raise NotFoundError(
+            f"{self.name}@{self.version} has no file {path!r}.",
+            cause=f"Its files: {', '.join(file.path for file in self.files) or 'none'}.",
+            fix=f"See what it has: registry show {self.name}@{self.version}",
+        )
+
+
+def check_path(path: str) -> str:
+    """Return the path of a pack file as it came.
+
+    Raises:
+        ValueError: It is absolute, leads out of the pack, is too long, uses other signs than A-Z a-z 0-9 . _ - and /,
+            or means something else on Windows.
+    """
+    parts = path.split("/")
+    is_plain = all(
+        # Windows drops a trailing point, and opens a device by its name whatever the ending
+        _PATH_PART.fullmatch(part) and part.rstrip(".") == part and part.partition(".")[0].lower() not in WINDOWS_NAMES
+        for part in parts
+    )
+    _require(is_plain and len(path) <= MAX_PATH, "path", path)
+    return path
+
+
+def _check_paths(paths: list[str]) -> None:
+    """Every file must fit into one folder, also on a disk that ignores case."""
+    folded = [path.lower() for path in paths]
+    folders = {str(parent) for path in folded for parent in PurePosixPath(path).parents}
+    clashes = _repeated(folded) | folders.intersection(folded) | {MANIFEST_FILE}.intersection(folded)
+    _require(not clashes, "files", f"{', '.join(sorted(clashes))} more than once, also as a folder")
+
+
+def _check_generations(generations: list[int]) -> None:
+    """Experts stand in the order in which they were added, because ranks do."""
+    in_order = sorted(generations)
+    has_gap = set(in_order) != set(range(len(set(in_order))))
+    _require(generations == in_order and not has_gap, "generation", generations)
+
+
+def _check_extra(manifest: PackManifest) -> None:
+    """Only a newer minor schema has keys that we do not know, and they are not ours."""
+    is_newer = minor_of(manifest.schema, known=SCHEMA, source=f"The manifest of {manifest.name}") > 0
+    for record in (manifest, manifest.base, *manifest.files, *manifest.experts):
+        clashes = set(field_names(type(record))).intersection(record.extra)
+        refused = clashes if is_newer else set(record.extra)
+        _require(not refused, EXTRA, sorted(refused))
+
+
+def _repeated(values: Iterable[str]) -> set[str]:
+    return {value for value, count in Counter(values).items() if count > 1}
+
+
+def _require(holds: bool, key: str, value: object) -> None:
+    if not holds:
+        text = repr(value)
+        raise ValueError(f"{key} cannot be {text if len(text) <= 300 else text[:300] + '...'}")
+
+
+def check_same_base(*, wanted: BaseRecord, found: BaseRecord, what: str) -> None:
+    """Refuses experts of another base model.
+
+    Raises:
+        IncompatibleError: Architecture, weights or tokenizer differ; names the first that does, with both values.
+    """
+    for part in ("architecture", "weights", "tokenizer", "chat_template"):
+        expected, actual = getattr(wanted, part), getattr(found, part)
+        if expected != actual:
+            fix = f"use the base model it was trained on: {wanted.id}"
+            if wanted.id == found.id:
+                fix = "restore the base model's files, or make a new registry: registry init OTHER-FOLDER"
+            raise IncompatibleError(
+                f"{what} belongs to another base model.",
+                cause=f"{part}: expected that of {wanted.id!r}, {_short(expected)};"
+                f" found that of {found.id!r}, {_short(actual)}",
+                fix=fix,
+            )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 72 else text[:69] + "..."

@@ -1,0 +1,386 @@
+"""A store: the folder that holds every version of every domain, as plain files.
+
+    <store>/store.json                      written last by `create`: where it is, the store is complete
+    <store>/blobs/sha256/ab/ab12...         the files of all packs, named by digest
+    <store>/domains/<name>/<n>.json         the manifest of version n, never changed
+    <store>/domains/<name>/removed/<n>      a tombstone, while version n is removed
+    <store>/domains/<name>/aliases/<alias>  one line: the version it means
+    <store>/runs/  <store>/cache/           training runs; derived, disposable files
+    <store>/ballast                         deleted by gc to get a full disk going again
+
+A version exists from the moment its manifest is linked to `<n>.json`, after everything it names is safely on disk. That
+one step cannot be seen half done; of two writers one gets the number and the other the next. Readers take no lock.
+"""
+
+import copy
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from ...domains.errors import ConflictError, InputError, IntegrityError, StorageFullError
+from ...domains.names import check_alias, is_name, parse_selector
+from .blobs import BlobStore
+from .files import delete, make_folder, write_atomic, write_once
+from .manifest import PackFile, PackManifest, check_path
+from .missing import collected_version, no_such_domain, no_such_store, no_such_version, removed_version
+from .records import minor_of, record_from_json, record_to_json
+from .strict_json import JsonObject, canonical_json, parse_json
+from .versions import DomainFolder
+
+SCHEMA: Final = "lorary.store/1"
+STORE_FILE: Final = "store.json"
+LATEST: Final = "latest"
+BALLAST: Final = "ballast"
+BALLAST_SIZE: Final = 64 << 10  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreRecord:
+    """What store.json says."""
+
+    id: str  # random, so that a moved or copied store is recognised
+    created: str  # time, ISO 8601 in UTC
+    settings: dict[str, Any]
+    schema: str = SCHEMA
+    extra: JsonObject = field(default_factory=dict)
+
+
+class Store:
+    """An open store; made by `create` or `open`."""
+
+    def __init__(self, path: Path, record: StoreRecord):
+        self.path = path
+        self.record = record
+        self.blobs = BlobStore(path)
+
+    @classmethod
+    def create(cls, path: str | Path, settings: JsonObject) -> "Store":
+        """Make a store in a folder, which may be there already.
+
+        Raises:
+            ConflictError: There is a store in it, or a file in its place.
+        """
+        root = Path(path).absolute()
+        if (root / STORE_FILE).exists() or (root.exists() and not root.is_dir()):
+            raise _taken_folder(root)
+        for folder in ("", "blobs/sha256", "domains", "runs", "cache"):
+            make_folder(root / folder)
+        # random, because some file systems store zeros in no space
+        write_atomic(root / BALLAST, os.urandom(BALLAST_SIZE))
+        record = StoreRecord(id=os.urandom(16).hex(), created=_now(), settings=copy.deepcopy(settings))
+        try:
+            write_once(root / STORE_FILE, canonical_json(record_to_json(record)))
+        except FileExistsError as error:
+            raise _taken_folder(root) from error
+        return cls(root, record)
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Store":
+        """Open the store in a folder.
+
+        Raises:
+            NotFoundError: There is none.
+            IncompatibleError: A newer program made it.
+        """
+        root = Path(path).absolute()
+        source = root / STORE_FILE
+        try:
+            value = parse_json(source.read_bytes(), source=str(source))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise no_such_store(root) from error
+        schema = value.get("schema") if isinstance(value, dict) else None
+        minor = minor_of(schema, known=SCHEMA, source=str(source))
+        return cls(root, record_from_json(StoreRecord, value, source=str(source), keeps_unknown=minor > 0))
+
+    @property
+    def settings(self) -> JsonObject:
+        """What `create` was given; changing it changes nothing on disk."""
+        return copy.deepcopy(self.record.settings)
+
+    @property
+    def runs(self) -> Path:
+        """Folder of training runs."""
+        return self.path / "runs"
+
+    @property
+    def cache(self) -> Path:
+        """Folder of derived files, which may be deleted at any time."""
+        return self.path / "cache"
+
+    def drop_ballast(self) -> None:
+        """Give back the space that was kept for a full disk."""
+        delete(self.path / BALLAST)
+
+    def fill_ballast(self) -> None:
+        """Keep some space for a full disk again, if there is any."""
+        if not (self.path / BALLAST).exists():
+            with suppress(StorageFullError):
+                write_atomic(self.path / BALLAST, os.urandom(BALLAST_SIZE))
+
+    def domains(self, *, removed: bool = False) -> list[str]:
+        """Names that have a version, sorted; with `removed` also those that had one."""
+        names = sorted(name for name in os.listdir(self.path / "domains") if is_name(name))
+        return [name for name in names if self.versions(name) or (removed and self.removed(name))]
+
+    def versions(self, name: str) -> list[int]:
+        """Versions of a domain that are not removed, ascending; none for an unknown domain."""
+        return DomainFolder(self.path, name).versions()
+
+    def removed(self, name: str) -> dict[int, str]:
+        """Removed versions of a domain, ascending, and the time since which each is; their files are kept."""
+        return DomainFolder(self.path, name).removed()
+
+    def history(self, name: str) -> list[PackManifest]:
+        """The manifests of all versions, removed ones too, ascending.
+
+        Raises:
+            NotFoundError: There is and was no such domain.
+        """
+        numbers = DomainFolder(self.path, name).numbers()
+        if not numbers:
+            raise no_such_domain(name, known=self.domains())
+        return [self._read(name, number) for number in numbers]
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Aliases of a domain and the version that each means."""
+        return DomainFolder(self.path, name).aliases()
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Let an alias mean a version from now on.
+
+        Raises:
+            InputError: The alias breaks the grammar of names.
+            NotFoundError: There is no such version.
+        """
+        DomainFolder(self.path, name).set_alias(alias, self._resolve(name, version))
+
+    def drop_alias(self, name: str, alias: str) -> None:
+        """Let an alias mean nothing any more.
+
+        Raises:
+            InputError: It is `latest`, which every domain has.
+            NotFoundError: There is no such domain or alias.
+        """
+        if alias == LATEST:
+            raise InputError("'latest' cannot be taken away.", fix=f"Move it: registry alias {name}@VERSION latest")
+        if alias not in self.aliases(name):
+            self._resolve(name, alias)
+        DomainFolder(self.path, name).drop_alias(alias)
+
+    def remove(self, name: str, selector: str | int | None = None) -> int:
+        """Remove a version and return its number; its files are kept, its number is never used again.
+
+        `latest`, where it means this version, moves to the newest one that is left and not held back.
+
+        Raises:
+            NotFoundError: There is no such version, or it is removed already.
+            ConflictError: Another alias means it.
+        """
+        version = self._resolve(name, LATEST if selector is None else selector)
+        held_by = [alias for alias, meant in self.aliases(name).items() if meant == version and alias != LATEST]
+        if held_by:
+            raise ConflictError(
+                f"{name}@{version} cannot be removed.",
+                cause=f"an alias means it: {', '.join(held_by)}",
+                fix=f"Take the alias away: registry alias {name} {held_by[0]} --remove; or move it to another version",
+            )
+        folder = DomainFolder(self.path, name)
+        try:
+            folder.remove(version, time=_now())
+        except StorageFullError:  # removing is how a full disk is cleaned, so it gets what was kept for that
+            self.drop_ballast()
+            folder.remove(version, time=_now())
+        if folder.versions():
+            folder.set_alias(LATEST, self._newest(name), when=lambda meant: meant == version)
+        return version
+
+    def restore(self, name: str, version: int) -> None:
+        """Bring a removed version back; aliases stay where they are.
+
+        Raises:
+            NotFoundError: There was never such a version, or gc has deleted its files.
+            ConflictError: It is not removed.
+        """
+        folder = DomainFolder(self.path, name)
+        if version in folder.versions():
+            raise ConflictError(f"{name}@{version} is not removed.", fix=f"See what there is: registry log {name}")
+        if version not in folder.numbers():
+            raise no_such_version(name, version, versions=folder.numbers(), aliases={})
+        if not all([self.blobs.renew(file.sha256) for file in self._read(name, version).files]):
+            raise collected_version(name, version)
+        folder.restore(version)
+
+    def manifest(self, name: str, selector: str | int | None = None) -> PackManifest:
+        """Return the manifest of a version: by number, by alias, or of the alias `latest`.
+
+        Raises:
+            NotFoundError: There is no such domain, version or alias; lists what there is.
+            IntegrityError: The file is not what it should be.
+        """
+        return self._read(name, self._resolve(name, LATEST if selector is None else selector))
+
+    def _read(self, name: str, version: int) -> PackManifest:
+        path = DomainFolder(self.path, name).manifest_path(version)
+        manifest = PackManifest.from_json(path.read_bytes(), source=str(path))
+        if (manifest.name, manifest.version) != (name, version):
+            cause = f"Expected {name}@{version}, found {manifest.name}@{manifest.version}."
+            raise IntegrityError(
+                f"{path} is the manifest of another pack.", cause=cause, fix="Restore the file from a backup."
+            )
+        return manifest
+
+    def commit(
+        self,
+        draft: PackManifest,
+        files: Mapping[str, tuple[bytes, str]],
+        *,
+        first_only: bool = False,
+        alias: str | None = LATEST,
+    ) -> PackManifest:
+        """Store a version and return its manifest; it is safe on disk when this returns.
+
+        An error while the alias moves, after the commit point, leaves a complete version behind.
+
+        Args:
+            draft: What the pack is; its version and files are replaced.
+            files: Path in the pack to bytes and kind, for every file but the manifest.
+            first_only: Whether a domain that has a version is left as it is.
+            alias: The alias that moves to the new version; None holds the version back.
+
+        Raises:
+            ConflictError: `first_only`, and the domain has a version.
+            IntegrityError: A value of the draft is of the wrong type.
+            StorageFullError: No space is left.
+        """
+        folder = DomainFolder(self.path, draft.name)
+        if alias is not None:
+            check_alias(alias)
+        draft = replace(draft, files=self._put(files))
+        # read back before the commit point, so that no manifest is stored that cannot be read
+        draft = PackManifest.from_json(draft.to_json(), source=f"The draft of {draft.name}")
+        try:
+            version = folder.append(lambda n: replace(draft, version=n).to_json(), first_only=first_only)
+        except FileExistsError as error:
+            fix = f"Look at it: registry show {draft.name}; or choose another name"
+            raise ConflictError(f"The domain {draft.name!r} is there already.", fix=fix) from error
+        if alias is not None:
+            folder.advance_alias(alias, version)
+        return replace(draft, version=version)
+
+    def adopt(self, manifest: PackManifest, *, alias: str | None) -> PackManifest:
+        """Store a version that was made elsewhere and whose files are blobs here already; return it as it is here.
+
+        It keeps its number where that is free, else it gets the next. What is stored already is not stored twice, and
+        what was removed is restored.
+
+        Args:
+            manifest: Complete, with files and version.
+            alias: The alias that moves to it, unless it means a later version; None holds the version back.
+
+        Raises:
+            IntegrityError: A blob is missing or damaged.
+            StorageFullError: No space is left.
+        """
+        folder = DomainFolder(self.path, manifest.name)
+        lacking = [file.path for file in manifest.files if not self.blobs.holds(file.sha256, size=file.size)]
+        if lacking:
+            cause = f"not whole in the store: {', '.join(lacking)}"
+            raise IntegrityError(f"The pack {manifest.name} is not complete.", cause=cause, fix="repeat the command")
+        while (stored := self.find_same(manifest)) is None:
+            numbers = folder.numbers()
+            if removed := self._same(manifest, numbers):
+                folder.restore(removed.version)
+                continue
+            is_free = manifest.version > 0 and manifest.version not in numbers
+            number = manifest.version if is_free else max(numbers, default=0) + 1
+            # where somebody was faster, look again
+            with suppress(FileExistsError):
+                folder.link(number, replace(manifest, version=number).to_json())
+                if alias is not None:
+                    folder.advance_alias(alias, number)
+        return stored
+
+    def find_same(self, manifest: PackManifest) -> PackManifest | None:
+        """The version of the same domain with the same content, if there is one that is not removed."""
+        return self._same(manifest, self.versions(manifest.name))
+
+    def _same(self, manifest: PackManifest, numbers: list[int]) -> PackManifest | None:
+        stored = (self._read(manifest.name, number) for number in numbers)
+        return next((version for version in stored if version.digest == manifest.digest), None)
+
+    def read(self, manifest: PackManifest, path: str) -> bytes:
+        """Return a file of a pack, verified.
+
+        Raises:
+            NotFoundError: The pack has no such file.
+            IntegrityError: Its bytes are damaged.
+        """
+        return self.blobs.get(manifest.file(path).sha256)
+
+    def verify(self, manifest: PackManifest) -> None:
+        """Check the bytes of every file of a pack.
+
+        Raises:
+            IntegrityError: Some are damaged; names each of them.
+        """
+        problems = []
+        for file in manifest.files:
+            try:
+                self.blobs.check(file.sha256)
+            except IntegrityError as error:
+                problems.append(f"{file.path}: {error.message} {error.cause}")
+        if problems:
+            title = f"{manifest.name}@{manifest.version}: {len(problems)} of {len(manifest.files)} files are damaged."
+            raise IntegrityError(
+                title,
+                cause="\n".join(problems),
+                fix="Restore the files from a backup, or add the domain again to a new registry.",
+            )
+
+    def _resolve(self, name: str, selector: str | int) -> int:
+        """The version that a selector means."""
+        wanted = parse_selector(selector) if isinstance(selector, str) else selector
+        folder = DomainFolder(self.path, name)
+        versions, numbers = folder.versions(), folder.numbers()
+        if wanted in versions:
+            return int(wanted)
+        if not numbers:
+            raise no_such_domain(name, known=self.domains())
+        aliases = self.aliases(name)
+        version = wanted if isinstance(wanted, int) else aliases.get(wanted)
+        if wanted == LATEST and version not in versions and versions:
+            # a process that ends between commit point and alias leaves `latest` behind
+            return self._newest(name)
+        if version in versions:
+            return version
+        if version in numbers or wanted == LATEST:
+            raise removed_version(name, numbers[-1] if version is None else version)
+        raise no_such_version(name, selector, versions=versions, aliases=aliases)
+
+    def _newest(self, name: str) -> int:
+        """The newest version that is not held back; the newest of all where every one is."""
+        versions = self.versions(name)
+        return next((n for n in reversed(versions) if not self._read(name, n).is_held_back), versions[-1])
+
+    def _put(self, files: Mapping[str, tuple[bytes, str]]) -> tuple[PackFile, ...]:
+        for path in files:
+            check_path(path)
+        return tuple(
+            PackFile(path=path, size=len(data), sha256=self.blobs.put(data), kind=kind)
+            for path, (data, kind) in sorted(files.items())
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _taken_folder(root: Path) -> ConflictError:
+    cause = "There is a registry in it." if (root / STORE_FILE).exists() else "It is a file, not a folder."
+    return ConflictError(
+        f"{root} is taken.", cause=cause, fix="Use what is there, or choose another: registry init --store PATH"
+    )

@@ -1,0 +1,146 @@
+"""The folder of one domain in a store: the numbered manifests of its versions, and its aliases.
+
+<n>.json            the manifest of version n; linked there once, never changed
+removed/<n>         a tombstone: version n is removed since the time in it; deleted when the version is restored
+aliases/<alias>     one line: the version it means; replaced by rename
+
+A removed version keeps its manifest, so its number is never given to another.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from ...domains.errors import IntegrityError
+from ...domains.names import NAME_PATTERN, VERSION_PATTERN, check_alias, check_name
+from .files import delete, folder_lock, make_folder, write_atomic, write_once
+
+_MANIFEST_NAME: Final = re.compile(rf"({VERSION_PATTERN})\.json")
+
+
+class DomainFolder:
+    """The versions and aliases of one domain, which need not exist yet."""
+
+    def __init__(self, store: Path, name: str):
+        self.path = store / "domains" / check_name(name)
+
+    def numbers(self) -> list[int]:
+        """Numbers that a version has or had, ascending."""
+        matches = (_MANIFEST_NAME.fullmatch(entry) for entry in _entries(self.path))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def versions(self) -> list[int]:
+        """Versions that are not removed, ascending."""
+        removed = set(_entries(self.path / "removed"))
+        return [number for number in self.numbers() if str(number) not in removed]
+
+    def removed(self) -> dict[int, str]:
+        """Removed versions, ascending, and the time since which each is."""
+        folder = self.path / "removed"
+        return {n: (folder / str(n)).read_text("utf-8").strip() for n in self.numbers() if n not in self.versions()}
+
+    def manifest_path(self, version: int) -> Path:
+        """Where the manifest of a version is, or would be."""
+        return self.path / f"{version}.json"
+
+    def append(self, manifest_of: Callable[[int], bytes], *, first_only: bool) -> int:
+        """Link a manifest to the next free number and return that number: the commit point.
+
+        Raises:
+            FileExistsError: `first_only`, and there is a version.
+        """
+        while True:
+            version = max(self.numbers(), default=0) + 1
+            if first_only and self.versions():
+                raise FileExistsError(self.manifest_path(version - 1))
+            # where somebody was faster, count again
+            with suppress(FileExistsError):
+                self.link(version, manifest_of(version))
+                return version
+
+    def remove(self, version: int, *, time: str) -> None:
+        """Put a version's tombstone in place: the commit point of removing it. A tombstone that is there stays."""
+        make_folder(self.path / "removed")
+        with suppress(FileExistsError):
+            write_once(self.path / "removed" / str(version), f"{time}\n".encode())
+
+    def restore(self, version: int) -> None:
+        """Delete a version's tombstone: the commit point of restoring it."""
+        delete(self.path / "removed" / str(version))
+
+    def link(self, version: int, manifest: bytes) -> None:
+        """Link a manifest to a number: the commit point.
+
+        Raises:
+            FileExistsError: The number is taken.
+        """
+        make_folder(self.path)
+        write_once(self.manifest_path(version), manifest)
+
+    def aliases(self) -> dict[str, int]:
+        """Aliases, sorted, and the version that each means.
+
+        Raises:
+            IntegrityError: An alias file does not hold a version.
+        """
+        folder = self.path / "aliases"
+        names = sorted(name for name in _entries(folder) if re.fullmatch(NAME_PATTERN, name))
+        return {name: _read_alias(folder / name) for name in names}
+
+    def set_alias(self, alias: str, version: int, *, when: Callable[[int], bool] = lambda _meant: True) -> None:
+        """Let an alias mean a version, if `when` holds for what it means so far; 0 where it means nothing."""
+        path = self._make_alias_folder() / check_alias(alias)
+        with folder_lock(path.parent):
+            if when(_alias_or_zero(path)):
+                _write_alias(path, version)
+
+    def advance_alias(self, alias: str, version: int) -> None:
+        """Let an alias mean a version unless it means a higher one: of two simultaneous commits the later counts.
+
+        Where the file system has no locks, the alias may in that case stay on the earlier one; nothing else can happen.
+        """
+        self.set_alias(alias, version, when=lambda meant: meant < version)
+
+    def drop_alias(self, alias: str) -> None:
+        """Let an alias mean nothing any more."""
+        path = self._make_alias_folder() / check_alias(alias)
+        with folder_lock(path.parent):
+            delete(path)
+
+    def _make_alias_folder(self) -> Path:
+        folder = self.path / "aliases"
+        make_folder(folder)
+        return folder
+
+
+def _entries(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def _write_alias(path: Path, version: int) -> None:
+    write_atomic(path, f"{version}\n".encode())
+
+
+def _read_alias(path: Path) -> int:
+    data = path.read_bytes()
+    if not re.fullmatch(VERSION_PATTERN.encode() + rb"\n", data):
+        raise IntegrityError(
+            f"The alias {path} is damaged.",
+            cause=f"Expected one line with a version, found {data[:40]!r}.",
+            fix=f"Set it again: registry alias {path.parent.parent.name}@VERSION {path.name}",
+        )
+    return int(data)
+
+
+def _alias_or_zero(path: Path) -> int:
+    """The version an alias means; 0 where there is none or it is damaged, because a commit replaces both."""
+    try:
+        return _read_alias(path)
+    except (FileNotFoundError, IntegrityError):
+        return 0

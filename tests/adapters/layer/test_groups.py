@@ -1,0 +1,175 @@
+"""ExpertGroup: modules of one input are computed together, and nothing stale is ever handed out."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorary.adapters.layer.fused import ExpertGroup, FusedLinear, GateCell
+from lorary.adapters.layer.stack import same_input_groups
+
+D_IN, RANK = 6, 4
+
+
+@pytest.fixture
+def group() -> ExpertGroup:
+    """Two modules of one input, with gates set."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    members = []
+    for d_out in (5, 7):
+        base = nn.Linear(D_IN, d_out, bias=False).requires_grad_(False)
+        base.weight.copy_(normal(d_out, D_IN))
+        members.append(FusedLinear(base))
+    cell = GateCell()
+    cell.gates = normal(1, 3, RANK).abs()
+    return ExpertGroup(members, cell, A=normal(2 * RANK, D_IN), ranks=[RANK] * 2, Bt=[normal(RANK, 5), normal(RANK, 7)])
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(1, 3, D_IN, generator=torch.Generator().manual_seed(1))
+
+
+def expected(group: Any, place: int, x: Tensor) -> Tensor:
+    A, Bt = group.A.split(group.frozen_ranks)[place], group.get_buffer(f"Bt{place}")
+    return group.members[place].base(x) + (group.cell.gates * (x @ A.T)) @ Bt
+
+
+def products(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """Collects the shape of the A of every A product."""
+    seen: list[torch.Size] = []
+    plain = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: (seen.append(b.shape), plain(a, b))[1])
+    return seen
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_one_product_serves_all_modules_that_read_the_same_tensor(
+    order: tuple[int, int], group: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = products(monkeypatch)
+
+    found = {place: group.members[place](x) for place in order}
+
+    assert seen == [(D_IN, 2 * RANK)]
+    for place in order:
+        torch.testing.assert_close(found[place], expected(group, place, x))
+    assert group.waiting.x is None
+
+
+def test_another_tensor_is_computed_anew(group: Any, x: Tensor) -> None:
+    group.members[0](x)
+    other = x + 1
+
+    torch.testing.assert_close(group.members[1](other), expected(group, 1, other))
+
+
+def test_an_equal_tensor_is_not_the_same_tensor(group: Any, x: Tensor) -> None:
+    group.members[0](x)
+    twin = x.clone()
+    x.zero_()
+
+    torch.testing.assert_close(group.members[1](twin), expected(group, 1, twin))
+
+
+def test_other_gates_make_what_waits_worthless(group: Any, x: Tensor) -> None:
+    group.members[0](x)
+    group.cell.gates = group.cell.gates * 2
+
+    torch.testing.assert_close(group.members[1](x), expected(group, 1, x))
+
+
+def test_the_same_module_twice_gives_the_same_twice(group: Any, x: Tensor) -> None:
+    first, second = group.members[0](x), group.members[0](x)
+
+    assert torch.equal(first, second)
+    assert first.data_ptr() != second.data_ptr()
+
+
+def test_modules_that_never_read_the_same_tensor_are_soon_computed_alone(
+    group: Any, x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(4):
+        group.members[0](x + step)
+        group.members[1](x - step)
+    seen = products(monkeypatch)
+
+    one, other = x + 9, x - 9
+    torch.testing.assert_close(group.members[0](one), expected(group, 0, one))
+    torch.testing.assert_close(group.members[1](other), expected(group, 1, other))
+
+    assert seen == [(D_IN, RANK)] * 2
+
+
+def test_an_error_between_two_modules_leaves_nothing_behind(group: Any, x: Tensor) -> None:
+    group.members[0](x)
+    with pytest.raises(RuntimeError):
+        group.members[0](torch.zeros(1, 3, D_IN + 1))
+
+    again = x * 2
+    torch.testing.assert_close(group.members[0](again), expected(group, 0, again))
+    torch.testing.assert_close(group.members[1](again), expected(group, 1, again))
+
+
+def test_a_copy_takes_no_outputs_along(group: Any, x: Tensor) -> None:
+    group.members[0](x)
+
+    twin = copy.deepcopy(group)
+
+    assert twin.waiting.x is None
+    assert twin.members[1].group is twin
+    assert twin.members[0] is not group.members[0]
+
+
+def test_the_output_of_a_foreign_module_is_not_written_to(x: Tensor) -> None:
+    class Keeper(nn.Module):
+        kept = torch.ones(1, 3, 5)
+
+        def forward(self, _x: Tensor) -> Tensor:
+            return self.kept
+
+    cell = GateCell()
+    cell.gates = torch.ones(1, 3, RANK)
+    member = FusedLinear(Keeper())
+    ExpertGroup([member], cell, A=torch.ones(RANK, D_IN), ranks=[RANK], Bt=[torch.ones(RANK, 5)])
+
+    found = member(x)
+
+    assert torch.equal(Keeper.kept, torch.ones(1, 3, 5))
+    assert not torch.equal(found, Keeper.kept)
+
+
+def test_a_hook_on_the_base_module_may_keep_its_output(group: Any, x: Tensor) -> None:
+    kept: list[Tensor] = []
+    base = group.members[0].base
+    base.register_forward_hook(lambda _m, _a, y: kept.append(y))
+
+    group.members[0](x)
+
+    assert torch.equal(kept[0], nn.functional.linear(x, base.weight))
+
+
+def test_names_of_families_tell_which_targets_read_one_input() -> None:
+    names = [f"self_attn.{n}_proj" for n in "qkvo"] + ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "attn.c_attn"]
+
+    assert same_input_groups(names) == [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+        ["attn.c_attn"],
+    ]
+
+
+def test_a_base_weight_that_someone_trains_gets_its_gradient(group: Any, x: Tensor) -> None:
+    weight = group.members[0].base.weight.requires_grad_(True)
+
+    (group.members[0](x).sum() + group.members[1](x).sum()).backward()
+
+    torch.testing.assert_close(weight.grad, x.sum((0, 1)).expand(5, D_IN))

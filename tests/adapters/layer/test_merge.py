@@ -1,0 +1,157 @@
+"""Soft merging: the same function without the experts' cost, on weights of its own, and back again bit for bit."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorary.adapters.layer.attach import attach, detach, fixed_slots, routing_of
+from lorary.adapters.layer.fused import FusedLinear
+from lorary.adapters.layer.merge import merge_experts, merged_weight, unmerge_experts
+from lorary.domains.errors import InputError
+
+FIXED = torch.tensor([0.2, 0.3, 0.5])
+
+
+@pytest.fixture
+def static(random_stack: Any) -> Any:
+    """`static(base)`: three random banks under constant gates."""
+    return lambda base: attach(base, random_stack(base, static=True), router=None, fixed=FIXED)
+
+
+def test_a_merged_model_gives_the_logits_of_the_unmerged_one(
+    any_base: Any, static: Any, some_ids: Any, logits: Any, generated: Any, relative_error: Any
+) -> None:
+    composed = static(any_base)
+    expected, text = logits(composed, input_ids=some_ids(2)), generated(composed, input_ids=some_ids())
+
+    assert merge_experts(composed) is composed
+
+    assert relative_error(logits(composed, input_ids=some_ids(2)), expected) <= 1e-5
+    assert torch.equal(generated(composed, input_ids=some_ids()), text)
+
+
+def test_base_and_composition_are_restored_bit_for_bit(
+    any_base: Any, static: Any, some_ids: Any, logits: Any, digest: Any
+) -> None:
+    composed = static(any_base)
+    before, plain = logits(composed, input_ids=some_ids()), logits(any_base, input_ids=some_ids())
+    bytes_before, modules = digest(any_base), [type(module) for module in composed.modules()]
+
+    merge_experts(composed)
+    assert digest(any_base) == bytes_before
+    assert torch.equal(logits(any_base, input_ids=some_ids()), plain)
+    unmerge_experts(composed)
+
+    assert digest(any_base) == bytes_before
+    assert torch.equal(logits(composed, input_ids=some_ids()), before)
+    assert [type(module) for module in composed.modules()] == modules
+    assert {id(p) for p in composed.parameters()} == {id(p) for p in any_base.parameters()}
+    assert torch.equal(logits(detach(composed), input_ids=some_ids()), plain)
+
+
+def test_a_merged_model_runs_modules_of_the_base_and_nothing_else(any_base: Any, static: Any) -> None:
+    composed: Any = merge_experts(static(any_base))
+
+    kinds = {type(module) for module in composed.modules()}
+    assert FusedLinear not in kinds
+    assert not any(module._forward_pre_hooks for module in composed.modules())
+    merged: list[Any] = [module for path, module in composed.named_modules() if path in composed.merged.modules]
+    assert {type(module) for module in merged} == {type(m.base) for m in composed.merged.modules.values()}
+    assert composed.merged.extra_bytes == sum(module.weight.nbytes for module in merged)
+
+
+def test_another_composition_over_the_same_base_sees_nothing_of_it(
+    base: Any, static: Any, compose: Any, some_ids: Any, logits: Any
+) -> None:
+    other = compose(base)
+    expected = logits(other, input_ids=some_ids())
+
+    merge_experts(static(base))
+
+    assert torch.equal(logits(other, input_ids=some_ids()), expected)
+
+
+def test_slots_fixed_for_a_while_are_merged_as_they_are(base: Any, static: Any, some_ids: Any, logits: Any) -> None:
+    composed = static(base)
+    with fixed_slots(composed, {"legal": 1.0}):
+        expected = logits(composed, input_ids=some_ids())
+        merge_experts(composed)
+
+    torch.testing.assert_close(logits(composed, input_ids=some_ids()), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_weights_are_rounded_once(make_base: Any, static: Any, some_ids: Any, logits: Any) -> None:
+    exact, rounded = static(make_base("llama")), static(make_base("llama", dtype=torch.bfloat16))
+    expected = logits(exact, input_ids=some_ids())
+
+    found = logits(merge_experts(rounded), input_ids=some_ids())
+
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_merged_weight_is_the_sum_of_products(transposed: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    A, Bt = torch.randn(3, 5, generator=generator), torch.randn(3, 4, generator=generator)
+    gate, weight = torch.tensor([0.5, 0.0, 2.0]), torch.randn(4, 5, generator=generator)
+
+    found = merged_weight(weight.t() if transposed else weight, A, Bt, gate, transposed=transposed)
+
+    expected = weight + 0.5 * torch.outer(Bt[0], A[0]) + 2 * torch.outer(Bt[2], A[2])
+    torch.testing.assert_close(found.t() if transposed else found, expected)
+
+
+def test_gates_that_depend_on_the_text_cannot_be_merged(base: Any, compose: Any) -> None:
+    composed = compose(base)
+
+    with pytest.raises(InputError, match="constant gates"):
+        merge_experts(composed)
+    with fixed_slots(composed, {"legal": 1.0}), pytest.raises(InputError, match="constant gates"):
+        merge_experts(composed)
+
+
+def test_merging_twice_and_unmerging_what_is_not_merged_are_refused(base: Any, static: Any) -> None:
+    composed = static(base)
+
+    with pytest.raises(InputError, match="not merged"):
+        unmerge_experts(composed)
+    merge_experts(composed)
+    with pytest.raises(InputError, match="merged already"):
+        merge_experts(composed)
+
+
+def test_a_module_of_another_kind_is_refused_before_anything_changes(
+    base: Any, static: Any, some_ids: Any, logits: Any
+) -> None:
+    class Quantised(nn.Linear):
+        pass
+
+    composed = static(base)
+    expected = logits(composed, input_ids=some_ids())
+    fused = next(module for module in composed.modules() if isinstance(module, FusedLinear))
+    plain: Any = fused.base
+    fused.base = Quantised(plain.in_features, plain.out_features, bias=False)
+
+    with pytest.raises(InputError, match="it is a Quantised"):
+        merge_experts(composed)
+
+    fused.base = plain
+    assert torch.equal(logits(composed, input_ids=some_ids()), expected)
+    assert routing_of(composed).stack.static
+
+
+def test_a_merged_model_is_detached_to_its_base(any_base: Any, static: Any, some_ids: Any, logits: Any) -> None:
+    plain = detach(merge_experts(static(any_base)))
+
+    assert torch.equal(logits(plain, input_ids=some_ids()), logits(any_base, input_ids=some_ids()))
+    assert [type(module) for module in plain.modules()] == [type(module) for module in any_base.modules()]
+
+
+def test_slots_of_a_merged_model_cannot_be_fixed_to_something_else(base: Any, static: Any) -> None:
+    composed = merge_experts(static(base))
+
+    with pytest.raises(InputError, match="merged"), fixed_slots(composed, {"legal": 1.0}):
+        pass

@@ -1,0 +1,73 @@
+"""Whether a pack fits the base model: layers, modules, widths and vocabulary are looked up in the model itself."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from lorary.domains.errors import IntegrityError
+from lorary.registry import Registry
+from lorary.registry.base.check_fit import check_fit
+from lorary.registry.pack.pack import DomainPack, read_pack
+
+
+@pytest.fixture
+def pack(whole: Registry) -> DomainPack:
+    """Fresh from the store, so that a test may change it."""
+    return read_pack(whole.store, whole.manifest("cooking"))
+
+
+def deeper(pack: DomainPack) -> None:
+    pack.bank.layers[4] = pack.bank.layers.pop(3)
+
+
+def renamed(pack: DomainPack) -> None:
+    for matrices in (pack.bank.layers[2].A, pack.bank.layers[2].B):
+        matrices["mlp.other_proj"] = matrices.pop("mlp.up_proj")
+
+
+def on_a_norm(pack: DomainPack) -> None:
+    for matrices in (pack.bank.layers[2].A, pack.bank.layers[2].B):
+        matrices["input_layernorm"] = matrices.pop("self_attn.o_proj")
+
+
+def wider_in(pack: DomainPack) -> None:
+    pack.bank.layers[2].A["mlp.up_proj"] = torch.zeros(4, 33)
+
+
+def wider_out(pack: DomainPack) -> None:
+    pack.bank.layers[2].B["mlp.up_proj"] = torch.zeros(47, 4)
+
+
+def wider_gates(pack: DomainPack) -> None:
+    pack.bank.layers[1].expert_gate = torch.zeros(1, 64)
+
+
+def test_what_was_made_for_the_base_fits(pack: DomainPack, whole: Registry) -> None:
+    check_fit(pack, whole.base, source="cooking@1")
+
+
+@pytest.mark.parametrize("change", [deeper, renamed, on_a_norm, wider_in, wider_out, wider_gates])
+def test_experts_of_what_the_base_does_not_have_are_refused(
+    change: Callable[[DomainPack], None], pack: DomainPack, whole: Registry
+) -> None:
+    change(pack)
+
+    with pytest.raises(IntegrityError, match="cooking@1 does not fit") as caught:
+        check_fit(pack, whole.base, source="cooking@1")
+
+    assert "base" in str(caught.value.cause)
+
+
+def test_features_of_a_layer_that_is_not_there_are_refused(pack: DomainPack, whole: Registry) -> None:
+    with pytest.raises(IntegrityError):
+        check_fit(replace(pack, feature_layer=4), whole.base, source="x")
+
+
+def test_counts_of_another_vocabulary_are_refused(pack: DomainPack, whole: Registry) -> None:
+    counts: Any = torch.cat([pack.statistics.token_counts, torch.ones(1, dtype=torch.int64)])
+
+    with pytest.raises(IntegrityError):
+        check_fit(replace(pack, statistics=replace(pack.statistics, token_counts=counts)), whole.base, source="x")

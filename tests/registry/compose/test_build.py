@@ -1,0 +1,136 @@
+"""Composed models: exact, in any order, and unchanged by whatever is added later."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorary.adapters.bank import ExpertBank
+from lorary.adapters.layer.active import SLOT_THRESHOLD
+from lorary.adapters.layer.attach import routing_of
+from lorary.adapters.router.router import Tempers
+from lorary.domains.errors import IntegrityError
+from lorary.registry import Registry
+from lorary.registry.compose.build import build_router, joint_tempers
+from lorary.registry.compose.plan import prior_shares
+from lorary.registry.learn.proof import digest_of_tensors
+from lorary.registry.pack.pack import DomainPack, read_pack
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_adding_a_domain_changes_no_logit_of_the_older_ones(
+    static: bool, cooking_store: Path, whole: Registry, logits_of: Any
+) -> None:
+    before = logits_of(Registry.open(cooking_store).compose("cooking", static=static))
+
+    assert torch.equal(logits_of(whole.compose("cooking", static=static)), before)
+
+
+def test_adding_a_domain_changes_no_logit_of_the_general_bank(kp_store: Path, whole: Registry, logits_of: Any) -> None:
+    assert torch.equal(logits_of(whole.compose("general")), logits_of(Registry.open(kp_store).compose("general")))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("cooking+sailing", "sailing+cooking"),
+        ("cooking+sailing", "general+sailing+cooking@1"),
+        ("cooking:0.3+sailing:0.7", "sailing:0.7+cooking:0.3"),
+        ("cooking:1+sailing:3", "sailing:3+cooking"),
+    ],
+)
+def test_the_order_of_terms_changes_no_logit(one: str, other: str, whole: Registry, logits_of: Any) -> None:
+    assert torch.equal(logits_of(whole.compose(one)), logits_of(whole.compose(other)))
+
+
+def test_weights_do_change_the_logits(whole: Registry, logits_of: Any) -> None:
+    plain = logits_of(whole.compose("cooking+sailing"))
+
+    assert not torch.equal(logits_of(whole.compose("cooking:9+sailing:1")), plain)
+    assert not torch.equal(logits_of(whole.compose("cooking+sailing", static=True)), plain)
+
+
+def test_a_static_gate_of_zero_leaves_the_domain_out(whole: Registry, logits_of: Any) -> None:
+    torch.testing.assert_close(
+        logits_of(whole.compose("cooking:1+sailing", static=True)), logits_of(whole.compose("cooking", static=True))
+    )
+
+
+def test_composed_models_see_nothing_of_each_other(whole: Registry, logits_of: Any) -> None:
+    first = whole.compose("cooking")
+    before = logits_of(first)
+
+    second = whole.compose("sailing")
+    logits_of(second)
+
+    assert torch.equal(logits_of(first), before)
+    assert first.get_input_embeddings().weight is second.get_input_embeddings().weight
+
+
+def test_composing_twice_gives_the_same_model(whole: Registry, logits_of: Any) -> None:
+    models = [whole.compose("cooking+sailing") for _ in range(2)]
+
+    assert torch.equal(*(logits_of(model) for model in models))
+
+
+def test_the_slot_gates_sum_to_one_and_prefer_general_before_any_text(whole: Registry, logits_of: Any) -> None:
+    model = whole.compose("cooking+sailing")
+    logits_of(model)
+
+    gate = routing_of(model).slot_gate
+    assert gate is not None
+    # gates under the threshold are closed, nothing is given to the others
+    torch.testing.assert_close(gate.sum(-1), torch.ones(gate.shape[:2]), atol=3 * SLOT_THRESHOLD, rtol=0)
+
+
+def test_no_composed_tensor_needs_a_gradient(whole: Registry) -> None:
+    model = whole.compose("cooking+sailing")
+
+    assert not any(tensor.requires_grad for tensor in [*model.parameters(), *model.buffers()])
+
+
+@pytest.fixture
+def packs(whole: Registry) -> list[DomainPack]:
+    return [read_pack(whole.store, whole.manifest(name)) for name in ("general", "cooking", "sailing")]
+
+
+def test_the_router_of_a_subset_is_as_if_the_rest_were_not_there(packs: list[DomainPack], whole: Registry) -> None:
+    composed = routing_of(whole.compose("sailing")).router
+    shares = torch.tensor(list(prior_shares({"general": None, "sailing": None}).values()))
+    alone = build_router([packs[0], packs[2]], shares, width=32)
+
+    assert composed is not None
+    assert digest_of_tensors(composed.named_buffers()) == digest_of_tensors(alone.named_buffers())
+
+
+def test_joint_tempers_are_means_in_any_order(packs: list[DomainPack]) -> None:
+
+    first = replace(packs[1], tempers=Tempers(token=0.1, hidden=0.5))
+    second = replace(packs[2], tempers=Tempers(token=0.4, hidden=0.1))
+
+    assert joint_tempers([first, second]) == joint_tempers([second, first])
+    assert joint_tempers([first, second]).token == pytest.approx(math.sqrt(0.04))
+    assert joint_tempers([first, second]).hidden == pytest.approx(0.3)
+    assert joint_tempers([first]).token == pytest.approx(0.1)
+    assert joint_tempers([]) == Tempers()
+
+
+def test_packs_whose_features_are_of_another_layer_are_not_routed_together(packs: list[DomainPack]) -> None:
+
+    with pytest.raises(IntegrityError, match="together"):
+        build_router([packs[0], replace(packs[1], feature_layer=2)], torch.ones(2), width=32)
+
+
+def test_experts_below_the_feature_layer_leave_routing_to_the_tokens(packs: list[DomainPack]) -> None:
+    low = ExpertBank(layers={0: packs[2].bank.layers[packs[2].bank.first_layer]})
+    shares = torch.tensor([0.7, 0.1, 0.2])
+
+    router = build_router([*packs[:2], replace(packs[2], bank=low)], shares, width=32)
+
+    ids, mask = torch.randint(6, 300, (1, 16), generator=torch.Generator().manual_seed(0)), torch.ones(1, 16).bool()
+    found = [router.slot_gates(router.increments(ids, hidden, mask).cumsum(1)) for hidden in torch.randn(2, 1, 16, 32)]
+    assert torch.equal(*found)
+    assert (found[0][0, -1] - shares).abs().max() > 0.01

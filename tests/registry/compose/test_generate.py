@@ -1,0 +1,130 @@
+"""Answers of composed models: the text, and the route of every token."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from lorary.adapters.layer.active import SLOT_THRESHOLD
+from lorary.adapters.layer.attach import routing_of
+from lorary.adapters.layer.merge import merge_experts
+from lorary.domains.errors import InputError
+from lorary.registry import Registry
+from lorary.registry.compose.generate import generate
+
+
+@pytest.fixture(scope="module")
+def model(whole: Registry) -> Any:
+    return whole.compose("cooking+sailing")
+
+
+def test_an_answer_says_how_each_token_was_routed(whole: Registry, model: Any) -> None:
+    answer = whole.generate(model, "butter and flour", max_new_tokens=5)
+
+    assert answer.slots == ("general", "cooking", "sailing")
+    assert answer.prompt_tokens == len(whole.tokenizer("butter and flour")["input_ids"])
+    assert 1 <= answer.new_tokens <= 5
+    assert len(answer.tokens) == answer.prompt_tokens + answer.new_tokens
+    assert answer.tokens[-1][1] == answer.tokens[-2][1]  # the last one was never read: its gates are those before it
+    assert "".join(piece for piece, _ in answer.tokens).startswith("<|begin|>butter and flour")
+    for _, gates in answer.tokens:
+        assert sum(gates) == pytest.approx(1, abs=SLOT_THRESHOLD * 3)
+    assert sum(answer.route.values()) == pytest.approx(1, abs=SLOT_THRESHOLD * 3)
+
+
+def test_greedy_answers_are_those_of_transformers(whole: Registry, model: Any) -> None:
+    inputs = whole.tokenizer("mast and keel", return_tensors="pt")
+    with model.reading_prompts():
+        expected = model.generate(
+            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=6, do_sample=False
+        )[0, inputs["input_ids"].shape[1] :]
+
+    answer = whole.generate(model, "mast and keel", max_new_tokens=6)
+
+    assert answer.text == whole.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+def test_the_gates_of_decoding_are_those_of_reading_the_whole(whole: Registry, model: Any) -> None:
+    answer = whole.generate(model, "mast and flour", max_new_tokens=6)
+    ids = torch.tensor([_ids(answer, whole)])
+
+    with model.reading_prompts([answer.prompt_tokens]):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+    gate = routing_of(model).slot_gate
+    assert gate is not None
+    torch.testing.assert_close(torch.tensor([g for _, g in answer.tokens[:-1]]), gate[0, :-1])
+
+
+def test_a_merged_composition_answers_and_says_its_constant_gates(whole: Registry) -> None:
+    static: Any = whole.compose("cooking:0.75+sailing:0.25", static=True)
+    expected = whole.generate(static, "mast and flour", max_new_tokens=4)
+
+    answer = whole.generate(merge_experts(static), "mast and flour", max_new_tokens=4)
+
+    assert answer.text == expected.text
+    assert answer.route == expected.route == {"general": 0.0, "cooking": 0.75, "sailing": 0.25}
+    assert len(answer.tokens) == len(expected.tokens)
+
+
+def _ids(answer: Any, whole: Registry) -> list[int]:
+    """The prompt again, and the new tokens as the model chose them."""
+    model: Any = whole.compose("cooking+sailing")
+    inputs = whole.tokenizer("mast and flour", return_tensors="pt")
+    with model.reading_prompts():
+        return model.generate(**inputs, max_new_tokens=answer.new_tokens, do_sample=False)[0].tolist()
+
+
+def test_a_seed_gives_the_same_answer_and_another_seed_another(whole: Registry, model: Any) -> None:
+    def text(seed: int) -> str:
+        return whole.generate(model, "keel", max_new_tokens=12, temperature=1.5, seed=seed).text
+
+    assert text(1) == text(1)
+    assert len({text(seed) for seed in range(4)}) > 1
+
+
+def test_the_random_state_of_the_caller_is_left_alone(whole: Registry, model: Any) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+
+    whole.generate(model, "keel", max_new_tokens=2, temperature=1.0)
+
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_chat_goes_through_the_template(whole: Registry, model: Any) -> None:
+    plain = whole.generate(model, "keel", max_new_tokens=1)
+    chat = whole.generate(model, "keel", max_new_tokens=1, chat=True)
+
+    assert chat.prompt_tokens == plain.prompt_tokens + 3  # user, end, assistant
+    assert "".join(piece for piece, _ in chat.tokens).startswith("<|begin|><|user|>keel<|end|><|assistant|>")
+
+
+def test_a_chat_without_a_template_is_refused(whole: Registry, model: Any) -> None:
+
+    tokenizer = copy.deepcopy(whole.tokenizer)
+    tokenizer.chat_template = None
+
+    with pytest.raises(InputError, match="no chat template"):
+        generate(model, tokenizer, "keel", chat=True)
+
+
+def test_a_prompt_that_is_too_long_is_refused(whole: Registry, model: Any) -> None:
+    with pytest.raises(InputError, match="too long") as caught:
+        whole.generate(model, "mast " * 300, max_new_tokens=8)
+
+    assert "512" in str(caught.value.cause)
+    assert routing_of(model).trace is None
+
+
+def test_the_base_model_is_not_a_composed_one(whole: Registry) -> None:
+    with pytest.raises(InputError, match="not composed"):
+        whole.generate(whole.base.model, "keel")
+
+
+def test_a_static_composition_answers_with_its_constant_gates(whole: Registry) -> None:
+    answer = whole.generate(whole.compose("cooking:0.25+sailing:0.5", static=True), "keel", max_new_tokens=3)
+
+    assert answer.route == pytest.approx({"general": 0.0, "cooking": 0.25, "sailing": 0.5})

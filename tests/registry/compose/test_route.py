@@ -1,0 +1,84 @@
+"""Where a text goes: gates, margin and the nearest prototypes."""
+
+from pathlib import Path
+
+import pytest
+
+from lorary.adapters.layer.active import SLOT_THRESHOLD
+from lorary.domains.data.corpus import read_examples
+from lorary.domains.errors import InputError
+from lorary.registry import Registry
+from lorary.registry.compose.build import read_packs
+from lorary.registry.compose.route import route_text
+
+
+@pytest.mark.parametrize("name", ["cooking", "sailing"])
+def test_a_domain_takes_its_own_text(name: str, whole: Registry, texts: dict[str, Path]) -> None:
+    text = " ".join(example.text for example in read_examples([texts[name]]))
+
+    report = whole.route(text)
+
+    assert report.taken_by == name
+    assert max(report.similarity, key=lambda other: report.similarity[other]) == name
+
+
+def test_gates_are_sorted_and_the_margin_is_between_the_first_two(whole: Registry) -> None:
+    report = whole.route("butter and flour")
+
+    gates = list(report.gates.values())
+    assert set(report.gates) == {"general", "cooking", "sailing"}
+    assert gates == sorted(gates, reverse=True)
+    assert sum(gates) == pytest.approx(1, abs=3 * SLOT_THRESHOLD)
+    assert report.margin == pytest.approx(gates[0] - gates[1])
+    assert report.taken_by == next(iter(report.gates))
+    assert report.tokens == len(whole.tokenizer("butter and flour")["input_ids"])
+
+
+def test_similarities_are_cosines_of_the_domains(whole: Registry) -> None:
+    similarity = whole.route("keel").similarity
+
+    assert set(similarity) == {"cooking", "sailing"}
+    assert all(-1.001 <= value <= 1.001 for value in similarity.values())
+
+
+def test_only_the_domains_of_the_composition_take_part(whole: Registry) -> None:
+    report = whole.route("mast and keel", "cooking")
+
+    assert set(report.gates) == {"general", "cooking"}
+    assert set(report.similarity) == {"cooking"}
+
+
+def test_a_registry_without_domains_leaves_everything_to_general(kp_store: Path) -> None:
+    report = Registry.open(kp_store).route("mast and keel")
+
+    assert report.gates == {"general": 1.0}
+    assert (report.taken_by, report.margin, report.similarity) == ("general", 1.0, {})
+
+
+@pytest.mark.parametrize("text", ["", "   ", "\n"])
+def test_an_empty_text_is_refused(text: str, whole: Registry) -> None:
+    with pytest.raises(InputError, match="empty"):
+        whole.route(text)
+
+
+def test_a_static_composition_is_refused(whole: Registry) -> None:
+    plan = whole.plan("cooking", static=True)
+
+    with pytest.raises(InputError, match="does not route"):
+        route_text(plan, read_packs(whole.store, plan), whole.base, "mast")
+
+
+def test_a_text_longer_than_the_model_reads_is_cut(whole: Registry) -> None:
+    assert whole.route("mast " * 2000).tokens == 512
+
+
+def test_routing_twice_gives_the_same(whole: Registry) -> None:
+    assert whole.route("butter and keel") == whole.route("butter and keel")
+
+
+def test_a_saved_composition_routes_without_the_packs_of_the_store(
+    whole: Registry, kp_store: Path, tmp_path: Path
+) -> None:
+    folder = whole.save("cooking+sailing", tmp_path / "out")
+
+    assert Registry.open(kp_store).route("mast and keel", str(folder)) == whole.route("mast and keel")

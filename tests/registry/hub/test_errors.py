@@ -1,0 +1,149 @@
+"""Every way in which the Hub can fail becomes one of our errors, with a cause and a way out, and without the token."""
+
+import errno
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, XetDownloadError
+
+from lorary.domains.errors import ConflictError, IntegrityError, LoraryError, RemoteError, StorageFullError
+from lorary.registry.hub.errors import explained, is_missing_repo, wait_before_retry, wait_of
+
+REPO = "acme/lorary-legal"
+
+
+@pytest.fixture
+def failed(local_hub, no_waiting):
+    """`failed(status, **headers)` is what the client raises for such an answer."""
+
+    def fail(status, **headers):
+        local_hub.fault("GET /api/models/", "status", status, **headers)
+        with pytest.raises(Exception) as raised:  # noqa: PT011
+            HfApi().model_info(REPO)
+        return raised.value
+
+    return fail
+
+
+def explain(error):
+    return explained(error, repo=REPO, endpoint="https://hub.example")
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind", "said"),
+    [
+        (404, "RepoNotFound", RemoteError, "There is no acme/lorary-legal"),
+        (401, "RepoNotFound", RemoteError, "There is no acme/lorary-legal"),
+        (404, "RevisionNotFound", RemoteError, "has no such revision"),
+        (404, "EntryNotFound", RemoteError, "lacks a file"),
+        (403, "GatedRepo", RemoteError, "is gated"),
+        (404, "", RemoteError, "has nothing there"),
+        (401, "", RemoteError, "does not accept the access token"),
+        (403, "", RemoteError, "does not allow that"),
+        (400, "", RemoteError, "refused"),
+        (409, "", RemoteError, "refused"),
+        (412, "", ConflictError, "Somebody else has pushed"),
+        (429, "", RemoteError, "takes no more requests"),
+        (500, "", RemoteError, "The Hub failed"),
+        (503, "", RemoteError, "The Hub failed"),
+        (599, "", RemoteError, "The Hub failed"),
+    ],
+)
+def test_an_answer_becomes_our_error(failed, status, code, kind, said):
+    error = explain(failed(status, **({"X_Error_Code": code} if code else {})))
+
+    assert type(error) is kind
+    assert said in error.message
+    assert f"answered {status}" in str(error.cause)
+    assert error.fix
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (OfflineModeIsEnabled("x"), RemoteError, "may not be asked"),
+        (LocalEntryNotFoundError("x"), RemoteError, "not in the Hub's cache"),
+        (OSError("Consistency check failed: file should be of size 9 but has size 5"), IntegrityError, "incomplete"),
+        (OSError(errno.ENOSPC, "No space left on device"), StorageFullError, "No space"),
+        (XetDownloadError("x"), RemoteError, "cannot be reached"),
+        (KeyError("ref"), RemoteError, "does not answer like a Hub"),
+        (ValueError("odd"), RemoteError, "client of the Hub failed"),
+    ],
+)
+def test_what_the_client_raises_by_itself_becomes_our_error(error, kind, said):
+    ours = explain(error)
+
+    assert type(ours) is kind
+    assert said in ours.message
+    assert ours.cause
+    assert ours.fix
+
+
+def test_the_error_behind_a_wrapper_counts(failed):
+    inner = failed(403)
+    outer = RuntimeError("Error while uploading 'x' to the Hub.")
+    outer.__cause__ = inner
+
+    assert "does not allow" in explain(outer).message
+
+
+def test_our_own_errors_pass_through():
+    ours = LoraryError("x")
+
+    assert explain(ours) is ours
+
+
+def test_a_missing_repository_is_known_by_its_code(failed):
+    for code, is_missing in (("RepoNotFound", True), ("RevisionNotFound", False), ("GatedRepo", False)):
+        error = explain(cause := failed(404, X_Error_Code=code))
+        error.__cause__ = cause
+        assert is_missing_repo(error) is is_missing
+
+
+@pytest.mark.parametrize("text", ["token hf_abcDEF123456789", "Bearer abc.def-123", "header: bearer XYZ"])
+def test_access_tokens_are_taken_out(failed, text):
+    cause = str(explain(failed(500, X_Error_Message=text)).cause)
+
+    assert "***" in cause
+    assert not {"hf_abcDEF123456789", "abc.def-123", "XYZ"} & set(cause.split())
+
+
+def test_a_long_message_is_cut(failed):
+    assert len(str(explain(failed(500, X_Error_Message="x" * 5000)).cause)) < 400
+
+
+@pytest.mark.parametrize(
+    ("headers", "wait"),
+    [
+        ({}, None),
+        ({"retry-after": "7"}, 7.0),
+        ({"retry-after": "Wed, 21 Oct 2026 07:28:00 GMT"}, None),
+        ({"ratelimit": '"api";r=0;t=55'}, 55.0),
+        ({"ratelimit": '"api";r=12;t=55'}, None),
+        ({"ratelimit": '"api";r=0;t=55', "retry-after": "7"}, 55.0),
+        ({"retry-after": "9" * 40}, None),
+    ],
+)
+def test_a_wait_is_read_from_the_headers(headers, wait):
+    assert wait_of(headers) == wait
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "tries", "wait"),
+    [
+        (503, {}, 1, 1.0),
+        (503, {}, 2, 2.0),
+        (503, {}, 9, 8.0),
+        (429, {"retry-after": "5"}, 1, 5.0),
+        (429, {"retry-after": "31"}, 1, None),
+        (404, {}, 1, None),
+        (403, {"retry-after": "1"}, 1, None),
+        (412, {}, 1, None),
+    ],
+)
+def test_only_what_may_pass_is_tried_again(status, headers, tries, wait):
+    error = OSError()
+    error.response = SimpleNamespace(status_code=status, headers=headers)  # type: ignore[attr-defined]
+
+    assert wait_before_retry(error, tries) == wait

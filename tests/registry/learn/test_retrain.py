@@ -1,0 +1,378 @@
+"""Retraining: what each mode keeps, what it adds, and what the gate lets through."""
+
+import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorary.adapters.router.router import router_rows
+from lorary.domains.data.corpus import read_examples, split
+from lorary.domains.errors import InputError, IntegrityError
+from lorary.registry import Registry
+from lorary.registry.learn import train as learning
+from lorary.registry.learn.retrain_plan import plan_retraining
+from lorary.registry.measure.held_out import HELD_OUT, stored_held_out
+from lorary.registry.pack.check_pack import check_pack
+from lorary.registry.pack.pack import read_pack
+from lorary.registry.store.store import Store
+
+MODES = ("extend", "continue", "fresh")
+
+
+@pytest.fixture(scope="session")
+def more(tmp_path_factory: pytest.TempPathFactory, texts: Any) -> Path:
+    """New text about cooking: other words than the first, and a third of the first's rows once more."""
+    draw = random.Random("more")
+    words = "flour oven sugar whisk basil thyme saffron nutmeg vanilla braise poach fillet stock ladle"
+    rows = [f'{{"text": "{" ".join(draw.choices(words.split(), k=14))}."}}\n' for _ in range(24)]
+    path = tmp_path_factory.mktemp("more") / "more.jsonl"
+    path.write_text("".join(rows) + "".join(texts["cooking"].read_text().splitlines(keepends=True)[:8]))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(short_run: Any) -> dict[str, Any]:
+    """Settings of a short training."""
+    return {"training": short_run()["training"]}
+
+
+@pytest.fixture(scope="session")
+def retrained(
+    tmp_path_factory: pytest.TempPathFactory, cooking_store: Path, more: Path, run: Any
+) -> Callable[[str], Any]:
+    """`retrained(mode)`: registry and outcome; done once a mode; tests only read."""
+    known: dict[str, Any] = {}
+
+    def get(mode: str) -> Any:
+        if mode not in known:
+            folder = tmp_path_factory.mktemp(mode) / "store"
+            registry = Registry.open(shutil.copytree(cooking_store, folder))
+            outcome = registry.retrain("cooking", data=[more], mode=mode, tolerance=9.0, **run)
+            known[mode] = (registry, outcome)
+        return known[mode]
+
+    return get
+
+
+@pytest.fixture
+def registry(cooking_store: Path, fresh_copy: Any) -> Registry:
+    """KP and `cooking`, free to be changed."""
+    return fresh_copy(cooking_store)
+
+
+# --- what every mode does ---
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_new_version_is_stored_with_its_lineage_and_both_scores(mode: str, retrained: Any) -> None:
+    registry, outcome = retrained(mode)
+    manifest, parent = outcome.manifest, registry.manifest("cooking@1")
+
+    assert (manifest.version, manifest.parent, manifest.lineage["mode"]) == (2, 1, mode)
+    assert manifest.lineage["parent"]["digest"] == parent.digest
+    assert registry.manifest("cooking") == registry.manifest("cooking@2") == manifest
+    gate = manifest.evaluation["gate"]
+    assert gate["holds"] is True
+    assert gate["parent"] == pytest.approx(parent.evaluation["routed"], abs=2e-5)
+    assert gate["new"] > 0
+    assert manifest.proof["unchanged"] is True
+    assert set(manifest.proof["frozen"]["packs"]) == {"general@1", "cooking@1"}
+    assert manifest.proof["drift"]["domains"] == 0  # no other domain to compare
+    check_pack(registry.store, manifest)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_was_held_out_stays_held_out(mode: str, retrained: Any, texts: Any, more: Path) -> None:
+    registry, outcome = retrained(mode)
+    first = split(read_examples([texts["cooking"]]), HELD_OUT)[1]
+    own = split(read_examples([more]), HELD_OUT)[1]
+
+    found = stored_held_out(registry.store, outcome.manifest)
+
+    expected = own if mode == "fresh" else first + own
+    assert {e.digest() for e in found} == {e.digest() for e in expected}
+    assert len({e.digest() for e in found}) == len(found)
+
+
+def test_nothing_that_the_parent_held_out_is_trained_on(registry: Registry, texts: Any, more: Path) -> None:
+    held_out = stored_held_out(registry.store, registry.manifest("cooking"))
+
+    plan = plan_retraining(registry.store, registry.manifest("cooking"), [texts["cooking"], more])
+
+    assert not {e.digest() for e in plan.data.train} & {e.digest() for e in held_out + plan.data.held_out}
+    assert plan.older == held_out
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_statistics_are_added_except_by_fresh(mode: str, retrained: Any) -> None:
+    registry, outcome = retrained(mode)
+    own = read_pack(*_version(retrained("fresh")[0], "cooking@2")).statistics
+    first = read_pack(*_version(registry, "cooking@1")).statistics
+
+    found = read_pack(*_version(registry, "cooking@2")).statistics
+
+    expected = own if mode == "fresh" else first + own
+    for name, tensor in found.tensors().items():
+        assert torch.equal(tensor, expected.tensors()[name]), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_same_data_seed_and_parent_give_the_same_digest(
+    mode: str, retrained: Any, registry: Registry, more: Path, run: Any, tmp_path: Path
+) -> None:
+    moved = shutil.copy(more, tmp_path)
+
+    outcome = registry.retrain("cooking@1", data=[moved], mode=mode, tolerance=9.0, **run)
+
+    assert outcome.manifest.digest == retrained(mode)[1].manifest.digest
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_new_version_composes_with_others_and_loads_as_the_model_that_was_scored(
+    mode: str, retrained: Any, logits_of: Any
+) -> None:
+    registry, outcome = retrained(mode)
+
+    found = logits_of(registry.compose("cooking@2"))
+
+    assert found.isfinite().all()
+    assert (found - logits_of(registry.compose("cooking@1"))).abs().max() > 1e-6
+    scores = registry.evaluate("cooking@2", questions=False)["cooking"]
+    assert scores.routed == pytest.approx(outcome.manifest.evaluation["routed"], abs=1e-5)
+
+
+# --- extend ---
+
+
+def test_extend_keeps_the_files_of_every_expert_of_the_parent(retrained: Any) -> None:
+    registry, outcome = retrained("extend")
+    parent = registry.manifest("cooking@1")
+
+    inherited = {file.path: file.sha256 for file in parent.files if file.kind == "expert"}
+    new = {file.path: file.sha256 for file in outcome.manifest.files if file.kind == "expert"}
+
+    assert inherited.items() < new.items()
+    assert outcome.manifest.proof["inherited"]["from"] == "cooking@1"
+    assert outcome.manifest.proof["inherited"]["experts"] == len(parent.experts)
+
+
+def test_extend_adds_experts_in_every_layer_of_a_generation_of_their_own(retrained: Any) -> None:
+    registry, outcome = retrained("extend")
+    parent = registry.manifest("cooking@1")
+
+    generations = [expert.generation for expert in outcome.manifest.experts]
+    assert generations == [0] * len(parent.experts) + [1] * (len(generations) - len(parent.experts))
+    assert outcome.manifest.experts[: len(parent.experts)] == parent.experts
+    before, after = parent.allocation["counts"], outcome.manifest.allocation["counts"]
+    assert all(new > old for old, new in zip(before, after, strict=True) if old)
+
+
+def test_extend_leaves_the_parents_gates_in_the_new_pack_as_they_were(retrained: Any) -> None:
+    registry, _ = retrained("extend")
+    old, new = read_pack(*_version(registry, "cooking@1")).bank, read_pack(*_version(registry, "cooking@2")).bank
+
+    for index, layer in old.layers.items():
+        assert torch.equal(new.layers[index].expert_gate[: len(layer.experts)], layer.expert_gate)
+        assert torch.equal(new.layers[index].rank_rows()[: layer.rank], layer.rank_rows())
+        assert torch.equal(new.layers[index].static_gate()[: layer.rank], layer.static_gate())
+
+
+def test_extend_starts_as_the_parent_whose_statistics_are_added(
+    registry: Registry, more: Path, run: Any, monkeypatch: pytest.MonkeyPatch, logits_of: Any
+) -> None:
+    seen = []
+
+    def watched(composed: Any, *args: Any, **options: Any) -> Any:
+        seen.extend([logits_of(composed), composed.routing.router])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(learning, "train_bank", watched)
+    with pytest.raises(KeyboardInterrupt):
+        registry.retrain("cooking", data=[more], **run)
+
+    parent: Any = registry.compose("cooking@1")
+    parent.routing.router = seen[1]
+    torch.testing.assert_close(seen[0], logits_of(parent), rtol=1e-5, atol=1e-5)
+
+
+def test_extending_twice_gives_three_generations(registry: Registry, more: Path, texts: Any, run: Any) -> None:
+    settings = {"training": replace(run["training"], steps=1), "tolerance": 9.0, "bank": {"rank": 1, "experts": 1.0}}
+    registry.retrain("cooking", data=[more], **settings)
+
+    outcome = registry.retrain("cooking", data=[texts["sailing"]], **settings)
+
+    assert {expert.generation for expert in outcome.manifest.experts} == {0, 1, 2}
+    assert [expert.rank for expert in outcome.manifest.experts] == [2, 2, 2, 1, 1]
+    assert outcome.manifest.proof["inherited"]["from"] == "cooking@2"
+    assert registry.compose("cooking") is not None
+
+
+@pytest.mark.parametrize("sabotage", ["expert", "gate"])
+def test_an_expert_of_the_parent_that_moves_stores_nothing(
+    sabotage: str, registry: Registry, more: Path, run: Any, state_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, train_bank = state_of(registry.store), learning.train_bank
+    kp = read_pack(registry.store, registry.manifest("general")).bank
+
+    def instead(composed: Any, *args: Any, **options: Any) -> Any:
+        figures = train_bank(composed, *args, **options)
+        layer = composed.model.layers[2]
+        if sabotage == "expert":  # the first rank behind KP's
+            tensors = [t for name, t in layer.named_buffers() if name.rpartition(".")[2].startswith(("A", "B"))]
+            tensors[0].view(-1)[-1] += 1e-6
+        else:
+            layer.expert_gates.rows[len(kp.layers[2].experts), 0] += 1e-6
+        return figures
+
+    with monkeypatch.context() as seam:
+        seam.setattr(learning, "train_bank", instead)
+        with pytest.raises(IntegrityError, match="attached") as caught:
+            registry.retrain("cooking", data=[more], **run)
+
+    assert caught.value.exit_code == 5
+    assert state_of(registry.store) == before
+    assert registry.retrain("cooking", data=[more], tolerance=9.0, **run).manifest.version == 2
+
+
+# --- continue and fresh ---
+
+
+def test_continue_trains_a_copy_of_the_same_shape(retrained: Any) -> None:
+    registry, outcome = retrained("continue")
+    parent = registry.manifest("cooking@1")
+    old, new = read_pack(*_version(registry, "cooking@1")).bank, read_pack(*_version(registry, "cooking@2")).bank
+
+    assert outcome.manifest.experts == parent.experts
+    assert "inherited" not in outcome.manifest.proof
+    changed = [name for name, tensor in new.tensors() if not torch.equal(tensor, dict(old.tensors())[name])]
+    assert any(name.endswith(".B") for name in changed)
+    assert _distance(new, old) < _distance(read_pack(*_version(retrained("fresh")[0], "cooking@2")).bank, old)
+
+
+def test_fresh_is_as_if_the_domain_had_begun_with_the_new_text(retrained: Any) -> None:
+    _, outcome = retrained("fresh")
+
+    assert {expert.generation for expert in outcome.manifest.experts} == {0}
+    assert outcome.manifest.train["data"]["files"] == ["more.jsonl"]
+
+
+# --- the gate ---
+
+
+def test_a_version_that_is_worse_is_stored_and_held_back(
+    registry: Registry, texts: Any, run: Any, state_of: Any
+) -> None:
+    worse: dict[str, Any] = {
+        "training": replace(run["training"], steps=30, learning_rate=0.1),
+        "mode": "fresh",
+        "tolerance": 0.0,
+    }
+
+    outcome = registry.retrain("cooking", data=[texts["sailing"]], **worse)
+
+    assert outcome.gate.change > 0
+    assert outcome.manifest.is_held_back
+    assert state_of(registry.store)["cooking"] == ([1, 2], {"latest": 1})
+    assert registry.manifest("cooking").version == 1
+    registry.store.verify(outcome.manifest)
+
+    again = registry.retrain("cooking", data=[texts["sailing"]], **worse)
+    assert (again.is_repeated, again.manifest.version) == (True, 2)
+
+    settings: dict[str, Any] = {**worse, "tolerance": 100.0}
+    accepted = registry.retrain("cooking", data=[texts["sailing"]], **settings)
+    assert (accepted.is_repeated, registry.manifest("cooking").version) == (True, 2)
+
+
+def test_other_text_may_be_the_judge(registry: Registry, texts: Any, more: Path, run: Any) -> None:
+    outcome = registry.retrain("cooking", data=[more], gate_data=[texts["sailing"]], tolerance=9.0, **run)
+
+    assert outcome.manifest.evaluation["gate"]["bytes"] == sum(
+        len(e.text.encode()) for e in read_examples([texts["sailing"]])
+    )
+
+
+def test_without_held_out_text_one_is_told_how_to_give_some(
+    registry: Registry, texts: Any, more: Path, run: Any, tmp_path: Path, state_of: Any
+) -> None:
+    before = state_of(registry.store)
+    shutil.rmtree(registry.store.runs)
+
+    with pytest.raises(InputError, match="not on this machine") as caught:
+        registry.retrain("cooking", data=[more], **run)
+
+    assert "--gate-data FILE" in str(caught.value.fix)
+    assert state_of(registry.store) == before
+    assert registry.retrain("cooking", data=[more], gate_data=[texts["cooking"]], tolerance=9.0, **run).gate.holds
+
+
+@pytest.mark.parametrize(
+    ("reference", "options", "says"),
+    [
+        ("general", {}, "KP bank is never retrained"),
+        ("cooking", {"data": []}, "nothing new to train"),
+        ("cooking", {"mode": "anew"}, "no mode 'anew'"),
+        ("cooking", {"mode": "continue", "bank": {"rank": 8}}, "shape"),
+        ("cooking", {"tolerance": -1.0}, "tolerance"),
+        ("cooking", {"tolerance": float("nan")}, "tolerance"),
+        ("cooking+sailing", {}, "one version"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_the_base_is_loaded(
+    reference: str, options: dict[str, Any], says: str, registry: Registry, more: Path
+) -> None:
+    with pytest.raises(InputError, match=says):
+        registry.retrain(reference, **{"data": [more], **options})
+
+    assert registry._base is None
+
+
+def test_new_experts_are_shaped_like_the_parents_as_far_as_its_settings_are_known(
+    registry: Registry, more: Path
+) -> None:
+    manifest = registry.manifest("cooking")
+    told = {"experts": 3.0, "rank_gates": False, "of_a_later_version": 1}
+    parent = replace(manifest, train=manifest.train | {"bank": told})
+
+    bank = plan_retraining(registry.store, parent, [more]).bank
+
+    assert (bank.experts, bank.rank_gates) == (3.0, False)
+    assert (bank.rank, bank.schedule) == (manifest.experts[-1].rank, "linear")
+
+
+# --- compositions of any versions ---
+
+
+def test_versions_of_several_domains_route_in_any_mix(retrained: Any, both_store: Path, logits_of: Any) -> None:
+    registry, _ = retrained("extend")
+    mixed, other = registry.store, Store.open(both_store)
+    sailing = other.manifest("sailing")
+    mixed.commit(sailing, {file.path: (other.read(sailing, file.path), file.kind) for file in sailing.files})
+    texts = ["cooking@1+sailing@1", "cooking@2+sailing@1", "sailing+cooking@2:3"]
+
+    found = [logits_of(registry.compose(text)) for text in texts]
+
+    assert all(logits.isfinite().all() for logits in found)
+    assert (found[0] - found[1]).abs().max() > 1e-6
+    plan = registry.plan("sailing@1+cooking@2")
+    statistics = {slot.name: read_pack(mixed, slot.manifest).statistics for slot in plan.slots}
+    orders = [["general", "cooking", "sailing"], ["sailing", "general", "cooking"]]
+    first, second = (router_rows([statistics[name] for name in order]) for order in orders)
+    places = [orders[1].index(name) for name in orders[0]]
+    for part in ("rows", "bias"):
+        torch.testing.assert_close(getattr(second, part)[places], getattr(first, part), rtol=1e-6, atol=0)
+    torch.testing.assert_close(second.token_evidence[:, places], first.token_evidence, rtol=1e-6, atol=0)
+
+
+def _version(registry: Registry, reference: str) -> tuple[Store, Any]:
+    return registry.store, registry.manifest(reference)
+
+
+def _distance(one: Any, other: Any) -> float:
+    theirs = dict(other.tensors())
+    return sum(float((tensor - theirs[name]).square().sum()) for name, tensor in one.tensors()) ** 0.5

@@ -1,0 +1,208 @@
+"""Learning a bank: what changes and what does not, the warm start, and the same bytes every time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorary.adapters.layer.attach import trained_bank
+from lorary.adapters.router.router import RouterRows, router_rows
+from lorary.domains.progress import Progress
+from lorary.domains.statistics.statistics import LEAST_COUNT
+from lorary.registry import Registry
+from lorary.registry.learn import add_domain
+from lorary.registry.learn import train as learning
+from lorary.registry.learn.proof import digest_of_tensors
+from lorary.registry.pack.pack import DomainPack, read_pack
+
+LEARN = """
+import sys
+from lorary.adapters.config import BankConfig
+from lorary.adapters.training.train import TrainingConfig
+from lorary.registry import Registry
+
+store, base, general, cooking = sys.argv[1:]
+run = {
+    "bank": BankConfig(rank=2, expert_free=0.25),
+    "training": TrainingConfig(steps=6, block=64, batch=2, learning_rate=1e-2, checkpoint_every=2),
+}
+registry = Registry.init(store, base=base, data=[general], **run)
+registry.add_domain("cooking", data=[cooking], **run)
+print(*(manifest.digest for manifest in registry.domains()))
+"""
+
+
+@pytest.fixture
+def learned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collects what `learn_domain` gives, on its way to the store."""
+    learn_domain, results = add_domain.learn_domain, []
+
+    def watched(*args: Any, **options: Any) -> Any:
+        results.append(learn_domain(*args, **options))
+        return results[-1]
+
+    monkeypatch.setattr(add_domain, "learn_domain", watched)
+    return results
+
+
+@pytest.fixture
+def around_training(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Collects digests of all tensors before training, those after it, and the trained bank."""
+    train_bank, found = learning.train_bank, []
+
+    def watched(composed: Any, *args: Any, **options: Any) -> Any:
+        found.append(_digests(composed))
+        figures = train_bank(composed, *args, **options)
+        found.extend([_digests(composed), trained_bank(composed)])
+        return figures
+
+    monkeypatch.setattr(learning, "train_bank", watched)
+    return found
+
+
+def test_only_the_new_bank_differs_after_training(
+    cooking_store: Path, fresh_copy: Any, texts: Any, short_run: Any, around_training: list[Any]
+) -> None:
+    registry = fresh_copy(cooking_store)
+    base = _digests(registry.base.model)
+
+    registry.add_domain("sailing", data=[texts["sailing"]], **short_run())
+
+    before, after, bank = around_training
+    new = {name for name in before if name.rpartition(".")[2] in ("new_A", "new_B", "new_expert_gate", "new_rank_gate")}
+    # an expert that is alone in its layer has a share of one whatever its gate is, whose gradient is exactly zero
+    alone = {index for index, layer in bank.layers.items() if len(layer.experts) == 1}
+    unmoved = {f"model.layers.{index}.expert_gates.new_expert_gate" for index in alone}
+    assert unmoved < new
+    assert before.keys() == after.keys()
+    assert {name for name in before if before[name] != after[name]} == new - unmoved
+    assert _digests(registry.base.model) == base
+
+
+def test_the_stored_tensors_are_the_very_ones_that_were_trained(
+    cooking_store: Path, fresh_copy: Any, texts: Any, short_run: Any, learned: list[Any], around_training: list[Any]
+) -> None:
+    registry = fresh_copy(cooking_store)
+
+    manifest = registry.add_domain("sailing", data=[texts["sailing"]], **short_run()).manifest
+
+    stored, packed, trained = read_pack(registry.store, manifest), learned[0].pack, around_training[2]
+    assert stored.bank.experts == packed.bank.experts
+    assert _plain(stored) == _plain(packed)
+    for name, tensor in trained.tensors():
+        assert torch.equal(tensor, dict(stored.bank.tensors())[name]), name
+
+
+def test_a_close_neighbour_lends_its_experts(cooking_store: Path, fresh_copy: Any, texts: Any, short_run: Any) -> None:
+    registry = fresh_copy(cooking_store)
+
+    added = registry.add_domain("baking", data=[texts["cooking"]], **short_run(steps=1))
+
+    nearest = added.neighbours[0]
+    assert (nearest.name, added.lender, added.manifest.train["warm_start"]) == ("cooking", "cooking", "cooking")
+    assert nearest.similarity > 0.99
+
+
+def test_the_first_domain_has_no_neighbour(kp_store: Path, fresh_copy: Any, texts: Any, short_run: Any) -> None:
+    added = fresh_copy(kp_store).add_domain("cooking", data=[texts["cooking"]], **short_run(steps=1))
+
+    assert added.neighbours == []
+    assert added.lender is None
+
+
+def test_a_neighbour_of_another_shape_lends_nothing(
+    cooking_store: Path, fresh_copy: Any, texts: Any, short_run: Any
+) -> None:
+    from lorary.adapters.config import BankConfig
+
+    run = short_run(steps=1) | {"bank": BankConfig(rank=3, expert_free=0.25)}
+    added = fresh_copy(cooking_store).add_domain("baking", data=[texts["cooking"]], **run)
+
+    assert added.neighbours[0].name == "cooking"
+    assert added.lender is None
+
+
+def test_rare_tokens_are_not_stored(whole: Registry) -> None:
+    statistics = read_pack(whole.store, whole.manifest("cooking")).statistics
+
+    for counts in (statistics.token_counts, statistics.pair_counts):
+        assert counts.sum() > 200
+        assert counts[counts > 0].min() >= LEAST_COUNT
+
+
+def test_the_order_of_adding_does_not_matter_to_the_router(
+    both_store: Path, kp_store: Path, fresh_copy: Any, texts: Any, short_run: Any
+) -> None:
+    other = fresh_copy(kp_store)
+    for name in ("sailing", "cooking"):
+        other.add_domain(name, data=[texts[name]], **short_run(steps=1))
+
+    found, expected = _rows(other), _rows(Registry.open(both_store))
+
+    for part in ("token_evidence", "rows", "bias"):
+        torch.testing.assert_close(getattr(found, part), getattr(expected, part), rtol=1e-6, atol=0)
+
+
+def test_progress_is_told_to_the_end(cooking_store: Path, fresh_copy: Any, texts: Any, short_run: Any) -> None:
+    told: list[Progress] = []
+
+    fresh_copy(cooking_store).add_domain("sailing", data=[texts["sailing"]], **short_run(), on_progress=told.append)
+
+    last = {progress.stage: (progress.done, progress.total) for progress in told}
+    assert last["training sailing"] == (6, 6)
+    assert all(done == total for done, total in last.values())
+    assert all(p.figures["loss"] > 0 for p in told if p.stage == "training sailing")
+
+
+def test_the_same_data_and_seed_give_the_same_pack_in_every_process(
+    whole: Registry, base_folder: Path, texts: Any, tmp_path: Path
+) -> None:
+    # this process has another hash seed: it takes a random one unless it is given one
+    environment = os.environ | {"PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"}
+    command = [sys.executable, "-c", LEARN, tmp_path / "store", base_folder, texts["general"], texts["cooking"]]
+
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=200)
+
+    assert done.stdout.split() == [whole.manifest(name).digest for name in ("general", "cooking")], done.stderr
+
+
+def test_another_seed_gives_another_pack(
+    kp_store: Path, fresh_copy: Any, texts: Any, short_run: Any, whole: Registry
+) -> None:
+    added = fresh_copy(kp_store).add_domain("cooking", data=[texts["cooking"]], **short_run(seed=1))
+
+    assert added.manifest.digest != whole.manifest("cooking").digest
+    assert added.manifest.train["data"] == whole.manifest("cooking").train["data"]
+
+
+def test_the_random_state_of_the_caller_is_left_alone(
+    kp_store: Path, fresh_copy: Any, texts: Any, short_run: Any
+) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+
+    fresh_copy(kp_store).add_domain("cooking", data=[texts["cooking"]], **short_run(steps=1))
+
+    assert torch.equal(torch.rand(3), expected)
+
+
+def _digests(module: Any) -> dict[str, str]:
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    return {name: digest_of_tensors([("", tensor)]) for name, tensor in named}
+
+
+def _plain(pack: DomainPack) -> dict[str, Any]:
+    """A pack as values that can be compared."""
+    tensors = dict(pack.bank.tensors()) | pack.statistics.tensors() | {"prototypes": pack.prototypes}
+    digests = {name: digest_of_tensors([("", tensor)]) for name, tensor in tensors.items()}
+    return digests | {"tempers": pack.tempers, "feature_layer": pack.feature_layer}
+
+
+def _rows(registry: Registry) -> RouterRows:
+    names = ("general", "cooking", "sailing")
+    return router_rows([read_pack(registry.store, registry.manifest(name)).statistics for name in names])

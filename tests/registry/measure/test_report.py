@@ -1,0 +1,115 @@
+"""The numbers of a report, from cells made by hand: matrices, intervals, figures, routing."""
+
+import json
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lorary.domains.statistics.intervals import wilson_interval
+from lorary.registry.compose.drift import Drift
+from lorary.registry.measure.report import RetentionReport, figure_names
+from lorary.registry.measure.score_cache import CellScores
+
+STEPS = ("base", "general", "medicine", "legal")
+BITS = {  # by step: general, medicine, legal
+    0: (2.0, 4.0, 5.0),
+    1: (1.9, 4.0, 5.0),
+    2: (1.95, 2.0, 4.5),
+    3: (2.1, 2.5, 3.0),
+}
+
+
+def cell(bits: float, *, right: str = "", taken: dict[str, int] | None = None) -> CellScores:
+    sizes = (10, 20, 30)
+    nats = tuple(bits * math.log(2) * size for size in sizes)
+    return CellScores(text_nats=nats, text_bytes=sizes, right=tuple(c == "+" for c in right), taken=taken or {})
+
+
+def made_by_hand(**changes: Any) -> RetentionReport:
+    asked = {1: {0: "+---", 1: "+---", 2: "+++-", 3: "++--"}}
+    taken = {0: {"general": 3}, 1: {"medicine": 2, "general": 1}, 2: {"legal": 3}}
+    cells = {
+        (i, j): cell(bits, right=asked.get(j, {}).get(i, ""), taken=taken[j])
+        for i, row in BITS.items()
+        for j, bits in enumerate(row)
+    }
+    manifests = [SimpleNamespace(version=1, digest="sha256:0")] * 3
+    data = [SimpleNamespace(name=n, texts=[0] * 3, questions=[], digest="sha256:1") for n in STEPS[1:]]
+    scores = SimpleNamespace(
+        steps=STEPS,
+        columns=STEPS[1:],
+        manifests=manifests,
+        data=data,
+        cells=cells,
+        alone=(cell(1.9), cell(1.5, right="++++"), cell(3.0)),
+        drift=(Drift(0.0, 0, 0.0, 0), Drift(0.25, 1, 0.5, 1)),
+    )
+    return RetentionReport(scores, **changes)  # type: ignore[arg-type]
+
+
+def test_the_matrix_has_the_scores_of_the_cells():
+    report = made_by_hand()
+
+    np.testing.assert_allclose(report.bits.matrix.R, list(BITS.values()))
+    assert report.accuracy is not None
+    assert report.accuracy.matrix.R[:, 0].tolist() == [0.25, 0.25, 0.75, 0.5]
+    assert report.accuracy.matrix.learned == (2,)
+
+
+def test_accuracies_have_wilsons_interval():
+    report = made_by_hand()
+
+    assert report.accuracy is not None
+    assert report.accuracy.intervals[2][0] == wilson_interval(3, 4)
+    assert report.bits.intervals[0][1] == pytest.approx((4.0, 4.0))  # all texts are alike
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "domains"),
+    [
+        ("average_score", 2.75, {"medicine": 2.5, "legal": 3.0}),
+        ("backward_transfer", -0.5, {"medicine": -0.5, "legal": None}),
+        ("forgetting", 0.5, {"medicine": 0.5, "legal": None}),
+        ("forward_transfer", 0.25, {"medicine": 0.0, "legal": 0.5}),
+        ("retention", 0.875, {"medicine": 0.75, "legal": 1.0}),
+        ("oracle_share", 0.8, {"medicine": 0.6, "legal": 1.0}),
+        ("accuracy_retention", 0.5, {"medicine": 0.5}),
+        ("general_delta", 0.05, {}),
+        ("routing_accuracy", 8 / 9, {"general": 1.0, "medicine": 2 / 3, "legal": 1.0}),
+        ("drift_kl", 0.25, {"legal": 0.25}),
+        ("drift_flips", 1.0, {"legal": 1.0}),
+    ],
+)
+def test_figures_are_their_formulas(name: str, whole: float, domains: dict):
+    figure = made_by_hand().figure(name)
+
+    assert figure.whole.value == pytest.approx(whole)
+    assert {domain: value.value for domain, value in figure.domains.items()} == {
+        domain: value if value is None else pytest.approx(value) for domain, value in domains.items()
+    }
+
+
+def test_the_names_of_figures_are_known_beforehand():
+    assert {figure.name for figure in made_by_hand().figures} == figure_names()
+
+
+def test_general_text_is_in_no_mean_over_domains():
+    report = made_by_hand()
+
+    assert "general" not in report.figure("backward_transfer").domains
+
+
+def test_the_document_has_formulas_beside_numbers():
+    document = made_by_hand(left_out={"finance": "gone"}).as_json()
+
+    json.dumps(document, allow_nan=False)
+    figure = document["figures"]["forgetting"]
+    assert figure["formula"].startswith("mean over L(j) < T of max")
+    assert figure["source"].startswith("Chaudhry et al. 2018")
+    assert figure["better"] == "less"
+    assert document["matrix"][3] == [2.1, 2.5, 3.0]
+    assert document["left_out"] == {"finance": "gone"}
+    assert document["routing"]["texts"]["medicine"] == {"medicine": 2, "general": 1}

@@ -1,0 +1,88 @@
+"""Gates: a small strict grammar, and the verdict over domains."""
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorary.domains.errors import GateFailedError, InputError
+from lorary.registry.measure.report import Figure, Value
+from lorary.registry.measure.thresholds import Threshold, Verdict, _judge, check_verdicts, parse_threshold
+
+
+def figure(unit: str = "share", whole: float | None = 0.9, **domains: float | None) -> Figure:
+    values = {name: Value(value=value) for name, value in domains.items()}
+    about: Any = {"title": "t", "formula": "f", "source": "s", "meaning": "m"}
+    return Figure(name="retention", unit=unit, whole=Value(value=whole), domains=values, **about)
+
+
+@given(st.sampled_from([">=", "<=", ">", "<"]), st.decimals(-100, 100, places=4), st.sampled_from(["", " "]))
+def test_a_gate_is_read_as_it_is_written(operator: str, bound, space: str):
+    found = parse_threshold(f"{space}retention{space}{operator}{space}{bound}")
+
+    assert found == Threshold(name="retention", operator=operator, bound=float(bound))
+    assert parse_threshold(str(found)) == Threshold(name="retention", operator=operator, bound=float(f"{bound:g}"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "retention", "retention=0.9", "retention==0.9", "0.9<=retention", "retention>=nan", "retention>=0.9%",
+     "retention>=0.9 retention>=0.8", "retention>=1e9", "__import__('os')>=1", "retention>=.", "Retention>=1"],
+)  # fmt: skip
+def test_other_words_are_refused(text: str):
+    with pytest.raises(InputError, match="is not a gate") as caught:
+        parse_threshold(text)
+
+    assert "retention>=0.98" in str(caught.value.fix)
+
+
+def test_an_unknown_figure_is_refused_with_those_there_are():
+    with pytest.raises(InputError, match="no figure 'retension'") as caught:
+        parse_threshold("retension>=0.9")
+
+    assert "oracle_share" in str(caught.value.cause)
+
+
+@pytest.mark.parametrize(
+    ("gate", "failed"),
+    [
+        ("retention>=0.9", {"b": 0.8}),
+        ("retention>0.8", {"b": 0.8}),
+        ("retention<=0.8", {"a": 0.9}),
+        ("retention<2", {}),
+    ],
+)
+def test_every_domain_must_hold(gate: str, failed: dict):
+    verdict = _judge(figure(a=0.9, b=0.8), parse_threshold(gate))
+
+    assert (verdict.failed, verdict.holds, verdict.checked) == (failed, not failed, 2)
+
+
+def test_a_share_that_is_not_defined_does_not_hold():
+    assert _judge(figure(a=0.9, b=None), parse_threshold("retention>=0.1")).failed == {"b": None}
+
+
+def test_a_domain_to_which_a_figure_does_not_apply_is_passed_over():
+    verdict = _judge(figure("bits/byte", a=0.9, b=None), parse_threshold("retention>=0.1"))
+
+    assert (verdict.holds, verdict.checked) == (True, 1)
+
+
+def test_without_domains_the_whole_is_judged():
+    assert _judge(figure(), parse_threshold("retention>=0.95")).failed == {"retention": 0.9}
+
+
+def test_a_failed_gate_names_domains_and_values():
+    gates = [parse_threshold("retention>=0.5"), parse_threshold("retention>=0.98")]
+    verdicts = [
+        Verdict(threshold=gates[0], failed={}, checked=2),
+        Verdict(threshold=gates[1], failed={"medicine": 0.8668, "legal": None}, checked=2),
+    ]
+
+    with pytest.raises(GateFailedError, match="1 of 2 gates failed: retention>=0.98") as caught:
+        check_verdicts(verdicts)
+
+    assert caught.value.exit_code == 9
+    assert caught.value.cause == "retention of medicine is 0.8668, legal is not defined"
+    check_verdicts(verdicts[:1])

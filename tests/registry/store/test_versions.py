@@ -1,0 +1,98 @@
+import threading
+
+import pytest
+
+from lorary.domains.errors import InputError, IntegrityError
+from lorary.registry.store.files import folder_lock
+from lorary.registry.store.versions import DomainFolder
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return DomainFolder(tmp_path, "legal")
+
+
+def test_unknown_domain_has_nothing(folder):
+    assert folder.versions() == []
+    assert folder.aliases() == {}
+
+
+def test_append_tells_the_manifest_its_number(folder):
+    numbers = [folder.append(lambda n: f"{n}".encode(), first_only=False) for _ in range(3)]
+
+    assert numbers == [1, 2, 3]
+    assert [folder.manifest_path(n).read_bytes() for n in numbers] == [b"1", b"2", b"3"]
+
+
+def test_append_takes_the_next_number_when_somebody_is_faster(folder):
+    def manifest_of(version):
+        if version == 1:
+            folder.link(1, b"theirs")
+        return b"ours"
+
+    assert folder.append(manifest_of, first_only=False) == 2
+    assert folder.manifest_path(1).read_bytes() == b"theirs"
+
+
+def test_first_append_gives_up_when_somebody_is_faster(folder):
+    def manifest_of(version):
+        folder.link(1, b"theirs")
+        return b"ours"
+
+    with pytest.raises(FileExistsError):
+        folder.append(manifest_of, first_only=True)
+
+    assert folder.versions() == [1]
+    assert folder.manifest_path(1).read_bytes() == b"theirs"
+
+
+def test_first_append_gives_up_where_only_a_later_version_is_left(folder):
+    folder.path.mkdir(parents=True)
+    folder.manifest_path(2).write_bytes(b"")
+
+    with pytest.raises(FileExistsError):
+        folder.append(lambda n: b"", first_only=True)
+
+
+def test_advance_never_moves_an_alias_back(folder):
+    folder.advance_alias("latest", 4)
+    folder.advance_alias("latest", 3)
+
+    assert folder.aliases() == {"latest": 4}
+
+
+def test_set_moves_an_alias_back(folder):
+    folder.set_alias("latest", 4)
+    folder.set_alias("latest", 3)
+
+    assert folder.aliases() == {"latest": 3}
+
+
+@pytest.mark.parametrize("method", ["advance_alias", "set_alias"])
+def test_alias_waits_for_another_writer(folder, method):
+    folder.set_alias("latest", 1)
+    writer = threading.Thread(target=getattr(folder, method), args=("latest", 3))
+
+    with folder_lock(folder.path / "aliases"):
+        writer.start()
+        writer.join(timeout=0.5)
+        assert writer.is_alive()
+        assert folder.aliases() == {"latest": 1}
+    writer.join(timeout=30)
+
+    assert folder.aliases() == {"latest": 3}
+
+
+def test_alias_outside_the_grammar_is_refused(folder):
+    with pytest.raises(InputError):
+        folder.set_alias("../x", 1)
+
+
+def test_damaged_alias_says_how_to_repair_it(folder):
+    folder.set_alias("latest", 1)
+    (folder.path / "aliases" / "latest").write_bytes(b"\xff" * 100)
+
+    with pytest.raises(IntegrityError) as caught:
+        folder.aliases()
+
+    assert caught.value.fix == "Set it again: registry alias legal@VERSION latest"
