@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from ..domains.errors import InputError
 
-MOST_EXPERTS = 1024  # a layer on average, so that a slip of the pen does not fill the memory
+MAX_EXPERTS = 1024  # a layer on average, so that a slip of the pen does not fill the memory
 SCHEDULES = ("linear", "quarters", "uniform", "data")
 
 
@@ -49,8 +49,8 @@ def allocate(
     """
     free = expert_free_layers(layers, expert_free)
     bearing = layers - free
-    if not experts <= MOST_EXPERTS:  # so written, it refuses nan as well
-        raise InputError(f"There can be at most {MOST_EXPERTS:,} experts a layer, found {experts:,}.")
+    if not experts <= MAX_EXPERTS:  # so written, it refuses nan as well
+        raise InputError(f"There can be at most {MAX_EXPERTS:,} experts a layer, found {experts:,}.")
     total = round(experts * bearing)
     if total < bearing:
         raise InputError(

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..domains.base_model import Anatomy, linear_shape, target_modules
+from ..domains.base_model import ModelLayout, linear_shape, target_modules
 from .allocation import allocate
 from .config import BankConfig, lora_scale
 
@@ -133,7 +133,7 @@ class ExpertBank:
 
 def new_bank(
     model: PreTrainedModel,
-    anatomy: Anatomy,
+    layout: ModelLayout,
     config: BankConfig,
     *,
     generator: torch.Generator,
@@ -147,19 +147,19 @@ def new_bank(
         older: Experts of the bank that the new ones will join: they are numbered on, in a generation of their own.
     """
     counts = allocate(
-        anatomy.count,
+        layout.count,
         experts=config.experts,
         schedule=config.schedule,
         expert_free=config.expert_free,
         weights=weights,
     )
-    targets = target_modules(model, anatomy, config.targets)
+    targets = target_modules(model, layout, config.targets)
     bank = ExpertBank()
     for index, count in enumerate(counts):
         if count:
-            layer = model.get_submodule(f"{anatomy.layers}.{index}")
+            layer = model.get_submodule(f"{layout.layers}.{index}")
             experts = _new_experts(count, config, older)
-            bank.layers[index] = _new_layer(layer, targets, experts, anatomy.width, config, generator)
+            bank.layers[index] = _new_layer(layer, targets, experts, layout.width, config, generator)
     return bank
 
 

@@ -14,7 +14,7 @@ from .errors import IncompatibleError, InputError
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelLayout:
     """Where a causal language model keeps its decoder layers."""
 
     decoder: str  # module path of what owns the layers: "model", "transformer", "gpt_neox"
@@ -65,12 +65,12 @@ def check_device(device: str) -> None:
         )
 
 
-def most_positions(model: PreTrainedModel) -> int | None:
+def max_positions(model: PreTrainedModel) -> int | None:
     """How many tokens the model reads at once; None where its config sets no bound (ALiBi, as in BLOOM)."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
-def find_anatomy(model: PreTrainedModel) -> Anatomy:
+def find_layout(model: PreTrainedModel) -> ModelLayout:
     """Finds the list of decoder layers: the outermost ModuleList that is as long as the config says.
 
     Raises:
@@ -81,13 +81,15 @@ def find_anatomy(model: PreTrainedModel) -> Anatomy:
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and linear_modules(module[0]):
             decoder = path.rpartition(".")[0]
             transposed = any(isinstance(part, Conv1D) for part in module[0].modules())
-            return Anatomy(decoder, path, len(module), config.hidden_size, transposed)
+            return ModelLayout(decoder, path, len(module), config.hidden_size, transposed)
     raise IncompatibleError(
         f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers with linear modules."
     )
 
 
-def target_modules(model: PreTrainedModel, anatomy: Anatomy, names: tuple[str, ...] | None = None) -> tuple[str, ...]:
+def target_modules(
+    model: PreTrainedModel, layout: ModelLayout, names: tuple[str, ...] | None = None
+) -> tuple[str, ...]:
     """Paths, inside a decoder layer, of the linear modules that experts extend; all of them, or those named.
 
     Args:
@@ -96,7 +98,7 @@ def target_modules(model: PreTrainedModel, anatomy: Anatomy, names: tuple[str, .
     Raises:
         InputError: A name fits no linear module of a decoder layer.
     """
-    layers: Any = model.get_submodule(anatomy.layers)
+    layers: Any = model.get_submodule(layout.layers)
     found = list(dict.fromkeys(path for layer in layers for path in linear_modules(layer)))
     if names is None:
         return tuple(found)
@@ -123,7 +125,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
-def hidden_states_at(model: PreTrainedModel, anatomy: Anatomy, layer: int, **inputs: Tensor) -> Tensor:
+def hidden_states_at(model: PreTrainedModel, layout: ModelLayout, layer: int, **inputs: Tensor) -> Tensor:
     """The hidden state that enters decoder layer `layer`, computed without running that layer or any after it."""
     captured: list[Tensor] = []
 
@@ -131,7 +133,7 @@ def hidden_states_at(model: PreTrainedModel, anatomy: Anatomy, layer: int, **inp
         captured.append(first_tensor(args, kwargs))
         raise _LayerReachedError
 
-    layers: Any = model.get_submodule(anatomy.layers)
+    layers: Any = model.get_submodule(layout.layers)
     handle = layers[layer].register_forward_pre_hook(capture, with_kwargs=True)
     try:
         model(**inputs, use_cache=False)

@@ -16,7 +16,7 @@ Every error says what happened (`message`), why with the values that differ (`ca
 
 from pathlib import Path
 
-MOST_CHARACTERS = 2000  # of a message or cause: what a hostile file holds is quoted, and may be megabytes
+MAX_CHARACTERS = 2000  # of a message or cause: what a hostile file holds is quoted, and may be megabytes
 
 
 class LoraryError(Exception):
@@ -40,7 +40,7 @@ class LoraryError(Exception):
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + "..."
+    return text if len(text) <= MAX_CHARACTERS else text[:MAX_CHARACTERS] + "..."
 
 
 class InputError(LoraryError):

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .compose.route import RouteReport
     from .hub.pull import Pulled
     from .hub.push import Pushed
-    from .hub.remote_terms import Localised
+    from .hub.remote_terms import ResolvedComposition
     from .interop.export_plan import Exported
     from .interop.import_adapter import ImportedAdapter
     from .learn.add_domain import AddedDomain
@@ -154,20 +154,20 @@ class Registry:
         """Brings a removed version back; see `lorary.registry.store.removal.restore_version`."""
         return restore_version(self.store, reference)
 
-    def localise(self, composition: str, *, on_progress: OnProgress = silent) -> "Localised":
+    def resolve_composition(self, composition: str, *, on_progress: OnProgress = silent) -> "ResolvedComposition":
         """A composition in the names of this registry: what it names on the Hub, hf://owner/repo@v2, is pulled."""
-        from .hub.remote_terms import Localised, has_remote_terms, localise
+        from .hub.remote_terms import ResolvedComposition, has_remote_terms, resolve_composition
 
         if not has_remote_terms(composition):
-            return Localised(composition)
-        return localise(self.store, self.base_record, composition, on_progress=on_progress)
+            return ResolvedComposition(composition)
+        return resolve_composition(self.store, self.base_record, composition, on_progress=on_progress)
 
     def plan(self, composition: str, *, static: bool = False) -> Plan:
         """What a composition will be; reads manifests only, and pulls what is named on the Hub.
 
         Takes a saved composition's folder as well.
         """
-        composition = self.localise(composition).composition
+        composition = self.resolve_composition(composition).composition
         if is_saved_composition(composition):
             return open_plan(Path(composition), base=self.base_record)
         return plan_composition(self.store, composition, base=self.base_record, static=static)
@@ -186,7 +186,7 @@ class Registry:
         """
         from .compose.build import compose_model, compose_saved
 
-        composition = self.localise(composition).composition
+        composition = self.resolve_composition(composition).composition
         plan = self.plan(composition, static=static)
         if is_saved_composition(composition):
             return compose_saved(Path(composition), plan, self.base)
@@ -194,7 +194,7 @@ class Registry:
 
     def save(self, composition: str, out: str | Path, *, static: bool = False) -> Path:
         """Saves a composition, complete but for the base model, into a new folder."""
-        composition = self.localise(composition).composition
+        composition = self.resolve_composition(composition).composition
         plan = plan_composition(self.store, composition, base=self.base_record, static=static)
         return save_composition(self.store, plan, Path(out))
 
@@ -282,13 +282,13 @@ class Registry:
             reference: `name`, `name@2` or `name@alias`.
             destination: owner/repo, an owner, or nothing: your own lorary-NAME.
             on_progress: Told when the Hub lets us wait.
-            **wishes: private, create_pr, dry_run, message, sign; see `lorary.registry.hub.push.Wishes`.
+            **wishes: private, create_pr, dry_run, message, sign; see `lorary.registry.hub.push.PushOptions`.
         """
         from .hub.client import Hub
-        from .hub.push import Wishes, push
+        from .hub.push import PushOptions, push
 
         hub = Hub(on_progress=on_progress)
-        return push(self.store, self.manifest(reference), destination, Wishes(**wishes), hub=hub)
+        return push(self.store, self.manifest(reference), destination, PushOptions(**wishes), hub=hub)
 
     def pull(
         self,
@@ -340,7 +340,7 @@ class Registry:
 
         if to == "tar":
             return export_archive(self.store, self.manifest(composition), Path(out))
-        composition = self.localise(composition).composition
+        composition = self.resolve_composition(composition).composition
         plan = static_plan(self.plan, composition, static=static, to=to)
         from .compose.build import packs_of
         from .interop.export import export_composition
@@ -360,7 +360,7 @@ class Registry:
         from .compose.route import route_text
 
         composition = composition or "+".join([GENERAL, *(n for n in self.store.domains() if n != GENERAL)])
-        composition = self.localise(composition).composition
+        composition = self.resolve_composition(composition).composition
         plan = self.plan(composition)
         return route_text(plan, packs_of(self.store, composition, plan), self.base, text)
 
@@ -380,7 +380,7 @@ class Registry:
         """
         from .measure.evaluate import evaluate_composition
 
-        composition = self.localise(composition).composition
+        composition = self.resolve_composition(composition).composition
         plan, model = self.plan(composition), self.compose(composition)
         return evaluate_composition(
             self.store, plan, model, self.base, data=data, with_questions=questions, on_progress=on_progress

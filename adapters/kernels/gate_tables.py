@@ -1,9 +1,9 @@
 """GateTables: what the gates of one decoder layer are computed from, laid out for one product with the hidden state.
 
     scores = (hidden rows^T) / |hidden|          of the E experts first, then of the ranks
-    g[t, r] = slot_gate[t, slot(r)] * softmax(scores of the mates of expert(r))[expert(r)] * 2 sigmoid(scores[t, E + r])
+    g[t, r] = slot_gate[t, slot(r)] * softmax(scores in group of expert(r))[expert(r)] * 2 sigmoid(scores[t, E + r])
 
-Mates are the experts of one generation of one slot; they share a softmax.
+A softmax group is the experts of one generation of one slot.
 """
 
 from dataclasses import dataclass
@@ -20,11 +20,12 @@ class GateTables:
     """Rows and places of some slots' experts and ranks."""
 
     rows: Float[Tensor, "scores width"]  # float32
-    same_group: Float[Tensor, "experts experts"]  # 1 for mates, else 0
+    same_group: Float[Tensor, "experts experts"]  # 1 where two experts share a softmax group, else 0
     slot_of_expert: Int[Tensor, " experts"]
     expert_of_rank: Int[Tensor, " rank"]
     slot_of_rank: Int[Tensor, " rank"]
-    mates_of_rank: Int[Tensor, "rank most"]  # the mates of a rank's expert, itself among them; -1 where there are fewer
+    # the softmax group of a rank's expert, itself included; -1 pads smaller groups
+    softmax_group_of_rank: Int[Tensor, "rank most"]
     fixed_gate: Float[Tensor, " rank"] | None  # constant expert gate times rank gate, of a static composition
 
     def __post_init__(self) -> None:
@@ -38,19 +39,19 @@ class GateTables:
         experts = torch.isin(self.slot_of_expert, wanted)
         ranks = torch.isin(self.slot_of_rank, wanted)
         new_place = experts.cumsum(0) - 1
-        mates = self.mates_of_rank[ranks]
+        softmax_group = self.softmax_group_of_rank[ranks]
         return GateTables(
             rows=self.rows[torch.cat([experts, ranks])] if self.fixed_gate is None else self.rows,
             same_group=self.same_group[experts][:, experts],
             slot_of_expert=self.slot_of_expert[experts],
             expert_of_rank=new_place[self.expert_of_rank[ranks]],
             slot_of_rank=self.slot_of_rank[ranks],
-            mates_of_rank=torch.where(mates >= 0, new_place[mates.clamp(min=0)], -1),
+            softmax_group_of_rank=torch.where(softmax_group >= 0, new_place[softmax_group.clamp(min=0)], -1),
             fixed_gate=None if self.fixed_gate is None else self.fixed_gate[ranks],
         )
 
 
-def mates_of(same_group: Bool[Tensor, "experts experts"]) -> Int[Tensor, "experts most"]:
+def softmax_groups_of(same_group: Bool[Tensor, "experts experts"]) -> Int[Tensor, "experts most"]:
     """The members of each expert's group in order, -1 where a group has fewer than the largest."""
     count = len(same_group)
     members = torch.where(same_group, torch.arange(count), count).sort(1).values

@@ -1,7 +1,7 @@
 """The gates of a layer on a GPU: two Triton kernels where plain torch launches fifteen.
 
     score   OUT[s, t, c] = sum over the s-th share of k of X[t, k] ROWS[c, k];   SQUARES[s, t] = the same of X[t, k]^2
-    gate    G[t, r] = slot gate * softmax over mates * 2 sigmoid, from the shares' sums
+    gate    G[t, r] = slot gate * softmax in its group * 2 sigmoid, from the shares' sums
 
 Score cuts the long axis into shares, so that one token keeps a whole GPU busy; gate adds them up in a fixed order.
 Where the hidden state has 16 bits, scores are as good as in float32 and still made by tensor cores: each row is split
@@ -168,7 +168,7 @@ def gates(
         by_token,
         tables.expert_of_rank,
         tables.slot_of_rank,
-        tables.mates_of_rank,
+        tables.softmax_group_of_rank,
         found,
         tokens,
         experts,
@@ -177,7 +177,7 @@ def gates(
         *by_token.stride(),
         EPSILON=EPSILON,
         SHARES=shares,
-        MATES=tables.mates_of_rank.shape[1],
+        MATES=tables.softmax_group_of_rank.shape[1],
         BLOCK_M=GATE_TOKENS,
         BLOCK_R=GATE_RANKS,
         num_warps=4,

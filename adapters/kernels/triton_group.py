@@ -18,7 +18,7 @@ from .group import GroupGradients, GroupWeights, Linears
 from .triton_kernels import expand_kernel, shrink_kernel
 from .triton_launch import FEW_TOKENS, IS_INTERPRETED, PROCESSORS, Tiles, choose_tiles, count_shares, share_size
 
-MOST_MODULES = 3  # that one launch of expand serves
+MAX_MODULES = 3  # that one launch of expand serves
 gates = triton_gates.gates  # this module is the whole of `Kernels`
 
 
@@ -151,8 +151,8 @@ def _shrink(
 ) -> None:
     """OUT = X A^T in shares, after X W^T of base modules; with gates, tiles of A without an open gate become zero."""
     shares, tokens, _ = out.shape
-    Ws = [*base, *[A] * (MOST_MODULES - len(base))]
-    features = [len(W) for W in base] + [0] * (MOST_MODULES - len(base))
+    Ws = [*base, *[A] * (MAX_MODULES - len(base))]
+    features = [len(W) for W in base] + [0] * (MAX_MODULES - len(base))
     blocks = sum(triton.cdiv(size, tiles.shrink_c) for size in (*features, len(A)))
     shrink_kernel[(triton.cdiv(tokens, tiles.shrink_m), blocks, shares)](
         x,
@@ -196,9 +196,9 @@ def _expand(
     finish: bool = False,
 ) -> None:
     """Adds (g * LOW) B to the outputs, or writes it there, with biases and the base's sums in LOW if there are any."""
-    if len(outputs) > MOST_MODULES:
-        raise ValueError(f"{len(outputs)} modules in one group, one launch serves {MOST_MODULES}")
-    missing = MOST_MODULES - len(outputs)
+    if len(outputs) > MAX_MODULES:
+        raise ValueError(f"{len(outputs)} modules in one group, one launch serves {MAX_MODULES}")
+    missing = MAX_MODULES - len(outputs)
     ys, bs = [*outputs, *[outputs[0]] * missing], [*Bt, *[Bt[0]] * missing]
     has_bias = any(bias is not None for bias in biases)
     cs = ys  # of which nothing is read

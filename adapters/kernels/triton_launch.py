@@ -10,7 +10,7 @@ from typing import Any
 import triton
 
 PROCESSORS = 132  # of an H100 or H200: as many programs keep it busy
-MOST_SHARES = 16
+MAX_SHARES = 16
 FEW_TOKENS = 16  # up to so many, products are bound by the weights' bytes
 IS_INTERPRETED = triton.knobs.runtime.interpret  # Triton's interpreter has no dot of bfloat16
 
@@ -68,7 +68,7 @@ def count_shares(width: int, step: int, programs: int, *, wanted: int = PROCESSO
         wanted: Programs altogether. To be read as fast as memory allows, weights want several for each processor.
     """
     steps = triton.cdiv(width, step)
-    most = max(1, min(MOST_SHARES, wanted // programs, steps // 2))
+    most = max(1, min(MAX_SHARES, wanted // programs, steps // 2))
     return 1 << (most.bit_length() - 1)
 
 

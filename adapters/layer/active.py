@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 SLOT_THRESHOLD = 1e-4  # an update this small is below what bfloat16 resolves
-LEAST_TOKENS = 32  # of a row for it to be planned by itself
+MIN_TOKENS = 32  # of a row for it to be planned by itself
 WORTH_IT = 0.8  # share of the dense work above which it is done densely
 
 
@@ -40,7 +40,7 @@ def plan_parts(slot_gate: Float[Tensor, "batch seq slots"]) -> list[Part]:
     """What a forward pass under these gates has to compute. Reads values, which makes the program wait for a GPU."""
     is_open = slot_gate != 0
     batch, seq, slots = is_open.shape
-    if seq < LEAST_TOKENS:
+    if seq < MIN_TOKENS:
         return [Part(0, batch * seq, _named(is_open.flatten(0, 1).any(0).nonzero().flatten().tolist(), slots))]
     positions = torch.arange(1, seq + 1, device=slot_gate.device)
     ends = (is_open * positions[None, :, None]).amax(1).tolist()  # by row: each slot is closed from here on

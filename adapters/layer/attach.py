@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...domains.base_model import Anatomy, bind_arguments, find_anatomy, first_tensor
+from ...domains.base_model import ModelLayout, bind_arguments, find_layout, first_tensor
 from ...domains.errors import InputError
 from ..bank import ExpertBank, LayerExperts
 from ..router.cache import find_cache, router_layer, seen_by_themselves
@@ -39,13 +39,13 @@ class Routing:
     def __init__(
         self,
         stack: Stack | StackedComposition,
-        anatomy: Anatomy,
+        layout: ModelLayout,
         router: DomainRouter | None,
         fixed: Tensor | None,
         threshold: float,
     ):
         self.stack = stack
-        self.anatomy = anatomy
+        self.layout = layout
         self.router = router
         self.fixed = fixed  # constant slot gates (slots,), used instead of the router's
         self.threshold = threshold
@@ -135,7 +135,7 @@ class Routing:
         is_real = self._real_tokens(hidden, is_static=cache is not None and cache.is_compileable)
         if cache is None:
             return router.increments(ids, hidden, is_real).cumsum(1)
-        kept = router_layer(cache, past=self._past, layers=self.anatomy.count, sums=2 * router.slots + 1)
+        kept = router_layer(cache, past=self._past, layers=self.layout.count, sums=2 * router.slots + 1)
         last = last_tokens(ids, is_real, kept.last_tokens())
         return kept.append(router.increments(ids, hidden, is_real, last), last[:, 1:])
 
@@ -209,14 +209,14 @@ def attach(
     """
     if router is None and fixed is None:
         raise InputError("A composed model needs a router or fixed slot gates.")
-    model = share(base)
-    anatomy = find_anatomy(model)
+    model = copy_sharing_parameters(base)
+    layout = find_layout(model)
     device = next(base.parameters()).device
-    routing = Routing(stack, anatomy, None if router is None else router.to(device), fixed, threshold)
+    routing = Routing(stack, layout, None if router is None else router.to(device), fixed, threshold)
     model.routing = routing  # type: ignore[assignment]
     model.reading_prompts = routing.reading_prompts  # type: ignore[assignment]
     for index in stack.layers:
-        layer = model.get_submodule(f"{anatomy.layers}.{index}")
+        layer = model.get_submodule(f"{layout.layers}.{index}")
         _extend_layer(layer, stack.layer(index, base.dtype))
         layer.to(device)
     model.routing_handles = []  # type: ignore[assignment]
@@ -233,10 +233,10 @@ def set_hooks(model: PreTrainedModel, *, active: bool) -> None:
     handles.clear()
     if not active:
         return
-    decoder = model.get_submodule(routing.anatomy.decoder)
+    decoder = model.get_submodule(routing.layout.decoder)
     handles.append(decoder.register_forward_pre_hook(routing.begin, with_kwargs=True))
     for index in routing.stack.layers:
-        layer: Any = model.get_submodule(f"{routing.anatomy.layers}.{index}")
+        layer: Any = model.get_submodule(f"{routing.layout.layers}.{index}")
         hook = LayerHook(routing, layer.expert_gates, layer.gate_cell)
         handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -251,7 +251,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
             model.set_submodule(path, module)
         del model.merged
     for index in routing.stack.layers:
-        layer = model.get_submodule(f"{routing.anatomy.layers}.{index}")
+        layer = model.get_submodule(f"{routing.layout.layers}.{index}")
         for path, module in list(layer.named_modules()):
             if isinstance(module, FusedLinear):
                 layer.set_submodule(path, module.base)
@@ -263,7 +263,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def share(base: PreTrainedModel) -> PreTrainedModel:
+def copy_sharing_parameters(base: PreTrainedModel) -> PreTrainedModel:
     """A structural copy of a model that shares its parameters; buffers and everything else are its own."""
     return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
@@ -309,7 +309,7 @@ def trained_bank(model: PreTrainedModel) -> ExpertBank:
     before = routing.stack.banks[-1]
     bank = ExpertBank()
     for index, old in before.layers.items():
-        layer = model.get_submodule(f"{routing.anatomy.layers}.{index}")
+        layer = model.get_submodule(f"{routing.layout.layers}.{index}")
         gates: LayerGates = layer.expert_gates  # type: ignore[assignment]
         fused: dict[str, Any] = {target: layer.get_submodule(target) for target in old.A}
         bank.layers[index] = LayerExperts(

@@ -23,7 +23,7 @@ from ..kernels.dispatch import choose_kernels
 from ..kernels.group import GroupWeights
 from .group_update import GroupUpdate
 
-MOST_SELECTIONS = 16  # sets of slots whose weights a group keeps side by side
+MAX_SELECTIONS = 16  # sets of slots whose weights a group keeps side by side
 
 
 class OpenGates(NamedTuple):  # one is made in every layer of every step, and a frozen dataclass takes longer
@@ -248,7 +248,7 @@ class ExpertGroup(nn.Module):
         kept = self._fast_path().selections
         key = (slots, weights.A.dtype, len(weights.Bt))
         if key not in kept:
-            if len(kept) >= MOST_SELECTIONS:
+            if len(kept) >= MAX_SELECTIONS:
                 kept.pop(next(iter(kept)))
             kept[key] = select_slots(weights, slots, self.slot_of_rank)
         return kept[key]

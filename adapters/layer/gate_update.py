@@ -5,7 +5,7 @@ g = 2 q p v. Given dg and the gradient dp' of what the balance loss sees of p:
 
     ds[rank]   = dg * g * (1 - v)
     dp[expert] = q * (sum over its ranks of dg * 2 v) + dp'
-    ds[expert] = p * (dp - sum over its mates of p dp)                            softmax
+    ds[expert] = p * (dp - sum over its softmax group of p dp)                            softmax
     dh         = (ds rows - (ds . s) h / |h|) / |h|                               s = rows h / |h|
     drows      = (ds / |h|)^T h                                                   of rows that train only
 

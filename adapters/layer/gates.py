@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..kernels.dispatch import choose_kernels
-from ..kernels.gate_tables import EPSILON, GateTables, mates_of
+from ..kernels.gate_tables import EPSILON, GateTables, softmax_groups_of
 from .gate_update import GateUpdate
 
 TEMPERATURE = 0.1  # of the expert gates; scores are cosines, so |score| <= 10
@@ -35,7 +35,7 @@ class LayerGates(nn.Module):
     expert_of_rank: Tensor
     same_group: Tensor
     slot_of_rank: Tensor
-    mates_of_rank: Tensor
+    softmax_group_of_rank: Tensor
     fixed_gate: Tensor | None
 
     def __init__(
@@ -72,7 +72,7 @@ class LayerGates(nn.Module):
         same_group = group_of_expert[:, None] == group_of_expert[None, :]
         self.register_buffer("same_group", same_group.float(), persistent=False)
         self.register_buffer("slot_of_rank", slot_of_expert[expert_of_rank], persistent=False)
-        self.register_buffer("mates_of_rank", mates_of(same_group)[expert_of_rank], persistent=False)
+        self.register_buffer("softmax_group_of_rank", softmax_groups_of(same_group)[expert_of_rank], persistent=False)
         self.new_expert_gate = None if new_expert_gate is None else nn.Parameter(new_expert_gate)
         self.new_rank_gate = None if new_rank_gate is None else nn.Parameter(new_rank_gate)
         self._selections: dict[tuple[int, ...] | None, GateTables] = {}
@@ -137,7 +137,7 @@ class LayerGates(nn.Module):
             slot_of_expert=self.slot_of_expert,
             expert_of_rank=self.expert_of_rank,
             slot_of_rank=self.slot_of_rank,
-            mates_of_rank=self.mates_of_rank,
+            softmax_group_of_rank=self.softmax_group_of_rank,
             fixed_gate=self.fixed_gate,
         )
 

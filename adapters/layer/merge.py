@@ -58,7 +58,7 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
         if type(module.base) not in (nn.Linear, Conv1D):
             raise InputError(f"{path} cannot be merged.", cause=f"it is a {type(module.base).__name__}")
     for index in routing.stack.layers:
-        layer: Any = model.get_submodule(f"{routing.anatomy.layers}.{index}")
+        layer: Any = model.get_submodule(f"{routing.layout.layers}.{index}")
         gate = layer.expert_gates.constant_gate(routing.fixed)
         for group in layer.expert_groups:
             for path, module in zip(*_members_in(found, group.members), strict=True):

@@ -17,7 +17,7 @@ the background (the mean of all slots' distributions); the same of hashed pairs 
 added. *Hidden-state evidence* is linear discriminant analysis on causal means of hidden-state features: with pooled
 within-class covariance C and class means mu, row w = C^-1 mu and bias b = -1/2 mu^T C^-1 mu (Fisher 1936; Hastie,
 Tibshirani and Friedman, Elements of Statistical Learning, eq. 4.10). Tokens are not independent, so each term is
-tempered.
+scaled by its temperature.
 
 Everything comes from additive statistics of the chosen slots alone: the router of a subset does not depend on what else
 is stored, and there is nothing to train that could drift.
@@ -41,7 +41,7 @@ TYPICAL_TOKENS = 8  # of the typical text on which drift is measured; longer one
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tempers:
+class Temperatures:
     """How much of each term is believed; saved, so that a pack is always routed as it was trained (docs/log.md)."""
 
     token: float = 0.4
@@ -59,7 +59,7 @@ class RouterRows:
 
 
 def router_rows(statistics: Sequence[DomainStatistics]) -> RouterRows:
-    """Token evidence, discriminant rows and biases of these slots, untempered.
+    """Token evidence, discriminant rows and biases of these slots, unscaled.
 
     Adding a slot appends one row to each; the other rows change only through the background and the covariance that all
     slots share, and the result is the same in any order.
@@ -102,14 +102,19 @@ class DomainRouter(nn.Module):
     log_weight: Tensor
 
     def __init__(
-        self, statistics: Sequence[DomainStatistics], *, prior: Float[Tensor, " slots"], tempers: Tempers, width: int
+        self,
+        statistics: Sequence[DomainStatistics],
+        *,
+        prior: Float[Tensor, " slots"],
+        temperatures: Temperatures,
+        width: int,
     ):
         """Computes the rows.
 
         Args:
             statistics: One for each slot, KP first.
             prior: Weights of the slots, 0 or more; the sum counts for nothing.
-            tempers: Of the two terms.
+            temperatures: Of the two terms.
             width: Of the base model's hidden state.
         """
         super().__init__()
@@ -117,11 +122,11 @@ class DomainRouter(nn.Module):
         projection = feature_projection(width)
         rows = closed.rows if projection is None else closed.rows @ projection.double()
         self.slots = len(statistics)
-        self.register_buffer("token_evidence", (tempers.token * closed.token_evidence).float(), persistent=False)
-        self.register_buffer("pair_evidence", (tempers.token * closed.pair_evidence).float(), persistent=False)
-        self.register_buffer("rows", (tempers.hidden * rows).float(), persistent=False)
-        self.register_buffer("feature_rows", (tempers.hidden * closed.rows).float(), persistent=False)
-        self.register_buffer("bias", (tempers.hidden * closed.bias).float(), persistent=False)
+        self.register_buffer("token_evidence", (temperatures.token * closed.token_evidence).float(), persistent=False)
+        self.register_buffer("pair_evidence", (temperatures.token * closed.pair_evidence).float(), persistent=False)
+        self.register_buffer("rows", (temperatures.hidden * rows).float(), persistent=False)
+        self.register_buffer("feature_rows", (temperatures.hidden * closed.rows).float(), persistent=False)
+        self.register_buffer("bias", (temperatures.hidden * closed.bias).float(), persistent=False)
         self.register_buffer("log_odds", (prior[:1] / prior[1:].sum()).log().float(), persistent=False)
         # where no domain has any weight KP takes everything, whatever stands here
         weight = prior[1:] / prior[1:].max() if prior[1:].any() else torch.ones_like(prior[1:])

@@ -1,6 +1,6 @@
 """First values of a new bank: from the nearest stored domain, or from the domain's own activations.
 
-Close neighbours (by prototypes, found with FAISS) lend their experts and gates whole. Otherwise only the rows that
+A close neighbour (by prototypes, found with FAISS) is copied whole, experts and gates. Otherwise only the rows that
 score the experts are set: to the k-means centroids of the hidden states that enter each layer, so that each expert
 starts out with a part of the text. A stays random and B zero: the new bank changes nothing before it is trained.
 """
@@ -68,14 +68,14 @@ def centroids(points: Float[Tensor, "points width"], count: int) -> Float[Tensor
     return torch.from_numpy(cluster((points - mean).numpy(), count, spherical=False))
 
 
-def can_lend(lender: ExpertBank, bank: ExpertBank) -> bool:
+def can_copy_experts(lender: ExpertBank, bank: ExpertBank) -> bool:
     """Whether the lender's experts have exactly the shape of the new bank's."""
     return {name: t.shape for name, t in _lent(lender)} == {name: t.shape for name, t in _lent(bank)} and all(
         lender.layers[i].experts == layer.experts for i, layer in bank.layers.items()
     )
 
 
-def lend(lender: ExpertBank, bank: ExpertBank) -> None:
+def copy_experts(lender: ExpertBank, bank: ExpertBank) -> None:
     """Copies the lender's experts and gates into the new bank."""
     source = dict(_lent(lender))
     for name, tensor in _lent(bank):

@@ -220,7 +220,7 @@ def pull_hints(done: "Pulled") -> list[str]:
 def localised(registry: "Registry", spec: str, *, as_json: bool) -> str:
     """The composition in the names of the registry; what it names on the Hub is pulled, and a person is told."""
     with watch("asking the Hub", as_json=as_json) as watching:
-        found = registry.localise(spec, on_progress=watching.on_progress)
+        found = registry.resolve_composition(spec, on_progress=watching.on_progress)
     if not as_json:
         for pulled in found.pulled:
             state = "pulled" if pulled.is_new else "here already"

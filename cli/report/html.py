@@ -30,7 +30,7 @@ CARDS: Final = (
     "drift_kl",
 )
 HALVES: Final = ("routing", "prototypes", "layers", "versions")  # sections that stand two by two where there is room
-MOST_LINES: Final = 24  # domains whose lineage is drawn; of more, those that were retrained
+MAX_LINES: Final = 24  # domains whose lineage is drawn; of more, those that were retrained
 SYMBOLS: Final = (
     ("R[i, j]", "score on domain j after step i; bits per byte of held-out text (less is better), or accuracy"),
     ("i, T", "a step: 0 is the bare base model, 1 the knowledge-preservation bank, then the domains; T is the last"),
@@ -215,7 +215,7 @@ def _lineage(source: PageSource) -> Html:
     measured = {name: manifest.version for name, manifest in zip(source.report.columns, manifests, strict=True)}
     drawn = source.history
     words = "A line leads from a version to the one retrained from it. Filled: the version that was measured."
-    if len(drawn) > MOST_LINES:
+    if len(drawn) > MAX_LINES:
         drawn = {name: versions for name, versions in drawn.items() if len(versions) > 1}
         words += f" Left out: {plural(len(source.history) - len(drawn), 'domain')} with a single version."
     picture = scroller(lineage_picture(drawn, measured), "Lineage") if drawn else None

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ...registry.measure.report import RetentionReport, Value
     from ...registry.measure.report_details import Points, ReportDetails
 
-MOST_LABELS: Final = 24  # domains on a map that are named beside their points; of more, the names are tooltips
+MAX_LABELS: Final = 24  # domains on a map that are named beside their points; of more, the names are tooltips
 _CLIP: Final = (-0.5, 1.5)  # shares outside are drawn at the edge
 
 
@@ -72,7 +72,7 @@ def prototype_map(details: "ReportDetails") -> Html:
         )
         for i, (name, points) in enumerate(details.places.items())
     ]
-    labels = _labels(details.places, place) if len(details.places) <= MOST_LABELS else []
+    labels = _labels(details.places, place) if len(details.places) <= MAX_LABELS else []
     return _svg(width, height, "Prototypes of all domains in their principal plane", [*clouds, *labels], "map")
 
 

@@ -7,7 +7,7 @@ from ...domains.progress import Progress
 from .numbers import clock
 
 SILENT_S = 30.0  # the longest time without a line
-LEAST_S = 1.0  # the shortest time between two lines of one stage
+MIN_S = 1.0  # the shortest time between two lines of one stage
 
 
 class Pace:
@@ -29,7 +29,7 @@ class Pace:
             is_due = True
         else:
             waited = now - self._line_at
-            is_due = waited >= SILENT_S or (tenth > self._line_tenth and waited >= LEAST_S)
+            is_due = waited >= SILENT_S or (tenth > self._line_tenth and waited >= MIN_S)
             is_due = is_due or (progress.done == progress.total and self._line_tenth < 10 and now - self._began > 2)
         if is_due:
             self._line_at, self._line_tenth = now, tenth

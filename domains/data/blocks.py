@@ -17,7 +17,7 @@ from ..errors import InputError
 from .example import Example
 
 NO_TARGET = -100  # the label that PyTorch's cross entropy ignores
-LEAST_TARGETS = 64  # tokens; with less there is nothing to learn
+MIN_TARGETS = 64  # tokens; with less there is nothing to learn
 
 Encoded = tuple[list[int], list[bool]]
 
@@ -66,7 +66,7 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if token is None else [token]
 
 
-def pack_blocks(encoded: Iterable[Encoded], block: int, *, least: int = LEAST_TARGETS) -> Blocks:
+def pack_blocks(encoded: Iterable[Encoded], block: int, *, least: int = MIN_TARGETS) -> Blocks:
     """Packs encoded examples into rows of `block` tokens; every target token is in exactly one place.
 
     An example that is longer than a block is cut from its end, so that a completion keeps as much of its prompt as

@@ -5,16 +5,19 @@ one is domains/builtin/; a team may keep another one, whose specs win over built
 """
 
 import difflib
-from importlib import resources
 from pathlib import Path
 
 from ..errors import NotFoundError
 from .spec import DomainSpec
 
+BUILTIN = (
+    Path(__file__).resolve().parents[1] / "builtin"
+)  # specs and corpora of the built-in domains, and the pocket base
+
 
 def builtin_domains() -> dict[str, DomainSpec]:
     """The domains that ship with the program, by name, sorted."""
-    return domains_in(Path(str(resources.files(str(__package__)) / "builtin")))
+    return domains_in(BUILTIN)
 
 
 def domains_in(folder: Path) -> dict[str, DomainSpec]:

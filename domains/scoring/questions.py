@@ -11,15 +11,15 @@ from typing import Final
 
 from ..data.example import Example
 
-MOST_LABELS: Final = 150  # of a classification task
-LEAST_REPEATS: Final = 2  # of each label
-LEAST_ROWS_PER_LABEL: Final = 4  # on average
+MAX_LABELS: Final = 150  # of a classification task
+MIN_REPEATS: Final = 2  # of each label
+MIN_ROWS_PER_LABEL: Final = 4  # on average
 
 
 def find_labels(examples: Iterable[Example]) -> tuple[str, ...]:
     """The labels of a classification task, sorted; none if the examples are not one.
 
-    They are one if every example has a prompt, no messages and no choices of its own, and there are 2 to `MOST_LABELS`
+    They are one if every example has a prompt, no messages and no choices of its own, and there are 2 to `MAX_LABELS`
     different completions, each on one line, each at least twice, and four rows for each on average.
     """
     counts: Counter[str] = Counter()
@@ -27,8 +27,8 @@ def find_labels(examples: Iterable[Example]) -> tuple[str, ...]:
         if not example.prompt or example.messages or example.choices or "\n" in example.completion.strip():
             return ()
         counts[example.completion] += 1
-    is_closed = 2 <= len(counts) <= MOST_LABELS and min(counts.values()) >= LEAST_REPEATS
-    return tuple(sorted(counts)) if is_closed and counts.total() >= LEAST_ROWS_PER_LABEL * len(counts) else ()
+    is_closed = 2 <= len(counts) <= MAX_LABELS and min(counts.values()) >= MIN_REPEATS
+    return tuple(sorted(counts)) if is_closed and counts.total() >= MIN_ROWS_PER_LABEL * len(counts) else ()
 
 
 def find_questions(examples: Sequence[Example], labels: Sequence[str] = ()) -> list[Example]:

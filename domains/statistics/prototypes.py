@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-MOST_PROTOTYPES = 16
+MAX_PROTOTYPES = 16
 BLOCKS_PER_PROTOTYPE = 4
 NEAR_DUPLICATE = 0.90  # similarity from which two domains are probably one (docs/log.md)
 SEED = 1234
@@ -39,10 +39,10 @@ def make_prototypes(
 ) -> Float[Tensor, "prototypes features"]:
     """Spherical k-means centroids of the blocks' features around `centre`, as unit vectors.
 
-    Their number grows with the text, from 1 to `MOST_PROTOTYPES`.
+    Their number grows with the text, from 1 to `MAX_PROTOTYPES`.
     """
     points = F.normalize(block_means.float() - centre.float(), dim=-1)
-    count = max(1, min(MOST_PROTOTYPES, len(points) // BLOCKS_PER_PROTOTYPE))
+    count = max(1, min(MAX_PROTOTYPES, len(points) // BLOCKS_PER_PROTOTYPE))
     return torch.from_numpy(cluster(points.numpy(), count, spherical=True))
 
 
@@ -51,13 +51,13 @@ def join_prototypes(
 ) -> Float[Tensor, "prototypes features"]:
     """The prototypes of several texts as those of the whole text; `shares` says how much of it each text is.
 
-    Where they are more than `MOST_PROTOTYPES`, they are clustered, each with the weight of the text it stands for.
+    Where they are more than `MAX_PROTOTYPES`, they are clustered, each with the weight of the text it stands for.
     """
     vectors = torch.cat([part.float() for part in parts])
-    if len(vectors) <= MOST_PROTOTYPES:
+    if len(vectors) <= MAX_PROTOTYPES:
         return vectors
     weights = [np.full(len(part), share / len(part)) for part, share in zip(parts, shares, strict=True)]
-    found = cluster(vectors.numpy(), MOST_PROTOTYPES, spherical=True, weights=np.concatenate(weights))
+    found = cluster(vectors.numpy(), MAX_PROTOTYPES, spherical=True, weights=np.concatenate(weights))
     return torch.from_numpy(found)
 
 

@@ -19,14 +19,14 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base_model import Anatomy, hidden_states_at
+from ..base_model import ModelLayout, hidden_states_at
 from ..data.blocks import Blocks
 from ..errors import IncompatibleError
 
-LEAST_COUNT = 2  # tokens and buckets of pairs with less are dropped
+MIN_COUNT = 2  # tokens and buckets of pairs with less are dropped
 PAIR_BUCKETS = 1 << 16
-MOST_FEATURES = 256
-MOST_TOKENS = 1 << 22  # of a vocabulary; what is said of one is not believed beyond
+MAX_FEATURES = 256
+MAX_TOKENS = 1 << 22  # of a vocabulary; what is said of one is not believed beyond
 PROJECTION_SEED = 20260107
 
 
@@ -66,13 +66,13 @@ class DomainStatistics:
         return self.feature_sum / max(self.rows, 1.0)
 
     @property
-    def least_count(self) -> int:
+    def min_count(self) -> int:
         """The smallest count of a token or a bucket; 0 or more unless something was taken away that was never added."""
         return int(min(self.token_counts.min().item(), self.pair_counts.min().item()))
 
     def without_rare_tokens(self) -> "DomainStatistics":
-        """The same with every count of a token or a bucket under `LEAST_COUNT` dropped."""
-        tokens, pairs = (torch.where(c < LEAST_COUNT, 0, c) for c in (self.token_counts, self.pair_counts))
+        """The same with every count of a token or a bucket under `MIN_COUNT` dropped."""
+        tokens, pairs = (torch.where(c < MIN_COUNT, 0, c) for c in (self.token_counts, self.pair_counts))
         return DomainStatistics(tokens, pairs, self.rows, self.feature_sum, self.feature_outer)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -98,8 +98,8 @@ class DomainStatistics:
             KeyError, IndexError, RuntimeError, ValueError: The tensors do not fit together.
         """
         vocabulary = int(tensors["vocabulary"].item())
-        if not 1 <= vocabulary <= MOST_TOKENS:
-            raise ValueError(f"a vocabulary of {vocabulary} tokens; 1 to {MOST_TOKENS} are possible")
+        if not 1 <= vocabulary <= MAX_TOKENS:
+            raise ValueError(f"a vocabulary of {vocabulary} tokens; 1 to {MAX_TOKENS} are possible")
         counts = torch.zeros(vocabulary, dtype=torch.int64)
         counts[tensors["token_ids"].long()] = tensors["token_counts"].long()
         pairs = torch.zeros(PAIR_BUCKETS, dtype=torch.int64)
@@ -123,10 +123,10 @@ def pair_buckets(before: Int64[Tensor, "*tokens"], ids: Int64[Tensor, "*tokens"]
 
 def feature_projection(width: int) -> Float[Tensor, "features width"] | None:
     """The fixed projection of hidden states of this width; None where they are small enough to be used whole."""
-    if width <= MOST_FEATURES:
+    if width <= MAX_FEATURES:
         return None
     generator = torch.Generator().manual_seed(PROJECTION_SEED)
-    return torch.randn(MOST_FEATURES, width, generator=generator) / width**0.5
+    return torch.randn(MAX_FEATURES, width, generator=generator) / width**0.5
 
 
 def hidden_features(
@@ -149,7 +149,7 @@ def causal_means(
 @torch.inference_mode()
 def measure_statistics(
     model: PreTrainedModel,
-    anatomy: Anatomy,
+    layout: ModelLayout,
     blocks: Blocks,
     *,
     layer: int,
@@ -165,8 +165,8 @@ def measure_statistics(
         on_batch: Told how many blocks are done, of how many.
     """
     device = next(model.parameters()).device
-    projection = feature_projection(anatomy.width)
-    features = anatomy.width if projection is None else len(projection)
+    projection = feature_projection(layout.width)
+    features = layout.width if projection is None else len(projection)
     vocabulary = model.config.get_text_config().vocab_size
     total = DomainStatistics(
         torch.zeros(vocabulary, dtype=torch.int64),
@@ -177,9 +177,7 @@ def measure_statistics(
     )
     means = []
     for start, ids, mask in _batches(blocks, batch):
-        hidden = hidden_states_at(
-            model, anatomy, layer, input_ids=ids.to(device), attention_mask=mask.long().to(device)
-        )
+        hidden = hidden_states_at(model, layout, layer, input_ids=ids.to(device), attention_mask=mask.long().to(device))
         cumulative = causal_means(hidden_features(hidden.cpu(), projection), mask)
         rows = _at_powers_of_two(cumulative, mask).double()
         counts = torch.bincount(ids[mask], minlength=vocabulary)

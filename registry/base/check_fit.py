@@ -14,19 +14,19 @@ def check_fit(pack: DomainPack, base: LoadedBase, *, source: str) -> None:
     Raises:
         IntegrityError: Names the first place where they do not fit, with both values.
     """
-    anatomy, bank = base.anatomy, pack.bank
+    layout, bank = base.layout, pack.bank
     vocabulary = base.model.config.get_text_config().vocab_size
     sizes = {
-        "layers": (max([*bank.layers, pack.feature_layer]) < anatomy.count, max(bank.layers) + 1, anatomy.count),
+        "layers": (max([*bank.layers, pack.feature_layer]) < layout.count, max(bank.layers) + 1, layout.count),
         "vocabulary": _equal(len(pack.statistics.token_counts), vocabulary),
-        "width": _equal(next(iter(bank.layers.values())).expert_gate.shape[1], anatomy.width),
+        "width": _equal(next(iter(bank.layers.values())).expert_gate.shape[1], layout.width),
     }
     for what, (fits, found, expected) in sizes.items():
         if not fits:
             raise _unfit(source, f"its {what}: {found}, those of the base: {expected}")
-    known = target_modules(base.model, anatomy)
+    known = target_modules(base.model, layout)
     for index, layer in bank.layers.items():
-        module = base.model.get_submodule(f"{anatomy.layers}.{index}")
+        module = base.model.get_submodule(f"{layout.layers}.{index}")
         for target in layer.A:
             found = layer.A[target].shape[1], layer.B[target].shape[0]
             expected = _shape(module, target) if target in known else None

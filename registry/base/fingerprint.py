@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...domains.data.catalog import BUILTIN
 from ...domains.errors import IncompatibleError, NotFoundError
 from ..store.digest import sha256_of, sha256_of_file
 from ..store.files import write_atomic
@@ -28,7 +29,7 @@ def find_base(source: str, *, revision: str | None = None) -> Path:
         RemoteError: The Hub cannot be asked, or does not give it.
     """
     if source == POCKET:
-        return Path(__file__).resolve().parents[2] / "domains" / "builtin" / POCKET
+        return BUILTIN / POCKET
     folder = Path(source).expanduser()
     if source and folder.is_dir():
         return folder.resolve()
@@ -85,7 +86,7 @@ def fingerprint(folder: Path, *, source: str, revision: str | None = None, cache
 def _download(source: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    from ..hub.errors import explained, failures, is_unknown
+    from ..hub.errors import failures, is_unknown, to_lorary_error
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
@@ -97,7 +98,7 @@ def _download(source: str, revision: str | None) -> Path:
                 cause=str(error).splitlines()[0],
                 fix="check the id and the revision, log in with hf auth login, or use --base pocket",
             ) from error
-        raise explained(error, repo=source, endpoint=HfApi().endpoint) from error
+        raise to_lorary_error(error, repo=source, endpoint=HfApi().endpoint) from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

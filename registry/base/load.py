@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...domains.base_model import Anatomy, check_device, find_anatomy, load_base_model
+from ...domains.base_model import ModelLayout, check_device, find_layout, load_base_model
 from ..store.manifest import BaseRecord, check_same_base
 from ..store.store import Store
 from .fingerprint import find_base, fingerprint
@@ -36,9 +36,9 @@ class LoadedBase:
         return self._loaded[1]
 
     @cached_property
-    def anatomy(self) -> Anatomy:
+    def layout(self) -> ModelLayout:
         """Where its decoder layers are."""
-        return find_anatomy(self.model)
+        return find_layout(self.model)
 
 
 def open_base(store: Store, record: BaseRecord, *, device: str, dtype: str) -> LoadedBase:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ...adapters.layer.attach import attach
 from ...adapters.layer.stack import Stack
-from ...adapters.router.router import DomainRouter, Tempers
+from ...adapters.router.router import DomainRouter, Temperatures
 from ...domains.errors import IntegrityError
 from ..base.check_fit import check_fit
 from ..base.load import LoadedBase
@@ -35,7 +35,7 @@ def compose_model(store: Store, plan: Plan, base: LoadedBase) -> PreTrainedModel
     if kept is None:
         packs = read_packs(store, plan)
         stack = _stack(plan, packs, base).stacked(dtype)
-        router = None if plan.static else build_router(packs, _shares(plan), width=base.anatomy.width)
+        router = None if plan.static else build_router(packs, _shares(plan), width=base.layout.width)
         kept = KeptComposition(stack, router)
         cache.put(plan, dtype, kept)
     return attach(base.model, kept.stack, router=kept.router, fixed=_shares(plan) if plan.static else None)
@@ -80,7 +80,7 @@ def compose_packs(plan: Plan, packs: list[DomainPack], base: LoadedBase) -> PreT
     stack, shares = _stack(plan, packs, base), _shares(plan)
     if plan.static:
         return attach(base.model, stack, router=None, fixed=shares)
-    return attach(base.model, stack, router=build_router(packs, shares, width=base.anatomy.width))
+    return attach(base.model, stack, router=build_router(packs, shares, width=base.layout.width))
 
 
 def _stack(plan: Plan, packs: list[DomainPack], base: LoadedBase) -> Stack:
@@ -104,10 +104,10 @@ def build_router(packs: Sequence[Routable], shares: torch.Tensor, *, width: int)
         IntegrityError: Statistics of these packs are not of one kind.
     """
     _check_same_features(packs)
-    tempers = joint_tempers(packs[1:])
+    temperatures = joint_temperatures(packs[1:])
     if min(pack.first_layer for pack in packs) < packs[0].feature_layer:
-        tempers = replace(tempers, hidden=0.0)
-    return DomainRouter([pack.statistics for pack in packs], prior=shares, tempers=tempers, width=width)
+        temperatures = replace(temperatures, hidden=0.0)
+    return DomainRouter([pack.statistics for pack in packs], prior=shares, temperatures=temperatures, width=width)
 
 
 def _check_same_features(packs: Sequence[Routable]) -> None:
@@ -126,9 +126,9 @@ def _kind_of_statistics(pack: Routable) -> tuple[int, int, int]:
     return len(pack.statistics.token_counts), len(pack.statistics.feature_sum), pack.feature_layer
 
 
-def joint_tempers(packs: Sequence[Routable]) -> Tempers:
-    """The tempers of several domains together: their means (geometric for tokens), the same in any order."""
+def joint_temperatures(packs: Sequence[Routable]) -> Temperatures:
+    """The temperatures of several domains together: their means (geometric for tokens), the same in any order."""
     if not packs:
-        return Tempers()
-    tokens = math.exp(math.fsum(math.log(pack.tempers.token) for pack in packs) / len(packs))
-    return Tempers(token=tokens, hidden=math.fsum(pack.tempers.hidden for pack in packs) / len(packs))
+        return Temperatures()
+    tokens = math.exp(math.fsum(math.log(pack.temperatures.token) for pack in packs) / len(packs))
+    return Temperatures(token=tokens, hidden=math.fsum(pack.temperatures.hidden for pack in packs) / len(packs))

@@ -34,8 +34,8 @@ from ..store.strict_json import canonical_json
 from .plan import Plan
 
 LAYOUT = "lorary.stack/2"
-MOST_FILES = 16
-MOST_BYTES = 4 << 30
+MAX_FILES = 16
+MAX_BYTES = 4 << 30
 ALIGNMENT = 64  # bytes, of every tensor in a long one
 _CHUNK = 8192  # words of 8 bytes in a sum of the checksum
 
@@ -105,7 +105,7 @@ class StackCache:
         total = 0
         for place, (_, size, path) in enumerate(sorted(files, reverse=True)):
             total += size
-            if place and (place >= MOST_FILES or total > MOST_BYTES):
+            if place and (place >= MAX_FILES or total > MAX_BYTES):
                 path.unlink(missing_ok=True)
 
 

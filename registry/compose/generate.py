@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...adapters.layer.attach import Routing, routing_of
-from ...domains.base_model import most_positions
+from ...domains.base_model import max_positions
 from ...domains.errors import InputError
 
 
@@ -50,7 +50,7 @@ def generate(
     text = _chat_text(tokenizer, prompt) if chat else prompt
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(next(model.parameters()).device)
     length = inputs["input_ids"].shape[1]
-    longest = most_positions(model)
+    longest = max_positions(model)
     if length == 0:
         raise InputError("The prompt has no tokens.", fix="give some text")
     if longest is not None and length + max_new_tokens > longest:

@@ -6,7 +6,7 @@ import torch
 
 from ...adapters.composition import GENERAL
 from ...adapters.layer.attach import routing_of
-from ...domains.base_model import hidden_states_at, most_positions
+from ...domains.base_model import hidden_states_at, max_positions
 from ...domains.errors import InputError
 from ...domains.statistics.prototypes import PrototypeIndex
 from ...domains.statistics.statistics import causal_means, feature_projection, hidden_features
@@ -37,7 +37,7 @@ def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str)
     if plan.static:
         raise InputError("A static composition does not route.", fix="leave out --static")
     model = compose_packs(plan, packs, base)
-    ids = base.tokenizer(text, return_tensors="pt")["input_ids"][:, : most_positions(base.model)].to(base.model.device)
+    ids = base.tokenizer(text, return_tensors="pt")["input_ids"][:, : max_positions(base.model)].to(base.model.device)
     if ids.shape[1] == 0 or not text.strip():
         raise InputError("The text is empty.", fix='registry route "some text"')
     mask = torch.ones_like(ids)
@@ -58,8 +58,8 @@ def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str)
 
 def _similarity(plan: Plan, packs: list[DomainPack], base: LoadedBase, ids: torch.Tensor) -> dict[str, float]:
     mask = torch.ones_like(ids, dtype=torch.bool)
-    hidden = hidden_states_at(base.model, base.anatomy, packs[0].feature_layer, input_ids=ids)
-    features = hidden_features(hidden.cpu(), feature_projection(base.anatomy.width))
+    hidden = hidden_states_at(base.model, base.layout, packs[0].feature_layer, input_ids=ids)
+    features = hidden_features(hidden.cpu(), feature_projection(base.layout.width))
     mean = causal_means(features, mask.cpu())[:, -1]
     centre = packs[0].statistics.feature_mean
     names = [slot.name for slot in plan.slots]

@@ -23,9 +23,9 @@ from .errors import (
     MAX_WAIT_S,
     STALE_PARENT,
     TRANSIENT,
-    explained,
     failures,
     status_of,
+    to_lorary_error,
     wait_before_retry,
     wait_of,
 )
@@ -197,7 +197,7 @@ class Hub:
         try:
             info = self._ask_once(lambda: self.api.create_commit(repo, operations, **details))
         except failures() as error:
-            ours = explained(error, repo=repo, endpoint=self.endpoint)
+            ours = to_lorary_error(error, repo=repo, endpoint=self.endpoint)
             wait = 1.0 if status_of(error) == STALE_PARENT else wait_before_retry(error, tries=1)
             if wait is None:
                 raise ours from error
@@ -224,7 +224,7 @@ class Hub:
             except failures() as error:
                 wait = wait_before_retry(error, tries)
                 if wait is None or tries == TRIES or time.monotonic() + wait - start > BUDGET_S:
-                    raise explained(error, repo=repo, endpoint=self.endpoint) from error
+                    raise to_lorary_error(error, repo=repo, endpoint=self.endpoint) from error
                 self.rest(wait, tries)
 
     def rest(self, seconds: float, tries: int) -> None:

@@ -27,7 +27,7 @@ def failures() -> tuple[type[Exception], ...]:
     return (_http_error(), XetDownloadError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError)
 
 
-def explained(error: BaseException, *, repo: str, endpoint: str) -> LoraryError:
+def to_lorary_error(error: BaseException, *, repo: str, endpoint: str) -> LoraryError:
     """Our error for one that the client raised.
 
     Args:

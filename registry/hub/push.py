@@ -29,7 +29,7 @@ State = Literal["pushed", "proposed", "there", "planned"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wishes:
+class PushOptions:
     """How a version is to be pushed."""
 
     private: bool = False  # a repository that is made is private
@@ -78,7 +78,7 @@ def push(
     store: Store,
     manifest: PackManifest,
     destination: str | None,
-    wishes: Wishes,
+    wishes: PushOptions,
     *,
     hub: Hub,
 ) -> Pushed:
@@ -131,7 +131,7 @@ def destination_repo(destination: str | None, name: str, hub: Hub) -> str:
 class _Job:
     """One push; it looks at the Hub and does the next thing until nothing is left to do."""
 
-    def __init__(self, store: Store, manifest: PackManifest, repo: str, wishes: Wishes, hub: Hub):
+    def __init__(self, store: Store, manifest: PackManifest, repo: str, wishes: PushOptions, hub: Hub):
         self.store, self.manifest, self.repo, self.wishes, self.hub = store, manifest, repo, wishes, hub
         self.own = {MANIFEST_FILE: manifest.to_json(), CARD_FILE: model_card(manifest, repo=repo).encode()}
         if wishes.sign:

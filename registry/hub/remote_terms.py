@@ -18,7 +18,7 @@ from .pull import Pulled, pull
 
 
 @dataclass(frozen=True)
-class Localised:
+class ResolvedComposition:
     """A composition in the names of the store."""
 
     composition: str
@@ -31,7 +31,9 @@ def has_remote_terms(composition: str) -> bool:
     return REMOTE_PREFIX in composition
 
 
-def localise(store: Store, base: BaseRecord, composition: str, *, on_progress: OnProgress) -> Localised:
+def resolve_composition(
+    store: Store, base: BaseRecord, composition: str, *, on_progress: OnProgress
+) -> ResolvedComposition:
     """Pull what a composition names on the Hub, and write it in the names of the store.
 
     Raises:
@@ -59,7 +61,7 @@ def localise(store: Store, base: BaseRecord, composition: str, *, on_progress: O
             raise
         pulled.append(found)
         terms.append(_as_term(found.manifest, term))
-    return Localised(str(Composition(tuple(terms))), tuple(pulled), tuple(from_store))
+    return ResolvedComposition(str(Composition(tuple(terms))), tuple(pulled), tuple(from_store))
 
 
 def _found_here(traces: list[Traced], ref: RemoteRef, hub: Hub) -> Traced | None:

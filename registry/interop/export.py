@@ -75,7 +75,7 @@ def export_peft(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Path
     """
     record = plan.slots[0].manifest.base
     bank = static_bank(packs, [slot.prior for slot in plan.slots])
-    files = adapter_files(bank, base.anatomy, base_id=record.id, revision=record.revision)
+    files = adapter_files(bank, base.layout, base_id=record.id, revision=record.revision)
     _write_folder(out, files)
     rank = max(layer.rank for layer in bank.layers.values())
     command = f"PeftModel.from_pretrained(base_model, {str(out.resolve())!r})"
@@ -91,7 +91,7 @@ def export_vllm(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Path
         IncompatibleError: vLLM cannot serve it; says why.
         ConflictError: There is something at `out`.
     """
-    if base.anatomy.transposed:
+    if base.layout.transposed:
         raise IncompatibleError(
             "vLLM cannot serve these experts.",
             cause="this base model's modules are Conv1D, which vLLM does not extend: it would serve the bare base",
@@ -105,7 +105,7 @@ def export_vllm(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Path
             cause=f"all experts of a layer together have rank {rank}, vLLM takes at most {VLLM_RANKS[-1]}",
             fix=f"registry export {plan.composition} --static --to merged --out DIR",
         )
-    files = adapter_files(bank, base.anatomy, base_id=served_base, revision=None)
+    files = adapter_files(bank, base.layout, base_id=served_base, revision=None)
     _write_folder(out, files)
     most = next(allowed for allowed in VLLM_RANKS if rank <= allowed)
     name = served_name(plan, files[ADAPTER_TENSORS])

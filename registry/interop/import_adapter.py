@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...adapters.bank import ExpertBank
-from ...adapters.router.router import Tempers
+from ...adapters.router.router import Temperatures
 from ...adapters.training.train import TrainingConfig
 from ...domains.data.blocks import encode, pack_blocks
 from ...domains.progress import OnProgress
@@ -56,13 +56,13 @@ def import_adapter(
     """
     files, data = what.files, what.data
     tensors = load_tensors(files.tensors, source=f"{files.source}: {ADAPTER_TENSORS}")
-    bank = bank_of_adapter(tensors, what.config, base.model, base.anatomy, source=files.source)
+    bank = bank_of_adapter(tensors, what.config, base.model, base.layout, source=files.source)
     ground = Ground.of(store, base, record, on_progress)
     preservation = ground.preservation
     others = {m.name: read_routing(store, m) for m in other_domains(store, record)}
     pack = _measured_pack(bank, what, ground)
     index = PrototypeIndex(list(others), [other.prototypes for other in others.values()])
-    drift = measure_drift(preservation, others, pack, width=base.anatomy.width)
+    drift = measure_drift(preservation, others, pack, width=base.layout.width)
     general = general_examples()
     scores = score_new_domain(base, preservation, pack, what.name, data.held_out, general, on_progress=on_progress)
     draft = PackManifest(
@@ -72,7 +72,7 @@ def import_adapter(
         license=what.spec.license,
         base=record,
         experts=expert_records(bank),
-        allocation={"schedule": "imported", "counts": list(bank.counts(base.anatomy.count))},
+        allocation={"schedule": "imported", "counts": list(bank.counts(base.layout.count))},
         lineage={"parent": None, "preservation": ground.lineage},
         train={"run": _remember_sources(store, what), "data": data.record, "imported": _import_record(what)},
         evaluation=scores.as_json(),
@@ -80,7 +80,7 @@ def import_adapter(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         tool=tool_record(),
     )
-    written = pack_files(pack, anatomy=base.anatomy, base_id=record.id, revision=record.revision)
+    written = pack_files(pack, layout=base.layout, base_id=record.id, revision=record.revision)
     manifest = store.commit(draft, written, first_only=True)
     return ImportedAdapter(manifest=manifest, scores=scores, drift=drift, neighbours=index.neighbours(pack.prototypes))
 
@@ -94,7 +94,7 @@ def _measured_pack(bank: ExpertBank, what: Import, ground: Ground) -> DomainPack
         bank=bank,
         statistics=statistics,
         prototypes=prototypes,
-        tempers=Tempers(),
+        temperatures=Temperatures(),
         feature_layer=ground.preservation.feature_layer,
     )
 

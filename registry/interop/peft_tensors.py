@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...adapters.bank import Expert, ExpertBank, LayerExperts
-from ...domains.base_model import Anatomy, linear_modules, linear_shape
+from ...domains.base_model import ModelLayout, linear_modules, linear_shape
 from ...domains.errors import IncompatibleError, IntegrityError
 from .peft_reader import AdapterConfig, ModuleRules
 
 PREFIX: Final = "base_model.model."
 NUMBERS: Final = (torch.float32, torch.float16, torch.bfloat16)
-MOST_NAMED: Final = 3  # names in an error
+MAX_NAMED: Final = 3  # names in an error
 
 # parts of names of tensors that are not A or B, and what they are
 _OTHER_TENSORS: Final = {
@@ -49,7 +49,7 @@ class _Module:
 
 
 def bank_of_adapter(
-    tensors: Mapping[str, Tensor], config: AdapterConfig, model: PreTrainedModel, anatomy: Anatomy, *, source: str
+    tensors: Mapping[str, Tensor], config: AdapterConfig, model: PreTrainedModel, layout: ModelLayout, *, source: str
 ) -> ExpertBank:
     """The adapter as a bank; under gate 1 it computes what PEFT computes.
 
@@ -57,7 +57,7 @@ def bank_of_adapter(
         IncompatibleError: It extends modules that are not linear modules of a decoder layer, or has other widths.
         IntegrityError: Tensors are missing, are too many, have another rank than the config says or change nothing.
     """
-    modules = _modules_of(config, model, anatomy, source)
+    modules = _modules_of(config, model, layout, source)
     pairs = _pairs_of(tensors, modules, source)
     expert, is_folded = _one_expert(config, modules)
     bank = ExpertBank()
@@ -69,7 +69,7 @@ def bank_of_adapter(
         layer = bank.layers.setdefault(
             module.layer,
             LayerExperts(
-                experts=(expert,), A={}, B={}, expert_gate=torch.zeros(1, anatomy.width), rank_gate=None, mean_gate=None
+                experts=(expert,), A={}, B={}, expert_gate=torch.zeros(1, layout.width), rank_gate=None, mean_gate=None
             ),
         )
         layer.A[module.target] = F.pad(A, (0, 0, 0, missing))
@@ -77,15 +77,15 @@ def bank_of_adapter(
     return bank
 
 
-def _modules_of(config: AdapterConfig, model: PreTrainedModel, anatomy: Anatomy, source: str) -> list[_Module]:
+def _modules_of(config: AdapterConfig, model: PreTrainedModel, layout: ModelLayout, source: str) -> list[_Module]:
     rules = ModuleRules(config)
     named = {path: module for path, module in model.named_modules() if path}
     output = model.get_output_embeddings()
     linear = [path for path in linear_modules(model) if named[path] is not output]
     places = {
-        f"{anatomy.layers}.{index}.{target}": (index, target)
-        for index in range(anatomy.count)
-        for target in linear_modules(named[f"{anatomy.layers}.{index}"])
+        f"{layout.layers}.{index}.{target}": (index, target)
+        for index in range(layout.count)
+        for target in linear_modules(named[f"{layout.layers}.{index}"])
     }
     chosen = rules.chosen(named, linear=linear)
     if not chosen:
@@ -176,7 +176,7 @@ def _kind_of(name: str) -> str:
 
 
 def _damaged(source: str, problem: str, names: list[str], kind: str) -> IntegrityError:
-    listed = ", ".join(name[:120] for name in names[:MOST_NAMED]) + (", ..." if len(names) > MOST_NAMED else "")
+    listed = ", ".join(name[:120] for name in names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
     return IntegrityError(
         f"{source}: its tensors do not fit its config.",
         cause=f"{problem}: {listed}" + (f" ({kind})" if kind else ""),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ...adapters.bank import Expert, ExpertBank, LayerExperts, join
-from ...domains.base_model import Anatomy
+from ...domains.base_model import ModelLayout
 from ..pack.pack import DomainPack, merged_tensors
 from ..pack.peft_config import bank_config
 from ..pack.tensor_file import save_tensors
@@ -35,12 +35,12 @@ def one_rank(bank: ExpertBank) -> ExpertBank:
     return ExpertBank({index: _padded(layer, largest - layer.rank) for index, layer in bank.layers.items()})
 
 
-def adapter_files(bank: ExpertBank, anatomy: Anatomy, *, base_id: str, revision: str | None) -> dict[str, bytes]:
+def adapter_files(bank: ExpertBank, layout: ModelLayout, *, base_id: str, revision: str | None) -> dict[str, bytes]:
     """The two files of an adapter of PEFT."""
-    config = bank_config(bank, anatomy=anatomy, base_id=base_id, revision=revision)
+    config = bank_config(bank, layout=layout, base_id=base_id, revision=revision)
     return {
         ADAPTER_CONFIG: canonical_json(config),
-        ADAPTER_TENSORS: save_tensors(merged_tensors(bank, anatomy)),
+        ADAPTER_TENSORS: save_tensors(merged_tensors(bank, layout)),
     }
 
 

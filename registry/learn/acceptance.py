@@ -15,7 +15,7 @@ from ...domains.data.example import Example
 from ...domains.progress import Progress
 from ...domains.scoring.language import score_language
 from ..measure.evaluate import with_preservation
-from ..measure.held_out import MOST_BYTES
+from ..measure.held_out import MAX_SCORED_BYTES
 from ..pack.pack import DomainPack
 from .context import Ground
 
@@ -60,7 +60,7 @@ def measure_gate(
             with_preservation(ground.base, ground.preservation, pack, name),
             ground.base.tokenizer,
             texts,
-            max_bytes=MOST_BYTES,
+            max_bytes=MAX_SCORED_BYTES,
             on_progress=lambda done, total, what=what: ground.on_progress(
                 Progress(f"gate: the {what} version", done, total)
             ),

@@ -64,7 +64,7 @@ def train_preservation(
         )
     found = read_domain_data(spec, data)
     if training.learning_rate is None:
-        rate = PRESERVATION_RATE * (training.for_width(base.anatomy.width).learning_rate or 0.0)
+        rate = PRESERVATION_RATE * (training.for_width(base.layout.width).learning_rate or 0.0)
         training = replace(training, learning_rate=rate)
     lesson = new_lesson(store, GENERAL, found, record, bank, training)
     learned = learn_preservation(lesson, base=base, store=store, on_progress=on_progress)
@@ -104,7 +104,7 @@ def add_domain(
     ground = Ground.of(store, base, record, on_progress)
     manifests = {manifest.name: manifest for manifest in other_domains(store, record)}
     others = {other: read_routing(store, manifest) for other, manifest in manifests.items()}
-    lesson = new_lesson(store, name, found, record, bank, training.for_width(base.anatomy.width))
+    lesson = new_lesson(store, name, found, record, bank, training.for_width(base.layout.width))
     learned = learn_domain(
         lesson,
         ground,
@@ -112,7 +112,7 @@ def add_domain(
         lend_bank=lambda lender: read_pack(store, manifests[lender]).bank,
         on_neighbours=on_neighbours,
     )
-    drift = measure_drift(ground.preservation, others, learned.pack, width=base.anatomy.width)
+    drift = measure_drift(ground.preservation, others, learned.pack, width=base.layout.width)
     scores = score_new_domain(
         base, ground.preservation, learned.pack, name, found.held_out, general_examples(), on_progress=on_progress
     )

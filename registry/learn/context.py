@@ -46,7 +46,7 @@ def measure(
     """Statistics of a text as they are stored, and the mean feature of each block."""
     statistics, means = measure_statistics(
         base.model,
-        base.anatomy,
+        base.layout,
         blocks,
         layer=layer,
         on_batch=lambda done, total: on_progress(Progress(f"reading {name}", done, total)),

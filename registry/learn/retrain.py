@@ -64,7 +64,7 @@ def retrain(
         plan.data,
         record,
         plan.bank,
-        training.for_width(base.anatomy.width),
+        training.for_width(base.layout.width),
         origin=(plan.mode, parent.digest, corpus_digest(plan.older)),
     )
     stored = _stored_by(store, name, lesson.run.name)
@@ -146,5 +146,5 @@ def _drift(ground: Ground, record: BaseRecord, name: str, parent: DomainPack, ne
     """How routing of the other domains changes where the new version takes its parent's place."""
     store = ground.store
     others = {m.name: read_routing(store, m) for m in other_domains(store, record) if m.name != name}
-    width = ground.base.anatomy.width
+    width = ground.base.layout.width
     return measure_drift(ground.preservation, others, new, width=width, parent=parent)

@@ -76,7 +76,7 @@ def draft_of(
         license=spec.license,
         base=record,
         experts=expert_records(learned.pack.bank),
-        allocation={"schedule": lesson.bank.schedule, "counts": list(learned.pack.bank.counts(base.anatomy.count))},
+        allocation={"schedule": lesson.bank.schedule, "counts": list(learned.pack.bank.counts(base.layout.count))},
         lineage={"parent": None, "preservation": None},
         train=train,
         evaluation=evaluation,
@@ -116,7 +116,7 @@ def store_version(
     Raises:
         ConflictError: `first_only`, and somebody else was faster.
     """
-    files = pack_files(pack, anatomy=base.anatomy, base_id=draft.base.id, revision=draft.base.revision)
+    files = pack_files(pack, layout=base.layout, base_id=draft.base.id, revision=draft.base.revision)
     manifest = store.commit(draft, files, first_only=first_only, alias=alias)
     run = json.loads((lesson.run / "run.json").read_text(encoding="utf-8"))
     done = run | {"state": "done", "version": manifest.version}

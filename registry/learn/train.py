@@ -21,9 +21,9 @@ from ...adapters.config import BankConfig
 from ...adapters.layer.attach import attach, routing_of, trained_bank
 from ...adapters.layer.gates import LayerGates
 from ...adapters.layer.stack import Stack
-from ...adapters.router.router import DomainRouter, Tempers
+from ...adapters.router.router import DomainRouter, Temperatures
 from ...adapters.training.train import TrainingConfig, discard_checkpoints, diverged, train_bank
-from ...adapters.training.warm_start import CLOSE, activation_weights, can_lend, lend, seed_expert_gates
+from ...adapters.training.warm_start import CLOSE, activation_weights, can_copy_experts, copy_experts, seed_expert_gates
 from ...domains.base_model import target_modules
 from ...domains.data.blocks import Blocks, encode, pack_blocks
 from ...domains.data.example import Example
@@ -88,7 +88,7 @@ def learn_preservation(lesson: Lesson, *, base: LoadedBase, store: Store, on_pro
         bank=_with_mean_gates(composed, blocks),
         statistics=statistics,
         prototypes=make_prototypes(means, statistics.feature_mean),
-        tempers=Tempers(),
+        temperatures=Temperatures(),
         feature_layer=layer,
     )
     return Learned(pack=pack, proof=proof, figures=figures)
@@ -156,7 +156,7 @@ def _learn(lesson: Lesson, ground: Ground, start: Start, blocks: Blocks) -> Lear
     base, preservation = ground.base, ground.preservation
     slots = [preservation.statistics, start.statistics]
     prior = torch.tensor([KP_PRIOR, 1 - KP_PRIOR])
-    router = DomainRouter(slots, prior=prior, tempers=Tempers(), width=base.anatomy.width)
+    router = DomainRouter(slots, prior=prior, temperatures=Temperatures(), width=base.layout.width)
     banks = [preservation.bank, start.older, start.bank]
     stack = Stack(names=(GENERAL, lesson.name), banks=tuple(filter(None, banks)), trainable=True)
     composed = attach(base.model, stack, router=router)
@@ -168,7 +168,7 @@ def _learn(lesson: Lesson, ground: Ground, start: Start, blocks: Blocks) -> Lear
         bank=extended(start.older, trained) if start.older else trained,
         statistics=start.statistics,
         prototypes=start.prototypes,
-        tempers=Tempers(),
+        temperatures=Temperatures(),
         feature_layer=preservation.feature_layer,
     )
     return Learned(pack=pack, proof=proof, figures=figures)
@@ -176,7 +176,7 @@ def _learn(lesson: Lesson, ground: Ground, start: Start, blocks: Blocks) -> Lear
 
 def feature_layer(config: BankConfig, base: LoadedBase) -> int:
     """The first expert-bearing decoder layer, whose input the router reads."""
-    return expert_free_layers(base.anatomy.count, config.expert_free)
+    return expert_free_layers(base.layout.count, config.expert_free)
 
 
 def _check_fits(lesson: Lesson, base: LoadedBase) -> None:
@@ -185,7 +185,7 @@ def _check_fits(lesson: Lesson, base: LoadedBase) -> None:
     Raises:
         InputError: An expert would be wider than the model, a block longer than its context, or a target is not there.
     """
-    width, rank, block = base.anatomy.width, lesson.bank.rank, lesson.training.block
+    width, rank, block = base.layout.width, lesson.bank.rank, lesson.training.block
     longest = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
     if rank > width:
         raise InputError(
@@ -199,7 +199,7 @@ def _check_fits(lesson: Lesson, base: LoadedBase) -> None:
             cause=f"it reads {longest:,} tokens",
             fix=f"choose --block {longest} or less",
         )
-    target_modules(base.model, base.anatomy, lesson.bank.targets)
+    target_modules(base.model, base.layout, lesson.bank.targets)
 
 
 def _check_first_layer(lesson: Lesson, ground: Ground) -> None:
@@ -214,7 +214,7 @@ def _check_first_layer(lesson: Lesson, ground: Ground) -> None:
         raise InputError(
             f"expert_free is too small: {lesson.bank.expert_free}.",
             cause=f"experts would begin in layer {first}, those of KP begin in layer {least}",
-            fix=f"choose at least {least / base.anatomy.count:g}",
+            fix=f"choose at least {least / base.layout.count:g}",
         )
 
 
@@ -227,7 +227,7 @@ def _fresh_bank(lesson: Lesson, base: LoadedBase, blocks: Blocks, *, older: Sequ
     weights = None
     if lesson.bank.schedule == "data":
         weights = activation_weights(base.model, blocks, first_layer=feature_layer(lesson.bank, base))
-    return new_bank(base.model, base.anatomy, lesson.bank, generator=generator, weights=weights, older=older)
+    return new_bank(base.model, base.layout, lesson.bank, generator=generator, weights=weights, older=older)
 
 
 def _warm_start(
@@ -241,8 +241,8 @@ def _warm_start(
     nearest = neighbours[0] if neighbours else None
     if nearest and nearest.similarity >= CLOSE:
         lender = lend_bank(nearest.name)
-        if can_lend(lender, bank):
-            lend(lender, bank)
+        if can_copy_experts(lender, bank):
+            copy_experts(lender, bank)
             return nearest.name
     seed_expert_gates(bank, base.model, blocks)
     return None
@@ -303,7 +303,7 @@ def _with_mean_gates(composed: PreTrainedModel, blocks: Blocks, sampled: int = 1
     only[..., slot] = 1.0
     weight = mask.unsqueeze(-1).float()
     for index, layer in bank.layers.items():
-        gates: LayerGates = composed.get_submodule(f"{routing.anatomy.layers}.{index}.expert_gates")  # type: ignore[assignment]
+        gates: LayerGates = composed.get_submodule(f"{routing.layout.layers}.{index}.expert_gates")  # type: ignore[assignment]
         own = gates(states[index], only)[..., -layer.rank :]
         layer.mean_gate = ((own * weight).sum((0, 1)) / weight.sum()).float().cpu()
     return bank

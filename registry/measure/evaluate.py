@@ -29,7 +29,7 @@ from ..compose.build import build_router
 from ..compose.plan import Plan, prior_shares
 from ..pack.pack import DomainPack
 from ..store.store import Store
-from .held_out import MOST_BYTES, measured_on
+from .held_out import MAX_SCORED_BYTES, measured_on
 
 ROUTED_TOKENS = 256  # of each text, for routing accuracy
 
@@ -104,7 +104,7 @@ def score_new_domain(
 def with_preservation(base: LoadedBase, preservation: DomainPack, pack: DomainPack, name: str) -> PreTrainedModel:
     """The routed composition of KP and one domain, from packs in memory."""
     shares = torch.tensor(list(prior_shares({GENERAL: None, name: None}).values()))
-    router = build_router([preservation, pack], shares, width=base.anatomy.width)
+    router = build_router([preservation, pack], shares, width=base.layout.width)
     return attach(base.model, Stack(names=(GENERAL, name), banks=(preservation.bank, pack.bank)), router=router)
 
 
@@ -135,7 +135,7 @@ def score_in_composition(
         interval=confidence_interval(routed),
         bytes=routed.bytes,
         share_interval=_share_interval(before, alone, routed),
-        routed_right=routed_right(composed, base, name, first_within(held_out, MOST_BYTES)),
+        routed_right=routed_right(composed, base, name, first_within(held_out, MAX_SCORED_BYTES)),
         accuracy=accuracy,
     )
 
@@ -163,7 +163,7 @@ def _language(
         model,
         base.tokenizer,
         examples,
-        max_bytes=MOST_BYTES,
+        max_bytes=MAX_SCORED_BYTES,
         on_progress=lambda done, total: on_progress(Progress(f"scoring {what}", done, total)),
     )
 
@@ -220,7 +220,7 @@ def evaluate_composition(
     for slot in plan.slots:
         if data and slot.name not in domains:
             continue
-        found = measured_on(store, slot.manifest, data=data, max_bytes=MOST_BYTES, with_questions=with_questions)
+        found = measured_on(store, slot.manifest, data=data, max_bytes=MAX_SCORED_BYTES, with_questions=with_questions)
         scores[slot.name] = score_in_composition(
             model, base, slot.name, found.texts, questions=found.questions, on_progress=on_progress
         )

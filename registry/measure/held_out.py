@@ -33,8 +33,8 @@ from ..store.store import Store
 HELD_OUT = 0.15  # share of the rows that is never trained on
 FRESH = "fresh"  # the mode of retraining that takes nothing from the parent
 UNKNOWN_LICENSE = "unknown"
-MOST_BYTES = 120_000  # of held-out text that is scored
-MOST_QUESTIONS = 400
+MAX_SCORED_BYTES = 120_000  # of held-out text that is scored
+MAX_QUESTIONS = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +202,7 @@ def measured_on(
     return HeldOut(
         name=manifest.name,
         texts=tuple(first_within(held_out, max_bytes)),
-        questions=tuple(questions[:MOST_QUESTIONS]),
+        questions=tuple(questions[:MAX_QUESTIONS]),
     )
 
 

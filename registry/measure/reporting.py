@@ -9,7 +9,7 @@ from ...domains.progress import OnProgress, silent
 from ..base.load import LoadedBase
 from ..store.manifest import BaseRecord
 from ..store.store import Store
-from .held_out import MOST_BYTES, general_text, measured_on
+from .held_out import MAX_SCORED_BYTES, general_text, measured_on
 from .report import RetentionReport
 from .retention import in_order_of_addition, measure_retention
 
@@ -39,7 +39,7 @@ def report_retention(
         InputError: There is no domain, one is named twice, or data is not on this machine: of a named one, or of all.
         NotFoundError: There is no such domain or version.
     """
-    limit = max_bytes or MOST_BYTES
+    limit = max_bytes or MAX_SCORED_BYTES
     if domains:
         chosen = [store.manifest(*parse_reference(reference)) for reference in domains]
     else:

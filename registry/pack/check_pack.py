@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ...adapters.bank import LayerExperts
-from ...domains.base_model import Anatomy
-from ...domains.statistics.statistics import MOST_FEATURES, DomainStatistics
+from ...domains.base_model import ModelLayout
+from ...domains.statistics.statistics import MAX_FEATURES, DomainStatistics
 from ..store.manifest import ADAPTER_CONFIG, ROUTER_CONFIG, PackManifest
 from ..store.strict_json import canonical_json, parse_json
 from .check_manifest import check_manifest, unsound
@@ -27,7 +27,7 @@ from .tensor_file import load_tensors
 MAX_UPDATE: Final = 1e4  # largest sum over ranks of scale |A_r| |B_r|: the norm of an expert's update of one module
 MAX_GATE: Final = 1e4  # largest number in a gate's row
 MAX_MEAN_GATE: Final = 2.001  # an expert gate is at most 1, a rank gate at most 2
-MAX_TEMPER: Final = 100.0
+MAX_TEMPERATURE: Final = 100.0
 MAX_WIDTH: Final = 1 << 17  # of a hidden state
 MAX_COUNT: Final = 1 << 53  # of tokens or rows; beyond it float64 does not count
 MAX_PROTOTYPES: Final = 1024
@@ -92,11 +92,11 @@ def _check_router(pack: DomainPack, files: PackSource, manifest: PackManifest) -
     config = _json(files, manifest, ROUTER_CONFIG)
     width, features = config["feature_width"], config["features"]
     _require(1 <= width <= MAX_WIDTH, f"feature_width cannot be {width}")
-    _require(features == min(width, MOST_FEATURES), f"features cannot be {features} where the width is {width}")
+    _require(features == min(width, MAX_FEATURES), f"features cannot be {features} where the width is {width}")
     depth = len(manifest.allocation["counts"])
     _require(0 <= pack.feature_layer < depth, f"feature_layer cannot be {pack.feature_layer} of {depth} layers")
-    tempers = pack.tempers.token, pack.tempers.hidden
-    _require(max(tempers) <= MAX_TEMPER, f"tempers cannot be {tempers}")
+    temperatures = pack.temperatures.token, pack.temperatures.hidden
+    _require(max(temperatures) <= MAX_TEMPERATURE, f"tempers cannot be {temperatures}")
     _check_prototypes(pack.prototypes)
     _check_statistics(pack.statistics, width=width)
 
@@ -146,14 +146,14 @@ def _written(pack: DomainPack, files: PackSource, manifest: PackManifest) -> dic
     layers, transposed = str(router.get("decoder_layers")), adapter.get("fan_in_fan_out")
     _require(_MODULE_PATH.fullmatch(layers) and len(layers) <= 255, f"decoder_layers cannot be {layers[:80]!r}")
     _require(isinstance(transposed, bool), f"fan_in_fan_out cannot be {str(transposed)[:80]!r}")
-    anatomy = Anatomy(
+    layout = ModelLayout(
         decoder=layers.rpartition(".")[0],
         layers=layers,
         count=len(manifest.allocation["counts"]),
         width=router["feature_width"],
         transposed=bool(transposed),
     )
-    return pack_files(pack, anatomy=anatomy, base_id=manifest.base.id, revision=manifest.base.revision)
+    return pack_files(pack, layout=layout, base_id=manifest.base.id, revision=manifest.base.revision)
 
 
 def _json(files: PackSource, manifest: PackManifest, path: str) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     experts/<id>/adapter_config.json + adapter_model.safetensors    one expert as an ordinary PEFT adapter
     adapter_config.json + adapter_model.safetensors                 the whole bank with constant gates, as another
-    router/router.safetensors + router.json                         statistics, prototypes, gates, tempers
+    router/router.safetensors + router.json                         statistics, prototypes, gates, temperatures
 
 Bytes are verified against the manifest's digests before they are parsed. Tensors whose names or shapes do not fit the
 manifest are refused.
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from ...adapters.bank import Expert, ExpertBank, LayerExperts, join
 from ...adapters.layer.gates import TEMPERATURE
-from ...adapters.router.router import Tempers
-from ...domains.base_model import Anatomy
+from ...adapters.router.router import Temperatures
+from ...domains.base_model import ModelLayout
 from ...domains.errors import IncompatibleError, IntegrityError
 from ...domains.statistics.statistics import PROJECTION_SEED, DomainStatistics
 from ..store.manifest import ADAPTER_CONFIG, ADAPTER_TENSORS, ROUTER_CONFIG, ROUTER_TENSORS, ExpertRecord, PackManifest
@@ -38,7 +38,7 @@ class DomainPack:
     bank: ExpertBank
     statistics: DomainStatistics
     prototypes: Tensor  # (prototypes, features), unit vectors
-    tempers: Tempers
+    temperatures: Temperatures
     feature_layer: int  # decoder layer whose input the features are taken from
 
     @property
@@ -53,7 +53,7 @@ class RoutingData:
 
     statistics: DomainStatistics
     prototypes: Tensor
-    tempers: Tempers
+    temperatures: Temperatures
     feature_layer: int
     first_layer: int
 
@@ -61,19 +61,19 @@ class RoutingData:
 Routable = DomainPack | RoutingData
 
 
-def pack_files(pack: DomainPack, *, anatomy: Anatomy, base_id: str, revision: str | None) -> PackFiles:
+def pack_files(pack: DomainPack, *, layout: ModelLayout, base_id: str, revision: str | None) -> PackFiles:
     """Every file of the pack but the manifest."""
     files: PackFiles = {}
     for expert in pack.bank.experts:
         folder = f"experts/{expert.id}"
-        config = expert_config(pack.bank, expert, anatomy=anatomy, base_id=base_id, revision=revision)
+        config = expert_config(pack.bank, expert, layout=layout, base_id=base_id, revision=revision)
         files[f"{folder}/{ADAPTER_CONFIG}"] = (canonical_json(config), "expert")
-        files[f"{folder}/{ADAPTER_TENSORS}"] = (save_tensors(_expert_tensors(pack.bank, expert, anatomy)), "expert")
-    config = bank_config(pack.bank, anatomy=anatomy, base_id=base_id, revision=revision)
+        files[f"{folder}/{ADAPTER_TENSORS}"] = (save_tensors(_expert_tensors(pack.bank, expert, layout)), "expert")
+    config = bank_config(pack.bank, layout=layout, base_id=base_id, revision=revision)
     files[ADAPTER_CONFIG] = (canonical_json(config), "adapter")
-    files[ADAPTER_TENSORS] = (save_tensors(merged_tensors(pack.bank, anatomy)), "adapter")
+    files[ADAPTER_TENSORS] = (save_tensors(merged_tensors(pack.bank, layout)), "adapter")
     files[ROUTER_TENSORS] = (save_tensors(_router_tensors(pack)), "router")
-    files[ROUTER_CONFIG] = (canonical_json(_router_config(pack, anatomy)), "router")
+    files[ROUTER_CONFIG] = (canonical_json(_router_config(pack, layout)), "router")
     return files
 
 
@@ -137,21 +137,21 @@ def _routing_fields(router: dict[str, Tensor], config: dict[str, Any], source: s
     return {
         "statistics": _read_statistics(router, features=config["features"], source=source),
         "prototypes": router["prototypes"],
-        "tempers": Tempers(**{term: float(temper) for term, temper in config["tempers"].items()}),
+        "temperatures": Temperatures(**{term: float(value) for term, value in config["tempers"].items()}),
         "feature_layer": config["feature_layer"],
     }
 
 
-def _router_config(pack: DomainPack, anatomy: Anatomy) -> dict[str, Any]:
+def _router_config(pack: DomainPack, layout: ModelLayout) -> dict[str, Any]:
     return {
         "schema": ROUTER_SCHEMA,
         "feature_layer": pack.feature_layer,
-        "feature_width": anatomy.width,
+        "feature_width": layout.width,
         "features": len(pack.statistics.feature_sum),
         "projection_seed": PROJECTION_SEED,
         "expert_gate_temperature": TEMPERATURE,
-        "tempers": {"token": pack.tempers.token, "hidden": pack.tempers.hidden},
-        "decoder_layers": anatomy.layers,
+        "tempers": {"token": pack.temperatures.token, "hidden": pack.temperatures.hidden},
+        "decoder_layers": layout.layers,
     }
 
 
@@ -170,12 +170,12 @@ def _check_router_config(config: Any, source: str) -> None:
                 cause=f"{key} is {config.get(key)!r}, this program knows {expected!r}",
                 fix="use the version of this program that made it",
             )
-    tempers = config.get("tempers")
-    numbers = tempers if isinstance(tempers, dict) else {}
-    has_tempers = numbers.keys() == {"token", "hidden"} and all(type(t) in (int, float) for t in numbers.values())
+    temperatures = config.get("tempers")
+    numbers = temperatures if isinstance(temperatures, dict) else {}
+    has_temperatures = numbers.keys() == {"token", "hidden"} and all(type(t) in (int, float) for t in numbers.values())
     has_sizes = all(type(config.get(key)) is int for key in ("feature_layer", "feature_width", "features"))
-    if not (has_tempers and has_sizes and numbers["token"] > 0 and numbers["hidden"] >= 0):
-        cause = f"{ROUTER_CONFIG} says tempers {tempers!r}, feature_layer {config.get('feature_layer')!r}"
+    if not (has_temperatures and has_sizes and numbers["token"] > 0 and numbers["hidden"] >= 0):
+        cause = f"{ROUTER_CONFIG} says tempers {temperatures!r}, feature_layer {config.get('feature_layer')!r}"
         raise IntegrityError(f"The router of {source} cannot be used.", cause=cause)
 
 
@@ -186,7 +186,7 @@ def _read_statistics(router: dict[str, Tensor], *, features: int, source: str) -
         shapes = statistics.feature_sum.shape, statistics.feature_outer.shape, router["prototypes"].shape[1:]
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise IntegrityError(f"The router tensors of {source} are incomplete.", cause=str(error)) from error
-    if shapes != ((features,), (features, features), (features,)) or statistics.least_count < 0:
+    if shapes != ((features,), (features, features), (features,)) or statistics.min_count < 0:
         cause = f"{ROUTER_CONFIG} says {features} features, the tensors have {shapes}; counts are not negative"
         raise IntegrityError(f"The statistics of {source} do not fit its router.", cause=cause)
     return statistics
@@ -214,21 +214,21 @@ def _tensors_of(bank: ExpertBank, expert: Expert) -> dict[tuple[int, str, str], 
     }
 
 
-def _expert_tensors(bank: ExpertBank, expert: Expert, anatomy: Anatomy) -> dict[str, Tensor]:
+def _expert_tensors(bank: ExpertBank, expert: Expert, layout: ModelLayout) -> dict[str, Tensor]:
     return {
-        tensor_key(anatomy.layers, index, target, letter): tensor
+        tensor_key(layout.layers, index, target, letter): tensor
         for (index, target, letter), tensor in _tensors_of(bank, expert).items()
     }
 
 
-def merged_tensors(bank: ExpertBank, anatomy: Anatomy) -> dict[str, Tensor]:
+def merged_tensors(bank: ExpertBank, layout: ModelLayout) -> dict[str, Tensor]:
     """The bank under constant gates: scales and gates folded into B."""
     tensors = {}
     for index, layer in bank.layers.items():
         factor = layer.scales() * layer.static_gate()
         for target in layer.A:
-            tensors[tensor_key(anatomy.layers, index, target, "A")] = layer.A[target]
-            tensors[tensor_key(anatomy.layers, index, target, "B")] = layer.B[target] * factor
+            tensors[tensor_key(layout.layers, index, target, "A")] = layer.A[target]
+            tensors[tensor_key(layout.layers, index, target, "B")] = layer.B[target] * factor
     return tensors
 
 

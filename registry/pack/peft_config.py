@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any, Final
 
 from ...adapters.bank import Expert, ExpertBank, LayerExperts
-from ...domains.base_model import Anatomy
+from ...domains.base_model import ModelLayout
 from ...domains.errors import IntegrityError
 
 VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes (vllm/config/lora.py)
@@ -36,27 +36,27 @@ def parse_key(key: str, *, source: str) -> tuple[int, str, str]:
 
 
 def expert_config(
-    bank: ExpertBank, expert: Expert, *, anatomy: Anatomy, base_id: str, revision: str | None
+    bank: ExpertBank, expert: Expert, *, layout: ModelLayout, base_id: str, revision: str | None
 ) -> dict[str, Any]:
     """adapter_config.json of one expert."""
-    return _config(bank.only(expert).layers, anatomy, base_id, revision) | {
+    return _config(bank.only(expert).layers, layout, base_id, revision) | {
         "r": expert.rank,
         "lora_alpha": expert.alpha,
         "use_rslora": expert.method == "rslora",
     }
 
 
-def bank_config(bank: ExpertBank, *, anatomy: Anatomy, base_id: str, revision: str | None) -> dict[str, Any]:
+def bank_config(bank: ExpertBank, *, layout: ModelLayout, base_id: str, revision: str | None) -> dict[str, Any]:
     """adapter_config.json of the whole bank: ranks side by side, scales and gates folded into B, alpha = r."""
     ranks = {index: layer.rank for index, layer in sorted(bank.layers.items())}  # sorted: the first of equals is common
     common = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {
-        rf"{anatomy.layers}.{index}.{target}": rank
+        rf"{layout.layers}.{index}.{target}": rank
         for index, rank in ranks.items()
         if rank != common
         for target in bank.layers[index].A
     }
-    return _config(bank.layers, anatomy, base_id, revision) | {
+    return _config(bank.layers, layout, base_id, revision) | {
         "r": common,
         "lora_alpha": common,
         "use_rslora": False,
@@ -65,31 +65,31 @@ def bank_config(bank: ExpertBank, *, anatomy: Anatomy, base_id: str, revision: s
     }
 
 
-def _config(layers: dict[int, LayerExperts], anatomy: Anatomy, base_id: str, revision: str | None) -> dict[str, Any]:
+def _config(layers: dict[int, LayerExperts], layout: ModelLayout, base_id: str, revision: str | None) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_id,
         "revision": revision,
-        **_places(layers, anatomy),
+        **_places(layers, layout),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": anatomy.transposed,
+        "fan_in_fan_out": layout.transposed,
         "inference_mode": True,
     }
 
 
-def _places(layers: dict[int, LayerExperts], anatomy: Anatomy) -> dict[str, Any]:
+def _places(layers: dict[int, LayerExperts], layout: ModelLayout) -> dict[str, Any]:
     """Which modules the adapter extends, so that PEFT finds these and no others.
 
     Whole paths where layers differ; in GPT-2's family, too, because there `c_proj` is a module of two blocks.
     """
     targets = {index: sorted(layer.A) for index, layer in sorted(layers.items())}
-    if anatomy.transposed or len({tuple(names) for names in targets.values()}) > 1:
-        paths = [f"{anatomy.layers}.{index}.{target}" for index, names in targets.items() for target in names]
+    if layout.transposed or len({tuple(names) for names in targets.values()}) > 1:
+        paths = [f"{layout.layers}.{index}.{target}" for index, names in targets.items() for target in names]
         return {"target_modules": paths}
     return {
         "target_modules": sorted({target.rpartition(".")[2] for names in targets.values() for target in names}),
         "layers_to_transform": list(targets),
-        "layers_pattern": anatomy.layers.rpartition(".")[2],
+        "layers_pattern": layout.layers.rpartition(".")[2],
     }

@@ -16,8 +16,8 @@ from lorary.adapters.config import BankConfig
 from lorary.adapters.layer.attach import attach
 from lorary.adapters.layer.gates import LayerGates
 from lorary.adapters.layer.stack import Stack
-from lorary.adapters.router.router import DomainRouter, Tempers
-from lorary.domains.base_model import find_anatomy, linear_shape, target_modules
+from lorary.adapters.router.router import DomainRouter, Temperatures
+from lorary.domains.base_model import find_layout, linear_shape, target_modules
 from lorary.domains.statistics.statistics import PAIR_BUCKETS, DomainStatistics, pair_buckets
 
 torch.set_num_threads(1)
@@ -149,7 +149,7 @@ def generated() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def random_gates() -> Callable[..., LayerGates]:
-    """`random_gates([[2], [3, 1]], width=.., slots=[0, 0], new=1)`: ranks of each expert by group of mates.
+    """`random_gates([[2], [3, 1]], width=.., slots=[0, 0], new=1)`: ranks of each expert by softmax group.
 
     `slots` has the slot of each group, another for each if not given; the last `new` groups train.
     """
@@ -163,7 +163,7 @@ def random_gates() -> Callable[..., LayerGates]:
         rank_gates: bool = True,
     ) -> LayerGates:
         group = [g for g, ranks in enumerate(groups) for _ in ranks]
-        ranks = [rank for mates in groups for rank in mates]
+        ranks = [rank for group in groups for rank in group]
         generator = torch.Generator().manual_seed(0)
         expert_gate = torch.randn(len(ranks), width, generator=generator)
         rank_gate = torch.randn(sum(ranks), width, generator=generator) * 0.3
@@ -229,16 +229,16 @@ def random_bank(random_layer: Callable[..., LayerExperts]) -> Callable[..., Expe
         rank_gates: bool | None = None,
         zero_B: bool = False,
     ) -> ExpertBank:
-        anatomy = find_anatomy(model)
+        layout = find_layout(model)
         generator = torch.Generator().manual_seed(seed)
 
         def choose(most: int) -> int:
             return 1 + int(torch.randint(most, (), generator=generator))
 
         bank = ExpertBank()
-        for index in range(first_layer, anatomy.count):
-            layer = model.get_submodule(f"{anatomy.layers}.{index}")
-            targets = target_modules(model, anatomy)
+        for index in range(first_layer, layout.count):
+            layer = model.get_submodule(f"{layout.layers}.{index}")
+            targets = target_modules(model, layout)
             if not all_targets:  # of at least one: a random half
                 order = torch.randperm(len(targets), generator=generator).tolist()
                 targets = tuple(targets[i] for i in order[: choose(len(targets))])
@@ -246,7 +246,7 @@ def random_bank(random_layer: Callable[..., LayerExperts]) -> Callable[..., Expe
             bank.layers[index] = random_layer(
                 experts,
                 {target: linear_shape(layer.get_submodule(target)) for target in targets},
-                width=anatomy.width,
+                width=layout.width,
                 seed=seed * 1000 + index,
                 rank_gates=seed % 3 != 2 if rank_gates is None else rank_gates,
             )
@@ -319,7 +319,7 @@ def random_router(random_statistics: Callable[..., DomainStatistics]) -> Callabl
             for i in range(slots)
         ]
         prior = torch.arange(slots, 0, -1).float()
-        return DomainRouter(statistics, prior=prior, tempers=Tempers(), width=config.hidden_size)
+        return DomainRouter(statistics, prior=prior, temperatures=Temperatures(), width=config.hidden_size)
 
     return make
 

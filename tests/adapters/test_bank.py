@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorary.adapters.bank import Expert, ExpertBank, LayerExperts, extended, join, new_bank
-from lorary.domains.base_model import find_anatomy
+from lorary.domains.base_model import find_layout
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def addition(bank_config: Any) -> Callable[..., ExpertBank]:
 
     def make(base: Any, older: tuple[Expert, ...], **changes: Any) -> ExpertBank:
         generator = torch.Generator().manual_seed(5)
-        return new_bank(base, find_anatomy(base), bank_config(**changes), generator=generator, older=older)
+        return new_bank(base, find_layout(base), bank_config(**changes), generator=generator, older=older)
 
     return make
 

@@ -20,7 +20,7 @@ from lorary.adapters.config import BankConfig
 from lorary.adapters.layer.attach import attach, trained_bank
 from lorary.adapters.layer.stack import Stack
 from lorary.adapters.training.train import TrainingConfig, train_bank
-from lorary.adapters.training.warm_start import activation_weights, lend, seed_expert_gates
+from lorary.adapters.training.warm_start import activation_weights, copy_experts, seed_expert_gates
 from lorary.domains.data.blocks import Blocks, encode, pack_blocks
 from lorary.domains.data.corpus import read_examples
 from lorary.domains.data.example import Example
@@ -64,7 +64,7 @@ def measure_bank(arguments: argparse.Namespace, row: str) -> dict[str, Any]:
     return {
         "domain": domain.name,
         "bank": asdict(config),
-        "counts": bank.counts(base.anatomy.count),
+        "counts": bank.counts(base.layout.count),
         "parameters": bank.parameters,
         "base": _bits(base.model, base, domain.texts),
         "bits": _bits(model, base, domain.texts),
@@ -91,7 +91,7 @@ def start_bank(
         rows, name = _lenders_text(row, stream, base, arguments)
         lender = _fresh(base, BankConfig(), rows, arguments.seed + 100)
         seed_expert_gates(lender, base.model, rows)
-        lend(trained_bank(_trained(base, lender, rows, arguments)[0]), bank)
+        copy_experts(trained_bank(_trained(base, lender, rows, arguments)[0]), bank)
         return {"lender": name, "similarity": _similarity(blocks, rows, base, arguments)}
     if row == "random":
         generator = torch.Generator().manual_seed(arguments.seed + 1)
@@ -118,9 +118,9 @@ def _similarity(blocks: Blocks, others: Blocks, base: LoadedBase, arguments: arg
     """Of two texts by their prototypes around the mean of general text, as `add-domain` measures it."""
     general = _blocks(list(read_examples([arguments.data / "general" / "lm.train.jsonl"])), base, arguments)
     layer = feature_layer(BankConfig(), base)
-    centre = measure_statistics(base.model, base.anatomy, general, layer=layer)[0].feature_mean
+    centre = measure_statistics(base.model, base.layout, general, layer=layer)[0].feature_mean
     prototypes = [
-        make_prototypes(measure_statistics(base.model, base.anatomy, each, layer=layer)[1], centre)
+        make_prototypes(measure_statistics(base.model, base.layout, each, layer=layer)[1], centre)
         for each in (blocks, others)
     ]
     return PrototypeIndex(["other"], prototypes[1:]).neighbours(prototypes[0])[0].similarity
@@ -134,7 +134,7 @@ def _fresh(base: LoadedBase, config: BankConfig, blocks: Blocks, seed: int) -> E
     first = feature_layer(config, base)
     weights = activation_weights(base.model, blocks, first_layer=first) if config.schedule == "data" else None
     generator = torch.Generator().manual_seed(seed)
-    return new_bank(base.model, base.anatomy, config, generator=generator, weights=weights)
+    return new_bank(base.model, base.layout, config, generator=generator, weights=weights)
 
 
 def _trained(

@@ -21,7 +21,7 @@ import torch
 from peft import PeftModel
 from timing import report
 
-from lorary.domains.base_model import find_anatomy
+from lorary.domains.base_model import find_layout
 from lorary.registry.compose.build import compose_model
 from lorary.registry.compose.cache import StackCache
 from lorary.registry.compose.plan import plan_composition
@@ -48,7 +48,7 @@ class Base:
 
     def __init__(self, model: Any):
         self.model = model
-        self.anatomy = find_anatomy(model)
+        self.layout = find_layout(model)
 
 
 def fill(store: Store, base: Base, packs: int) -> None:
@@ -62,8 +62,8 @@ def fill(store: Store, base: Base, packs: int) -> None:
         pack = DomainPack(
             bank=bank,
             statistics=statistics[number % 2],
-            prototypes=torch.eye(16, models.MOST_FEATURES),
-            tempers=models.Tempers(),
+            prototypes=torch.eye(16, models.MAX_FEATURES),
+            temperatures=models.Temperatures(),
             feature_layer=0,
         )
         name = "general" if number == 0 else f"d{number}"
@@ -74,7 +74,7 @@ def fill(store: Store, base: Base, packs: int) -> None:
             license="",
             base=BASE,
             experts=expert_records(bank),
-            allocation={"schedule": "uniform", "counts": list(bank.counts(base.anatomy.count))},
+            allocation={"schedule": "uniform", "counts": list(bank.counts(base.layout.count))},
             lineage={},
             train={},
             evaluation={},
@@ -82,7 +82,7 @@ def fill(store: Store, base: Base, packs: int) -> None:
             created="2026-01-01T00:00:00+00:00",
             tool={},
         )
-        store.commit(draft, pack_files(pack, anatomy=base.anatomy, base_id="random", revision=None))
+        store.commit(draft, pack_files(pack, layout=base.layout, base_id="random", revision=None))
 
 
 def seconds(run: Callable[[], Any], *, rounds: int) -> float:

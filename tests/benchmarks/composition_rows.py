@@ -89,14 +89,14 @@ def composed(row: str, column: str, plan: Plan, packs: list[DomainPack], base: L
     names = tuple(slot.name for slot in plan.slots)
     banks = [pack.bank for pack in packs]
     if row == "no-kp-bank":
-        banks[0] = new_bank(base.model, base.anatomy, BankConfig(), generator=torch.Generator().manual_seed(0))
+        banks[0] = new_bank(base.model, base.layout, BankConfig(), generator=torch.Generator().manual_seed(0))
     stack = Stack(names=names, banks=tuple(banks), static=row.startswith("static"))
     if row in CONSTANT_SLOTS:
         return attach(base.model, stack, router=None, fixed=constant_slots(row, column, names))
     prior = torch.tensor([slot.prior for slot in plan.slots])
     if row == "no-kp":
         prior[0] = 0.0
-    router = build_router(packs, prior, width=base.anatomy.width)
+    router = build_router(packs, prior, width=base.layout.width)
     if row in ROUTED:
         keep_terms(router, row.split("+"))
     return attach(base.model, stack, router=router)

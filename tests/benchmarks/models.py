@@ -16,9 +16,9 @@ from lorary.adapters.config import BankConfig
 from lorary.adapters.layer.active import SLOT_THRESHOLD
 from lorary.adapters.layer.attach import attach
 from lorary.adapters.layer.stack import Stack
-from lorary.adapters.router.router import DomainRouter, Tempers
-from lorary.domains.base_model import find_anatomy
-from lorary.domains.statistics.statistics import MOST_FEATURES, PAIR_BUCKETS, DomainStatistics
+from lorary.adapters.router.router import DomainRouter, Temperatures
+from lorary.domains.base_model import find_layout
+from lorary.domains.statistics.statistics import MAX_FEATURES, PAIR_BUCKETS, DomainStatistics
 
 RANK = 8
 LAYERS, WIDTH, INNER, HEADS, KEY_HEADS, VOCABULARY = 12, 768, 2048, 12, 4, 32_000
@@ -45,11 +45,11 @@ def make_base(layers: int = LAYERS) -> Any:
 def make_stack(base: Any, *, slots: int, experts: int, trainable: bool = False, static: bool = False) -> Stack:
     """`slots` banks of `experts` experts in each decoder layer, with random B and rank gates."""
     config = BankConfig(rank=RANK, experts=float(experts), schedule="uniform", expert_free=0.0)
-    anatomy = find_anatomy(base)
+    layout = find_layout(base)
     generator = torch.Generator().manual_seed(1)
     banks = []
     for _ in range(slots):
-        bank = new_bank(base, anatomy, config, generator=generator)
+        bank = new_bank(base, layout, config, generator=generator)
         for layer in bank.layers.values():
             for B in layer.B.values():
                 B.normal_(0.0, 0.01, generator=generator)
@@ -68,7 +68,7 @@ def make_statistics(slots: int) -> list[DomainStatistics]:
         counts = torch.full((VOCABULARY,), 20 if slot == 0 else 0)
         if slot:
             counts[slot * part : (slot + 1) * part] = 20 * slots
-        features = torch.eye(MOST_FEATURES, dtype=torch.float64)
+        features = torch.eye(MAX_FEATURES, dtype=torch.float64)
         pairs = torch.zeros(PAIR_BUCKETS, dtype=torch.int64)
         statistics.append(DomainStatistics(counts, pairs, 1000.0, features[slot] * 100, features * 1000))
     return statistics
@@ -78,7 +78,7 @@ def make_router(slots: int) -> DomainRouter:
     """The router of these."""
     statistics = make_statistics(slots)
     prior = torch.tensor([0.7, *[0.3 / (slots - 1)] * (slots - 1)])
-    return DomainRouter(statistics, prior=prior, tempers=Tempers(), width=WIDTH)
+    return DomainRouter(statistics, prior=prior, temperatures=Temperatures(), width=WIDTH)
 
 
 def compose(base: Any, *, threshold: float = SLOT_THRESHOLD, **options: Any) -> Any:

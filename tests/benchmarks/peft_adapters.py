@@ -52,12 +52,12 @@ def lora_shape(base: LoadedBase, *, times: int) -> peft.LoraConfig:
 
     The rank is the same in all layers but for the deepest ones, which get one more until the budget is spent.
     """
-    layer = base.model.get_submodule(f"{base.anatomy.layers}.0")
-    targets = target_modules(base.model, base.anatomy)
+    layer = base.model.get_submodule(f"{base.layout.layers}.0")
+    targets = target_modules(base.model, base.layout)
     cost = sum(sum(linear_shape(layer.get_submodule(target))) for target in targets)
-    rank, more = divmod(times * PARAMETERS // cost, base.anatomy.count)
-    deepest = "|".join(str(base.anatomy.count - 1 - i) for i in range(more))
-    pattern = rf"{base.anatomy.layers}\.({deepest})\..+".replace("model.layers", r"model\.layers")
+    rank, more = divmod(times * PARAMETERS // cost, base.layout.count)
+    deepest = "|".join(str(base.layout.count - 1 - i) for i in range(more))
+    pattern = rf"{base.layout.layers}\.({deepest})\..+".replace("model.layers", r"model\.layers")
     return peft.LoraConfig(
         r=rank,
         lora_alpha=int(SCALE * rank),
@@ -178,7 +178,7 @@ def xlora_model(bench: Bench, adapters: Sequence[Adapter], router: Adapter | Non
         torch.manual_seed(bench.recipe.seed)
         config = peft.XLoraConfig(
             task_type="CAUSAL_LM",
-            hidden_size=bench.base.anatomy.width,
+            hidden_size=bench.base.layout.width,
             adapters={
                 str(i): str(adapter.folder) for i, adapter in enumerate(adapters)
             },  # PEFT loads them as 0, 1, ...

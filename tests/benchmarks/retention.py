@@ -59,7 +59,7 @@ def main() -> None:
         block=arguments.block or block,
         seed=arguments.seed,
         learning_rate=arguments.learning_rate,
-    ).for_width(base.anatomy.width)
+    ).for_width(base.layout.width)
     bench = Bench(
         base=base, domains=domains, recipe=recipe, out=arguments.out, general=arguments.general, on_progress=report
     )

@@ -10,15 +10,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel
 from transformers.pytorch_utils import Conv1D
 
 from lorary.domains.base_model import (
-    Anatomy,
+    ModelLayout,
     bind_arguments,
     check_device,
-    find_anatomy,
+    find_layout,
     first_tensor,
     hidden_states_at,
     linear_shape,
     load_base_model,
-    most_positions,
+    max_positions,
     target_modules,
 )
 from lorary.domains.errors import IncompatibleError, InputError
@@ -76,7 +76,7 @@ def test_a_model_without_a_bound_reads_as_many_tokens_as_there_are(family: str, 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **bound))
 
-    assert most_positions(model) == most
+    assert max_positions(model) == most
 
 
 @pytest.mark.parametrize(
@@ -95,10 +95,10 @@ def test_layers_and_linear_modules_are_found(
 ) -> None:
     model = model_of(family)
 
-    anatomy = find_anatomy(model)
+    layout = find_layout(model)
 
-    assert anatomy == Anatomy(decoder=decoder, layers=layers, count=3, width=32)
-    assert target_modules(model, anatomy) == targets
+    assert layout == ModelLayout(decoder=decoder, layers=layers, count=3, width=32)
+    assert target_modules(model, layout) == targets
 
 
 def test_a_model_without_decoder_layers_is_refused(tiny_llama: Any) -> None:
@@ -106,7 +106,7 @@ def test_a_model_without_decoder_layers_is_refused(tiny_llama: Any) -> None:
     model.model.layers = nn.ModuleList(nn.Identity() for _ in range(4))
 
     with pytest.raises(IncompatibleError, match="4 decoder layers"):
-        find_anatomy(model)
+        find_layout(model)
 
 
 def test_an_encoder_has_layers_too_and_is_found(model_of: Any) -> None:
@@ -118,14 +118,14 @@ def test_an_encoder_has_layers_too_and_is_found(model_of: Any) -> None:
     }
     model = BertModel(BertConfig(vocab_size=64, **small))
 
-    assert find_anatomy(model).layers == "encoder.layer"
+    assert find_layout(model).layers == "encoder.layer"
 
 
 def test_targets_are_named_by_the_last_part_of_their_path(tiny_llama: Any) -> None:
     model = tiny_llama()
-    anatomy = find_anatomy(model)
+    layout = find_layout(model)
 
-    found = target_modules(model, anatomy, ("v_proj", "q_proj", "down_proj"))
+    found = target_modules(model, layout, ("v_proj", "q_proj", "down_proj"))
 
     assert found == ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 
@@ -134,7 +134,7 @@ def test_a_target_that_is_not_there_is_named_with_those_that_are(tiny_llama: Any
     model = tiny_llama()
 
     with pytest.raises(InputError, match="c_attn") as refusal:
-        target_modules(model, find_anatomy(model), ("q_proj", "c_attn"))
+        target_modules(model, find_layout(model), ("q_proj", "c_attn"))
 
     assert refusal.value.fix is not None
     assert "q_proj" in refusal.value.fix
@@ -153,7 +153,7 @@ def test_hidden_states_are_those_that_enter_the_layer(family: str, layer: int, m
     with torch.no_grad():
         expected = model(ids, output_hidden_states=True).hidden_states[layer]
 
-        found = hidden_states_at(model, find_anatomy(model), layer, input_ids=ids)
+        found = hidden_states_at(model, find_layout(model), layer, input_ids=ids)
 
     assert torch.equal(found, expected)
 
@@ -164,7 +164,7 @@ def test_reading_hidden_states_runs_no_later_layer_and_leaves_no_hook(tiny_llama
     for index, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_hook(lambda *_, i=index: ran.append(i))
 
-    hidden_states_at(model, find_anatomy(model), 2, input_ids=torch.ones(1, 3, dtype=torch.long))
+    hidden_states_at(model, find_layout(model), 2, input_ids=torch.ones(1, 3, dtype=torch.long))
 
     assert ran == [0, 1]
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -174,7 +174,7 @@ def test_hooks_go_when_the_model_fails(tiny_llama: Any) -> None:
     model = tiny_llama()
 
     with pytest.raises(IndexError):
-        hidden_states_at(model, find_anatomy(model), 2, input_ids=torch.full((1, 3), 10_000))
+        hidden_states_at(model, find_layout(model), 2, input_ids=torch.full((1, 3), 10_000))
 
     assert not any(module._forward_pre_hooks for module in model.modules())
 

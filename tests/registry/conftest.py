@@ -271,7 +271,7 @@ def rescaled(cooking_store: Path) -> Callable[[str], Any]:
     from lorary.registry.pack.pack import pack_files, read_pack
 
     registry = Registry.open(cooking_store)
-    base, anatomy = registry.base_record, registry.base.anatomy
+    base, layout = registry.base_record, registry.base.layout
 
     @cache
     def files(text: str) -> Any:
@@ -279,7 +279,7 @@ def rescaled(cooking_store: Path) -> Callable[[str], Any]:
         for layer in pack.bank.layers.values():
             for target in layer.B:
                 layer.B[target] *= 0.5 + int(sha256_of(text.encode())[-4:], 16) / 2**16
-        return pack_files(pack, anatomy=anatomy, base_id=base.id, revision=base.revision)
+        return pack_files(pack, layout=layout, base_id=base.id, revision=base.revision)
 
     return files
 

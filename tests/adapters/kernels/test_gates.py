@@ -10,7 +10,7 @@ from torch import Tensor
 from lorary.adapters.kernels import eager, reference
 from lorary.adapters.layer.gates import LayerGates
 
-# ranks of each expert, by group of mates; groups 0 and 1 belong to slot 0
+# ranks of each expert, by softmax group; groups 0 and 1 belong to slot 0
 LAYOUTS = {
     "one-expert": [[4]],
     "one-of-each": [[2], [2], [2]],

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lorary.adapters.layer.active import LEAST_TOKENS, SLOT_THRESHOLD, Part, close_small_gates, plan_parts
+from lorary.adapters.layer.active import MIN_TOKENS, SLOT_THRESHOLD, Part, close_small_gates, plan_parts
 from lorary.adapters.layer.attach import attach, routing_of
 from lorary.adapters.layer.stack import Stack
-from lorary.adapters.router.router import DomainRouter, Tempers
+from lorary.adapters.router.router import DomainRouter, Temperatures
 from lorary.domains.statistics.statistics import DomainStatistics
 
 NAMES = ("general", "a", "b", "c", "d")
@@ -83,7 +83,7 @@ def decided(random_stack: Any, random_statistics: Any) -> Any:
             )
             for slot in range(5)
         ]
-        router = DomainRouter(statistics, prior=torch.ones(5), tempers=Tempers(token=1.0), width=32)
+        router = DomainRouter(statistics, prior=torch.ones(5), temperatures=Temperatures(token=1.0), width=32)
         return attach(base, stack, router=router, threshold=threshold)
 
     return make
@@ -95,11 +95,11 @@ def text_of(domain: int, length: int) -> Tensor:
 
 
 def sets_of_slots(composed: Any, index: int = -1) -> list[Any]:
-    layer = composed.get_submodule(f"{routing_of(composed).anatomy.layers}")[index]
+    layer = composed.get_submodule(f"{routing_of(composed).layout.layers}")[index]
     return [part.slots for part in layer.gate_cell.gates]
 
 
-@pytest.mark.parametrize("length", [1, 5, LEAST_TOKENS, 90])
+@pytest.mark.parametrize("length", [1, 5, MIN_TOKENS, 90])
 def test_logits_differ_from_those_of_all_slots_by_the_threshold(
     any_base: Any, decided: Any, logits: Any, length: int, relative_error: Any
 ) -> None:
@@ -109,7 +109,7 @@ def test_logits_differ_from_those_of_all_slots_by_the_threshold(
     found = logits(composed, input_ids=ids)
 
     assert relative_error(found, logits(decided(any_base, threshold=0.0), input_ids=ids)) < 1e-2
-    if length >= LEAST_TOKENS:
+    if length >= MIN_TOKENS:
         assert any(slots is not None and len(slots) < 5 for slots in sets_of_slots(composed))
 
 

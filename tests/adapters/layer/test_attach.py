@@ -8,10 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lorary.adapters.bank import new_bank
-from lorary.adapters.layer.attach import attach, detach, fixed_slots, routing_of, share, trained_bank
+from lorary.adapters.layer.attach import attach, copy_sharing_parameters, detach, fixed_slots, routing_of, trained_bank
 from lorary.adapters.layer.fused import FusedLinear
 from lorary.adapters.layer.stack import Stack
-from lorary.domains.base_model import find_anatomy
+from lorary.domains.base_model import find_layout
 from lorary.domains.errors import InputError
 
 
@@ -33,7 +33,7 @@ def test_random_experts_change_the_logits(any_base: Any, compose: Any, some_ids:
 def test_a_fresh_bank_changes_nothing(
     any_base: Any, random_router: Any, bank_config: Any, some_ids: Any, logits: Any
 ) -> None:
-    bank = new_bank(any_base, find_anatomy(any_base), bank_config(), generator=torch.Generator().manual_seed(0))
+    bank = new_bank(any_base, find_layout(any_base), bank_config(), generator=torch.Generator().manual_seed(0))
     stack = Stack(names=("general",), banks=(bank,), trainable=True)
 
     composed = attach(any_base, stack, router=random_router(any_base, slots=1))
@@ -135,7 +135,7 @@ def test_composed_model_shares_every_parameter_of_the_base(any_base: Any, compos
     composed = compose(any_base)
 
     assert {id(p) for p in composed.parameters()} == {id(p) for p in any_base.parameters()}
-    assert {id(p) for p in share(any_base).parameters()} == {id(p) for p in any_base.parameters()}
+    assert {id(p) for p in copy_sharing_parameters(any_base).parameters()} == {id(p) for p in any_base.parameters()}
 
 
 def test_two_composed_models_over_one_base_see_nothing_of_each_other(

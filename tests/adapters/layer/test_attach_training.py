@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lorary.adapters.bank import ExpertBank
 from lorary.adapters.layer.attach import attach, trained_bank
 from lorary.adapters.layer.stack import Stack
-from lorary.adapters.router.router import DomainRouter, Tempers
-from lorary.domains.base_model import find_anatomy
+from lorary.adapters.router.router import DomainRouter, Temperatures
+from lorary.domains.base_model import find_layout
 from lorary.domains.data.blocks import Blocks
 from lorary.domains.statistics.statistics import measure_statistics
 
@@ -48,7 +48,7 @@ def test_training_moves_the_last_bank_and_nothing_else(any_base: Any, compose: A
     assert all(name.rpartition(".")[2].startswith("new_") for name in new)
     # one expert alone always has gate 1: its row has nothing to learn
     lone = {
-        f"{composed.routing.anatomy.layers}.{index}.expert_gates.new_expert_gate"
+        f"{composed.routing.layout.layers}.{index}.expert_gates.new_expert_gate"
         for index, layer in composed.routing.stack.banks[-1].layers.items()
         if len(layer.experts) == 1
     }
@@ -118,8 +118,8 @@ def test_training_under_autocast_gives_finite_float32_gradients(any_base: Any, c
 def test_a_router_of_measured_statistics_trains(any_base: Any, random_stack: Any, some_ids: Any) -> None:
     ids = some_ids(4, 16)
     blocks = Blocks(ids, ids, torch.ones_like(ids))
-    statistics, _ = measure_statistics(any_base, find_anatomy(any_base), blocks, layer=1)
-    router = DomainRouter([statistics, statistics], prior=torch.ones(2), tempers=Tempers(), width=32)
+    statistics, _ = measure_statistics(any_base, find_layout(any_base), blocks, layer=1)
+    router = DomainRouter([statistics, statistics], prior=torch.ones(2), temperatures=Temperatures(), width=32)
     stack = random_stack(any_base, names=("general", "legal"), trainable=True)
     composed: Any = attach(any_base, stack, router=router)
 

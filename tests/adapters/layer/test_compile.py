@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from lorary.adapters.layer.attach import attach
 from lorary.adapters.bank import new_bank
 from lorary.adapters.config import BankConfig
-from lorary.adapters.router.router import DomainRouter, Tempers
+from lorary.adapters.router.router import DomainRouter, Temperatures
 from lorary.adapters.layer.stack import Stack
-from lorary.domains.base_model import find_anatomy
+from lorary.domains.base_model import find_layout
 from lorary.domains.statistics.statistics import PAIR_BUCKETS, DomainStatistics
 
 torch.manual_seed(0)
@@ -30,7 +30,7 @@ ids = torch.randint(3, 64, (2, 12))
 def composed(trainable=False, static=False):
     generator = torch.Generator().manual_seed(1)
     settings = BankConfig(rank=2, experts=2.0, expert_free=0.0)
-    banks = tuple(new_bank(base, find_anatomy(base), settings, generator=generator) for _ in range(3))
+    banks = tuple(new_bank(base, find_layout(base), settings, generator=generator) for _ in range(3))
     for bank in banks:
         for name, tensor in bank.tensors():
             if name.endswith("B"):
@@ -42,7 +42,7 @@ def composed(trainable=False, static=False):
     counts = [torch.randint(5, 90, (64,), generator=generator) for _ in range(3)]
     pairs = torch.zeros(PAIR_BUCKETS, dtype=torch.int64)
     statistics = [DomainStatistics(counts[i], pairs, 50.0, eye[i], eye * 50) for i in range(3)]
-    router = DomainRouter(statistics, prior=torch.ones(3), tempers=Tempers(), width=32)
+    router = DomainRouter(statistics, prior=torch.ones(3), temperatures=Temperatures(), width=32)
     return attach(base, stack, router=router)
 
 def one_graph(model):

@@ -9,7 +9,7 @@ from lorary.adapters.bank import ExpertBank, extended, new_bank
 from lorary.adapters.kernels.reference import expert_gates, scores
 from lorary.adapters.layer.attach import attach, routing_of, trained_bank
 from lorary.adapters.layer.stack import Stack, build_gates, layer_slices
-from lorary.domains.base_model import find_anatomy
+from lorary.domains.base_model import find_layout
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def generations(base: Any, random_bank: Any, bank_config: Any) -> tuple[ExpertBa
     kp, older = random_bank(base, seed=1), random_bank(base, seed=2, all_targets=True)
     config = bank_config(schedule="uniform")
     generator = torch.Generator().manual_seed(0)
-    return kp, older, new_bank(base, find_anatomy(base), config, generator=generator, older=older.experts)
+    return kp, older, new_bank(base, find_layout(base), config, generator=generator, older=older.experts)
 
 
 def test_the_last_slot_takes_two_banks_and_no_other_does(generations: Any) -> None:

@@ -15,7 +15,7 @@ from lorary.adapters.router.router import (
     UNIFORM_SHARE,
     DomainRouter,
     RouterRows,
-    Tempers,
+    Temperatures,
     router_rows,
 )
 from lorary.domains.statistics.statistics import (
@@ -55,16 +55,16 @@ def domains(random_statistics: Callable[..., DomainStatistics]) -> Callable[...,
 
 @pytest.fixture(scope="session")
 def router_of() -> Callable[..., DomainRouter]:
-    """`router_of(statistics, prior=.., **tempers)`: a router for hidden states of the small width."""
+    """`router_of(statistics, prior=.., **temperatures)`: a router for hidden states of the small width."""
 
     def make(
         statistics: Sequence[DomainStatistics],
         prior: Sequence[float] | None = None,
         width: int = WIDTH,
-        **tempers: float,
+        **temperatures: float,
     ) -> DomainRouter:
         weights = torch.ones(len(statistics)) if prior is None else torch.tensor(prior)
-        return DomainRouter(statistics, prior=weights, tempers=Tempers(**tempers), width=width)
+        return DomainRouter(statistics, prior=weights, temperatures=Temperatures(**temperatures), width=width)
 
     return make
 

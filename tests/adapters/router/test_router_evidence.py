@@ -8,7 +8,7 @@ from lorary.adapters.router.router import (
     METHOD,
     TYPICAL_TOKENS,
     DomainRouter,
-    Tempers,
+    Temperatures,
     last_tokens,
     router_rows,
     typical_gates,
@@ -22,8 +22,8 @@ def test_the_typical_text_of_a_domain_of_one_token_is_that_token_repeated(
     random_statistics: Any, two_steps: Any
 ) -> None:
     statistics = [random_statistics(seed=i, vocabulary=VOCABULARY, features=WIDTH, tokens=[i]) for i in range(3)]
-    prior, tempers = torch.tensor([3.0, 1.0, 2.0]), Tempers(token=0.05, hidden=0.3)
-    router = DomainRouter(statistics, prior=prior, tempers=tempers, width=WIDTH)
+    prior, temperatures = torch.tensor([3.0, 1.0, 2.0]), Temperatures(token=0.05, hidden=0.3)
+    router = DomainRouter(statistics, prior=prior, temperatures=temperatures, width=WIDTH)
 
     found = typical_gates(router, statistics)
 
@@ -47,7 +47,7 @@ def test_the_last_token_passes_over_padding_and_continues_what_was_read() -> Non
 
 def test_a_pair_is_evidence_in_however_many_pieces_it_is_read(random_statistics: Any) -> None:
     statistics = [random_statistics(seed=i, vocabulary=VOCABULARY, features=WIDTH) for i in range(3)]
-    router = DomainRouter(statistics, prior=torch.ones(3), tempers=Tempers(), width=WIDTH)
+    router = DomainRouter(statistics, prior=torch.ones(3), temperatures=Temperatures(), width=WIDTH)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, VOCABULARY, (2, 20), generator=generator)
     hidden, mask = torch.randn(2, 20, WIDTH, generator=generator), torch.ones(2, 20, dtype=torch.bool)
@@ -72,7 +72,7 @@ def test_other_gates_need_another_method() -> None:
         pairs = torch.bincount(pair_buckets(text[:-1], text[1:]), minlength=PAIR_BUCKETS)
         counts = torch.bincount(text, minlength=8)
         statistics.append(DomainStatistics(counts, pairs, 6.0, rows.sum(0), rows.T @ rows))
-    router = DomainRouter(statistics, prior=torch.tensor([3.0, 1.0, 1.0]), tempers=Tempers(), width=2)
+    router = DomainRouter(statistics, prior=torch.tensor([3.0, 1.0, 1.0]), temperatures=Temperatures(), width=2)
     ids, hidden = torch.tensor([[0, 3, 6, 1]]), torch.tensor([[[1.0, 0.0], [0.0, 1.0], [1.0, 1.0], [2.0, -1.0]]])
 
     sums = router.increments(ids, hidden, torch.ones(1, 4, dtype=torch.bool)).cumsum(1)

@@ -23,7 +23,7 @@ from lorary.adapters.training.train import (
     last_checkpoint,
     train_bank,
 )
-from lorary.domains.base_model import find_anatomy
+from lorary.domains.base_model import find_layout
 from lorary.domains.data.blocks import Blocks
 from lorary.domains.errors import InputError
 from lorary.domains.progress import Progress, silent
@@ -38,7 +38,7 @@ def compose(tiny_llama: Any, bank_config: Any) -> Callable[..., Any]:
     def make(**config: Any) -> Any:
         base = tiny_llama(vocab_size=64).requires_grad_(False)
         generator = torch.Generator().manual_seed(0)
-        bank = new_bank(base, find_anatomy(base), bank_config(**config), generator=generator)
+        bank = new_bank(base, find_layout(base), bank_config(**config), generator=generator)
         stack = Stack(names=("general",), banks=(bank,), trainable=True)
         return attach(base, stack, router=None, fixed=torch.ones(1))
 

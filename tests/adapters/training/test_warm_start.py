@@ -12,8 +12,14 @@ from torch import Tensor
 from lorary.adapters.bank import ExpertBank, new_bank
 from lorary.adapters.layer.attach import attach
 from lorary.adapters.layer.stack import Stack
-from lorary.adapters.training.warm_start import activation_weights, can_lend, centroids, lend, seed_expert_gates
-from lorary.domains.base_model import find_anatomy
+from lorary.adapters.training.warm_start import (
+    activation_weights,
+    can_copy_experts,
+    centroids,
+    copy_experts,
+    seed_expert_gates,
+)
+from lorary.domains.base_model import find_layout
 from lorary.domains.data.blocks import Blocks
 
 
@@ -28,7 +34,7 @@ def fresh(model: Any, bank_config: Any) -> Callable[..., ExpertBank]:
 
     def make(seed: int = 0, **config: Any) -> ExpertBank:
         generator = torch.Generator().manual_seed(seed)
-        return new_bank(model, find_anatomy(model), bank_config(**config), generator=generator)
+        return new_bank(model, find_layout(model), bank_config(**config), generator=generator)
 
     return make
 
@@ -57,9 +63,9 @@ def trained(bank: ExpertBank) -> ExpertBank:
 
 def test_a_lender_of_the_same_shape_gives_everything_but_its_mean_gates(fresh: Any) -> None:
     lender, bank = trained(fresh()), fresh(seed=1)
-    assert can_lend(lender, bank)
+    assert can_copy_experts(lender, bank)
 
-    lend(lender, bank)
+    copy_experts(lender, bank)
 
     for index, layer in bank.layers.items():
         source = lender.layers[index]
@@ -72,7 +78,7 @@ def test_a_lender_of_the_same_shape_gives_everything_but_its_mean_gates(fresh: A
 
 def test_what_was_lent_is_a_copy(fresh: Any) -> None:
     lender, bank = trained(fresh()), fresh(seed=1)
-    lend(lender, bank)
+    copy_experts(lender, bank)
     before = {name: tensor.clone() for name, tensor in lender.tensors()}
 
     for _, tensor in bank.tensors():
@@ -96,8 +102,8 @@ def test_what_was_lent_is_a_copy(fresh: Any) -> None:
     ids=str,
 )
 def test_a_lender_of_another_shape_gives_nothing(config: dict[str, Any], fresh: Any) -> None:
-    assert not can_lend(trained(fresh(**config)), fresh())
-    assert not can_lend(trained(fresh()), fresh(**config))
+    assert not can_copy_experts(trained(fresh(**config)), fresh())
+    assert not can_copy_experts(trained(fresh()), fresh(**config))
 
 
 # --- seeding from activations ---

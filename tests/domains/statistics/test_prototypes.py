@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lorary.domains.statistics.prototypes import (
     BLOCKS_PER_PROTOTYPE,
-    MOST_PROTOTYPES,
+    MAX_PROTOTYPES,
     Neighbour,
     PrototypeIndex,
     cluster,
@@ -30,11 +30,11 @@ CENTRE = torch.full((FEATURES,), 10.0)
 
 @pytest.mark.parametrize(
     ("blocks", "count"),
-    [(1, 1), (2, 1), (4, 1), (7, 1), (8, 2), (63, 15), (64, MOST_PROTOTYPES), (500, MOST_PROTOTYPES)],
+    [(1, 1), (2, 1), (4, 1), (7, 1), (8, 2), (63, 15), (64, MAX_PROTOTYPES), (500, MAX_PROTOTYPES)],
 )
 def test_the_number_of_prototypes_grows_with_the_text(blocks: int, count: int) -> None:
     assert make_prototypes(means(0, blocks), CENTRE).shape == (count, FEATURES)
-    assert count == max(1, min(MOST_PROTOTYPES, blocks // BLOCKS_PER_PROTOTYPE))
+    assert count == max(1, min(MAX_PROTOTYPES, blocks // BLOCKS_PER_PROTOTYPE))
 
 
 def test_prototypes_are_unit_vectors_in_float32() -> None:

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from lorary.domains.base_model import find_anatomy
+from lorary.domains.base_model import find_layout
 from lorary.domains.data.blocks import NO_TARGET, Blocks
 from lorary.domains.errors import IncompatibleError
 from lorary.domains.statistics.statistics import (
-    LEAST_COUNT,
-    MOST_FEATURES,
+    MAX_FEATURES,
+    MIN_COUNT,
     PAIR_BUCKETS,
     DomainStatistics,
     causal_means,
@@ -63,7 +63,7 @@ def measure(tiny_llama: Any) -> Callable[..., tuple[DomainStatistics, Tensor]]:
     model = tiny_llama()
 
     def run(blocks: Blocks, **options: Any) -> tuple[DomainStatistics, Tensor]:
-        return measure_statistics(model, find_anatomy(model), blocks, layer=1, **options)
+        return measure_statistics(model, find_layout(model), blocks, layer=1, **options)
 
     run.model = model  # type: ignore[attr-defined]
     return run
@@ -151,10 +151,10 @@ def test_measuring_leaves_the_model_as_it_was(measure: Any) -> None:
 def test_wide_hidden_states_are_projected(tiny_llama: Any) -> None:
     model = tiny_llama(hidden_size=320, num_hidden_layers=2)
 
-    found, means = measure_statistics(model, find_anatomy(model), blocks_of([16]), layer=1)
+    found, means = measure_statistics(model, find_layout(model), blocks_of([16]), layer=1)
 
-    assert found.feature_sum.shape == (MOST_FEATURES,)
-    assert means.shape == (1, MOST_FEATURES)
+    assert found.feature_sum.shape == (MAX_FEATURES,)
+    assert means.shape == (1, MAX_FEATURES)
     assert found.feature_outer.dtype == torch.float64
 
 
@@ -169,7 +169,7 @@ def test_the_projection_is_always_the_same() -> None:
     assert torch.equal(first, again)
     # read off once (torch 2.13): another number means that stored statistics no longer fit
     assert first[0, 0].item() == pytest.approx(0.0295334850, rel=1e-5)
-    assert feature_projection(MOST_FEATURES) is None
+    assert feature_projection(MAX_FEATURES) is None
 
 
 def test_features_do_not_depend_on_the_size_of_the_hidden_state() -> None:
@@ -213,7 +213,7 @@ def test_rare_tokens_are_dropped_and_the_rest_is_kept(seed: int) -> None:
     kept = statistics.without_rare_tokens()
 
     for before, after in zip(statistics.token_counts.tolist(), kept.token_counts.tolist(), strict=True):
-        assert after == (before if before >= LEAST_COUNT else 0)
+        assert after == (before if before >= MIN_COUNT else 0)
     assert kept.rows == statistics.rows
     assert_equal(kept.without_rare_tokens(), kept)
 

@@ -11,10 +11,10 @@ import torch
 from lorary.adapters.bank import ExpertBank
 from lorary.adapters.layer.active import SLOT_THRESHOLD
 from lorary.adapters.layer.attach import routing_of
-from lorary.adapters.router.router import Tempers
+from lorary.adapters.router.router import Temperatures
 from lorary.domains.errors import IntegrityError
 from lorary.registry import Registry
-from lorary.registry.compose.build import build_router, joint_tempers
+from lorary.registry.compose.build import build_router, joint_temperatures
 from lorary.registry.compose.plan import prior_shares
 from lorary.registry.learn.proof import digest_of_tensors
 from lorary.registry.pack.pack import DomainPack, read_pack
@@ -108,14 +108,14 @@ def test_the_router_of_a_subset_is_as_if_the_rest_were_not_there(packs: list[Dom
 
 def test_joint_tempers_are_means_in_any_order(packs: list[DomainPack]) -> None:
 
-    first = replace(packs[1], tempers=Tempers(token=0.1, hidden=0.5))
-    second = replace(packs[2], tempers=Tempers(token=0.4, hidden=0.1))
+    first = replace(packs[1], temperatures=Temperatures(token=0.1, hidden=0.5))
+    second = replace(packs[2], temperatures=Temperatures(token=0.4, hidden=0.1))
 
-    assert joint_tempers([first, second]) == joint_tempers([second, first])
-    assert joint_tempers([first, second]).token == pytest.approx(math.sqrt(0.04))
-    assert joint_tempers([first, second]).hidden == pytest.approx(0.3)
-    assert joint_tempers([first]).token == pytest.approx(0.1)
-    assert joint_tempers([]) == Tempers()
+    assert joint_temperatures([first, second]) == joint_temperatures([second, first])
+    assert joint_temperatures([first, second]).token == pytest.approx(math.sqrt(0.04))
+    assert joint_temperatures([first, second]).hidden == pytest.approx(0.3)
+    assert joint_temperatures([first]).token == pytest.approx(0.1)
+    assert joint_temperatures([]) == Temperatures()
 
 
 def test_packs_whose_features_are_of_another_layer_are_not_routed_together(packs: list[DomainPack]) -> None:

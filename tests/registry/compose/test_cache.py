@@ -122,7 +122,7 @@ def test_a_store_that_cannot_be_written_to_composes_without_keeping(
 
 
 def test_the_least_recently_used_go_first(both_store: Path, fresh_copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MOST_FILES", 2)
+    monkeypatch.setattr(module, "MAX_FILES", 2)
     registry = fresh_copy(both_store)
     cache = StackCache(registry.store.cache)
     for age, text in enumerate(("cooking", "sailing")):

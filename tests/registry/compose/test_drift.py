@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lorary.adapters.bank import ExpertBank
-from lorary.adapters.router.router import Tempers
+from lorary.adapters.router.router import Temperatures
 from lorary.registry import Registry
 from lorary.registry.compose.drift import Drift, measure_drift
 from lorary.registry.pack.pack import DomainPack, read_pack
@@ -46,7 +46,7 @@ def test_a_copy_of_a_domain_takes_half_of_its_text(packs: dict[str, DomainPack])
 
 
 def test_a_copy_of_the_general_bank_does_not_win_over_it(packs: dict[str, DomainPack]) -> None:
-    copy = replace(packs["general"], tempers=packs["cooking"].tempers)
+    copy = replace(packs["general"], temperatures=packs["cooking"].temperatures)
 
     # it has as much evidence as KP, but KP has the larger prior
     drift = measure_drift(packs["general"], {"cooking": packs["cooking"]}, copy, width=WIDTH)
@@ -99,8 +99,8 @@ def test_the_manifest_holds_the_drift(whole: Registry, packs: dict[str, DomainPa
 
 
 def test_without_hidden_evidence_only_tokens_count(packs: dict[str, DomainPack]) -> None:
-    tempers = Tempers(token=0.3, hidden=0.0)
-    plain = {name: replace(pack, tempers=tempers) for name, pack in packs.items()}
+    temperatures = Temperatures(token=0.3, hidden=0.0)
+    plain = {name: replace(pack, temperatures=temperatures) for name, pack in packs.items()}
     moved = replace(
         plain["sailing"],
         statistics=replace(plain["sailing"].statistics, feature_sum=plain["sailing"].statistics.feature_sum + 1),

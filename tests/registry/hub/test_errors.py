@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, XetDownloadError
 
 from lorary.domains.errors import ConflictError, IntegrityError, LoraryError, RemoteError, StorageFullError
-from lorary.registry.hub.errors import explained, is_missing_repo, wait_before_retry, wait_of
+from lorary.registry.hub.errors import is_missing_repo, to_lorary_error, wait_before_retry, wait_of
 
 REPO = "acme/lorary-legal"
 
@@ -27,7 +27,7 @@ def failed(local_hub, no_waiting):
 
 
 def explain(error):
-    return explained(error, repo=REPO, endpoint="https://hub.example")
+    return to_lorary_error(error, repo=REPO, endpoint="https://hub.example")
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def ours(ours, light_pack):
     ],
 )
 def test_terms_become_domains_of_the_store(ours, written, meant):
-    assert ours.localise(written).composition == meant
+    assert ours.resolve_composition(written).composition == meant
     assert str(ours.plan(written).composition) == meant
 
 
@@ -46,7 +46,7 @@ def test_a_commit_that_is_here_needs_no_network(ours, local_hub):
     commit = ours.pull(f"{REPO}@v1").origin.commit
     local_hub.stop()
 
-    found = ours.localise(f"hf://{REPO}@{commit}")
+    found = ours.resolve_composition(f"hf://{REPO}@{commit}")
 
     assert (found.composition, len(found.from_store)) == ("legal@1", 1)
 
@@ -68,8 +68,8 @@ def test_offline_what_is_here_is_taken(ours, local_hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(local_hub.requests)
 
-    assert ours.localise(f"hf://{REPO}@v1").composition == "legal@1"
-    assert ours.localise(f"hf://{REPO}").composition == "legal@2"
+    assert ours.resolve_composition(f"hf://{REPO}@v1").composition == "legal@1"
+    assert ours.resolve_composition(f"hf://{REPO}").composition == "legal@2"
     with pytest.raises(RemoteError):
-        ours.localise("hf://acme/lorary-none")
+        ours.resolve_composition("hf://acme/lorary-none")
     assert len(local_hub.requests) == asked

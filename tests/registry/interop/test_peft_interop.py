@@ -13,8 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCau
 from lorary.adapters.bank import Expert, ExpertBank, LayerExperts
 from lorary.adapters.layer.attach import attach
 from lorary.adapters.layer.stack import Stack
-from lorary.adapters.router.router import Tempers
-from lorary.domains.base_model import find_anatomy, linear_shape, target_modules
+from lorary.adapters.router.router import Temperatures
+from lorary.domains.base_model import find_layout, linear_shape, target_modules
 from lorary.domains.statistics.statistics import PAIR_BUCKETS, DomainStatistics
 from lorary.registry import Registry
 from lorary.registry.pack.pack import DomainPack, pack_files
@@ -140,7 +140,7 @@ def _strip(model: Any) -> None:
 
 def _random_bank(model: Any) -> ExpertBank:
     """Three experts of different rank, alpha and method; layer 1 has one of them, 2 two, 3 all."""
-    anatomy = find_anatomy(model)
+    layout = find_layout(model)
     generator = torch.Generator().manual_seed(7)
     experts = (
         Expert(id="e0", rank=2, alpha=8.0),
@@ -153,8 +153,8 @@ def _random_bank(model: Any) -> ExpertBank:
 
     bank = ExpertBank()
     for index, count in ((1, 1), (2, 2), (3, 3)):
-        layer = model.get_submodule(f"{anatomy.layers}.{index}")
-        shapes = {t: linear_shape(layer.get_submodule(t)) for t in target_modules(model, anatomy)}
+        layer = model.get_submodule(f"{layout.layers}.{index}")
+        shapes = {t: linear_shape(layer.get_submodule(t)) for t in target_modules(model, layout)}
         rank = sum(expert.rank for expert in experts[:count])
         bank.layers[index] = LayerExperts(
             experts=experts[:count],
@@ -176,8 +176,10 @@ def _write(bank: ExpertBank, model: Any, folder: Path) -> None:
         torch.eye(32).double(),
     )
     prototypes = torch.eye(32)[:1]
-    pack = DomainPack(bank=bank, statistics=statistics, prototypes=prototypes, tempers=Tempers(), feature_layer=1)
-    for path, (data, _) in pack_files(pack, anatomy=find_anatomy(model), base_id="some/base", revision=None).items():
+    pack = DomainPack(
+        bank=bank, statistics=statistics, prototypes=prototypes, temperatures=Temperatures(), feature_layer=1
+    )
+    for path, (data, _) in pack_files(pack, layout=find_layout(model), base_id="some/base", revision=None).items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from lorary.adapters.bank import ExpertBank
 from lorary.adapters.layer.attach import attach
 from lorary.adapters.layer.stack import Stack
-from lorary.domains.base_model import find_anatomy
+from lorary.domains.base_model import find_layout
 from lorary.domains.errors import IncompatibleError, IntegrityError, LoraryError
 from lorary.registry.interop.peft_reader import read_config
 from lorary.registry.interop.peft_tensors import bank_of_adapter
@@ -138,7 +138,7 @@ def imported(make_base: Any) -> Callable[..., tuple[ExpertBank, Any]]:
         model = make_base(family, **changes)
         config = read_config((folder / "adapter_config.json").read_bytes(), source="adapter_config.json")
         tensors = load_file(folder / "adapter_model.safetensors")
-        bank = bank_of_adapter(tensors, config, model, find_anatomy(model), source="the adapter")
+        bank = bank_of_adapter(tensors, config, model, find_layout(model), source="the adapter")
         return bank, attach(model, Stack(names=("one",), banks=(bank,)), router=None, fixed=torch.ones(1))
 
     return read

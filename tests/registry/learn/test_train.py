@@ -12,7 +12,7 @@ import torch
 from lorary.adapters.layer.attach import trained_bank
 from lorary.adapters.router.router import RouterRows, router_rows
 from lorary.domains.progress import Progress
-from lorary.domains.statistics.statistics import LEAST_COUNT
+from lorary.domains.statistics.statistics import MIN_COUNT
 from lorary.registry import Registry
 from lorary.registry.learn import add_domain
 from lorary.registry.learn import train as learning
@@ -131,7 +131,7 @@ def test_rare_tokens_are_not_stored(whole: Registry) -> None:
 
     for counts in (statistics.token_counts, statistics.pair_counts):
         assert counts.sum() > 200
-        assert counts[counts > 0].min() >= LEAST_COUNT
+        assert counts[counts > 0].min() >= MIN_COUNT
 
 
 def test_the_order_of_adding_does_not_matter_to_the_router(
@@ -200,7 +200,7 @@ def _plain(pack: DomainPack) -> dict[str, Any]:
     """A pack as values that can be compared."""
     tensors = dict(pack.bank.tensors()) | pack.statistics.tensors() | {"prototypes": pack.prototypes}
     digests = {name: digest_of_tensors([("", tensor)]) for name, tensor in tensors.items()}
-    return digests | {"tempers": pack.tempers, "feature_layer": pack.feature_layer}
+    return digests | {"tempers": pack.temperatures, "feature_layer": pack.feature_layer}
 
 
 def _rows(registry: Registry) -> RouterRows:

@@ -54,7 +54,7 @@ def test_a_pack_that_was_made_here_passes_and_is_read_as_ever(name: str, whole: 
     expected = read_pack(whole.store, whole.manifest(name))
     assert digest_of_tensors(found.bank.tensors()) == digest_of_tensors(expected.bank.tensors())
     assert torch.equal(found.prototypes, expected.prototypes)
-    assert found.tempers == expected.tempers
+    assert found.temperatures == expected.temperatures
 
 
 def test_a_store_is_checked_in_the_same_way(whole: Registry) -> None:

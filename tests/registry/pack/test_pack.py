@@ -40,7 +40,7 @@ def test_a_pack_that_is_read_and_written_again_has_the_same_files(name: str, who
     manifest = whole.manifest(name)
     pack = read_pack(whole.store, manifest)
 
-    files = pack_files(pack, anatomy=whole.base.anatomy, base_id=manifest.base.id, revision=None)
+    files = pack_files(pack, layout=whole.base.layout, base_id=manifest.base.id, revision=None)
 
     assert {path: (kind, data) for path, (data, kind) in files.items()} == {
         file.path: (file.kind, whole.store.read(manifest, file.path)) for file in manifest.files
@@ -76,7 +76,7 @@ def test_equal_packs_have_equal_bytes_whatever_the_order_of_their_tensors(whole:
     for layer in pack.bank.layers.values():
         layer.A, layer.B = dict(reversed(layer.A.items())), dict(reversed(layer.B.items()))
 
-    again = pack_files(pack, anatomy=whole.base.anatomy, base_id=whole.base_record.id, revision=None)
+    again = pack_files(pack, layout=whole.base.layout, base_id=whole.base_record.id, revision=None)
 
     manifest = whole.manifest("cooking")
     assert {path: data for path, (data, _) in again.items()} == {

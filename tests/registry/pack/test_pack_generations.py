@@ -26,10 +26,10 @@ def test_a_second_generation_keeps_the_files_of_the_first_and_is_read_back(
     pack = read_pack(registry.store, manifest)
     config = BankConfig(rank=3, experts=1.0, targets=("q_proj",))  # fewer targets than the first generation has
     generator = torch.Generator().manual_seed(0)
-    addition = new_bank(base.model, base.anatomy, config, generator=generator, older=pack.bank.experts)
+    addition = new_bank(base.model, base.layout, config, generator=generator, older=pack.bank.experts)
     both = replace(pack, bank=extended(pack.bank, addition))
 
-    files = pack_files(both, anatomy=base.anatomy, base_id=manifest.base.id, revision=None)
+    files = pack_files(both, layout=base.layout, base_id=manifest.base.id, revision=None)
     stored = registry.store.commit(replace(manifest, experts=expert_records(both.bank)), files)
 
     kept = {file.path: file.sha256 for file in manifest.files if file.kind == "expert"}

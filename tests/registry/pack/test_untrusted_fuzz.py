@@ -34,7 +34,7 @@ from lorary.registry.pack.pack import DomainPack
 from lorary.registry.pack.pack_source import PackBytes
 from lorary.registry.store.manifest import PackManifest
 
-MOST_SECONDS, MOST_MEGABYTES = 2.0, 300
+MAX_SECONDS, MAX_MEGABYTES = 2.0, 300
 EVIL = [
     *(None, True, False, 0, -1, 1, 1 << 63, -(1 << 63), 1 << 40, 10**30, 0.5, -0.0, 1e308, 1e-320),
     *(math.nan, math.inf, "", "a", "\x1b[31mred", "\u202egnp.exe", "../../etc/passwd", "x" * 5000, "\ud800", "NaN"),
@@ -319,7 +319,7 @@ def judge(whole: Registry, loose: Any) -> Any:
         data, files = mutant(seed, packs[seed % 2])
         started = time.process_time()
         verdict = judged(data, files)
-        assert time.process_time() - started < MOST_SECONDS
+        assert time.process_time() - started < MAX_SECONDS
         if isinstance(verdict, LoraryError):
             verdicts[type(verdict).__name__] += 1
             assert verdict.exit_code in (2, 3, 5, 6)
@@ -355,7 +355,7 @@ def fuzz(judge: Any, mutants: int) -> None:
         judge(seed)
 
     run()
-    assert peak_megabytes() - before < MOST_MEGABYTES
+    assert peak_megabytes() - before < MAX_MEGABYTES
     assert sum(judge.verdicts.values()) >= mutants * 0.95
     assert judge.verdicts["IntegrityError"] > mutants * 0.5
 
