@@ -10,9 +10,7 @@ from pathlib import Path
 from ..errors import NotFoundError
 from .spec import DomainSpec
 
-BUILTIN = (
-    Path(__file__).resolve().parents[1] / "builtin"
-)  # specs and corpora of the built-in domains, and the pocket base
+BUILTIN = Path(__file__).resolve().parents[1] / "builtin"  # domain specs and corpora, and the pocket base
 
 
 def builtin_domains() -> dict[str, DomainSpec]:
