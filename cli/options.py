@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import typer
 
-from ..adapters.config import BankConfig
+from ..adapters.config import BankConfig, TrainingConfig
 
 if TYPE_CHECKING:
-    from ..adapters.training.train import TrainingConfig
     from ..domains.data.corpus import Source
 
 _BANK, _TRAINING, _MACHINE = "The new experts", "Training", "Machine"
@@ -130,10 +129,8 @@ class TrainingOptions:
         int | None, _training("Steps between checkpoints, from which a repeated command resumes.", "50", min=1)
     ] = None
 
-    def config(self) -> "TrainingConfig":
-        """The same for the library; imports torch."""
-        from ..adapters.training.train import TrainingConfig
-
+    def config(self) -> TrainingConfig:
+        """The same for the library."""
         return TrainingConfig(**given_options(self))
 
 

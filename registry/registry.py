@@ -28,8 +28,7 @@ from .store.store import Store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..adapters.config import BankConfig
-    from ..adapters.training.train import TrainingConfig
+    from ..adapters.config import BankConfig, TrainingConfig
     from ..domains.data.corpus import Source
     from .base.load import LoadedBase
     from .compose.generate import Answer
@@ -218,8 +217,7 @@ class Registry:
         Raises:
             LoraryError: See `lorary.registry.learn.add_domain.add_domain`; nothing is stored then.
         """
-        from ..adapters.config import BankConfig
-        from ..adapters.training.train import TrainingConfig
+        from ..adapters.config import BankConfig, TrainingConfig
         from .learn.add_domain import add_domain
 
         with self._base_in_doubt():
@@ -257,7 +255,7 @@ class Registry:
         from .learn.retrain_plan import plan_retraining
 
         plan = plan_retraining(self.store, self.manifest(reference), data, **options)
-        from ..adapters.training.train import TrainingConfig
+        from ..adapters.config import TrainingConfig
         from .learn.retrain import retrain
 
         settings = training or TrainingConfig()

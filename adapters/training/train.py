@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from ...domains.data.blocks import Blocks
-from ...domains.errors import InputError, IntegrityError
+from ...domains.errors import IntegrityError
 from ...domains.progress import OnProgress, Progress
+from ..config import TrainingConfig
 from ..layer.gates import LayerGates
 
 BANK_FILE, OPTIMIZER_FILE, RANDOM_FILE, SCHEDULE_FILE, STATE_FILE = (
@@ -35,63 +35,6 @@ BANK_FILE, OPTIMIZER_FILE, RANDOM_FILE, SCHEDULE_FILE, STATE_FILE = (
     "schedule.json",
     "trainer_state.json",
 )
-RATE_BY_WIDTH = 2.0  # 0.01 at 192 (measured, docs/log.md), 5e-4 at 4096, where LoRA is usually trained
-
-
-_LEAST = {
-    "steps": 1,
-    "least_steps": 1,
-    "most_steps": 1,
-    "block": 2,  # the first token of a block is predicted from nothing
-    "batch": 1,
-    "accumulation": 1,
-    "checkpoint_every": 1,
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """How a bank is trained; stored in its pack."""
-
-    steps: int | None = None  # None: as many as `epochs` over the data need, between the two bounds below
-    epochs: float = 4.0
-    least_steps: int = 40
-    most_steps: int = 1000
-    block: int = 256  # tokens
-    batch: int = 8  # blocks a step and device
-    accumulation: int = 1
-    learning_rate: float | None = None  # the highest; None: RATE_BY_WIDTH / width of the hidden state
-    warmup: float = 0.06  # fraction of the steps
-    balance: float = 0.01  # weight of the balance loss inside the bank
-    seed: int = 0
-    checkpoint_every: int = 50  # steps
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if getattr(self, name) is not None and getattr(self, name) < least:
-                raise InputError(f"{name} must be at least {least}, found {getattr(self, name)}.")
-        for name in ("epochs", "learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise InputError(f"{name} must be positive, found {value}.")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must be at least 0 and below 2**32, found {self.seed}.")
-        if not 0 <= self.warmup <= 1:
-            raise InputError(f"warmup must be in [0, 1], found {self.warmup}.")
-        if not (math.isfinite(self.balance) and self.balance >= 0):
-            raise InputError(f"balance must be 0 or more, found {self.balance}.")
-
-    def for_width(self, width: int) -> "TrainingConfig":
-        """The same with the learning rate filled in for a base model of this width, if it was left open."""
-        return self if self.learning_rate else replace(self, learning_rate=RATE_BY_WIDTH / width)
-
-    def planned_steps(self, blocks: int) -> int:
-        """The steps of a run over this many blocks."""
-        if self.steps is not None:
-            return self.steps
-        wanted = round(blocks * self.epochs / (self.batch * self.accumulation))
-        return min(self.most_steps, max(self.least_steps, wanted))
 
 
 class BlockDataset(Dataset):

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ...adapters.bank import ExpertBank
+from ...adapters.config import TrainingConfig
 from ...adapters.router.router import Temperatures
-from ...adapters.training.train import TrainingConfig
 from ...domains.data.blocks import encode, pack_blocks
 from ...domains.progress import OnProgress
 from ...domains.statistics.prototypes import Neighbour, PrototypeIndex

@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 from ...adapters.composition import GENERAL
-from ...adapters.config import BankConfig
-from ...adapters.training.train import TrainingConfig
+from ...adapters.config import BankConfig, TrainingConfig
 from ...domains.data.corpus import Source
 from ...domains.errors import ConflictError
 from ...domains.progress import OnProgress

@@ -8,7 +8,7 @@ fresh       nothing is taken from the parent
 from dataclasses import asdict, dataclass
 
 from ...adapters.bank import ExpertBank, LayerExperts
-from ...adapters.training.train import TrainingConfig
+from ...adapters.config import TrainingConfig
 from ...domains.data.corpus import corpus_digest
 from ...domains.errors import IntegrityError
 from ...domains.progress import OnProgress

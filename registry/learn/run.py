@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from ...adapters.config import BankConfig
-from ...adapters.training.train import TrainingConfig, discard_checkpoints
+from ...adapters.config import BankConfig, TrainingConfig
+from ...adapters.training.train import discard_checkpoints
 from ...domains.data.spec import DomainSpec
 from ..base.load import LoadedBase
 from ..measure.held_out import DomainData

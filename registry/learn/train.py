@@ -17,12 +17,12 @@ from transformers import PreTrainedModel
 from ...adapters.allocation import expert_free_layers
 from ...adapters.bank import Expert, ExpertBank, extended, new_bank
 from ...adapters.composition import GENERAL
-from ...adapters.config import BankConfig
+from ...adapters.config import BankConfig, TrainingConfig
 from ...adapters.layer.attach import attach, routing_of, trained_bank
 from ...adapters.layer.gates import LayerGates
 from ...adapters.layer.stack import Stack
 from ...adapters.router.router import DomainRouter, Temperatures
-from ...adapters.training.train import TrainingConfig, discard_checkpoints, diverged, train_bank
+from ...adapters.training.train import discard_checkpoints, diverged, train_bank
 from ...adapters.training.warm_start import CLOSE, activation_weights, can_copy_experts, copy_experts, seed_expert_gates
 from ...domains.base_model import target_modules
 from ...domains.data.blocks import Blocks, encode, pack_blocks

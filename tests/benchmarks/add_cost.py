@@ -18,7 +18,7 @@ from pathlib import Path
 
 ADD = """
 import json, resource, sys, time
-from lorary.adapters.training.train import TrainingConfig
+from lorary.adapters.config import TrainingConfig
 from lorary.registry import Registry
 
 store, name, data, steps = sys.argv[1:]
@@ -31,7 +31,7 @@ print(json.dumps({"cpu_s": time.process_time() - began, "wall_s": time.monotonic
 """
 INIT = """
 import sys
-from lorary.adapters.training.train import TrainingConfig
+from lorary.adapters.config import TrainingConfig
 from lorary.registry import Registry
 
 Registry.init(sys.argv[1], base=sys.argv[2], training=TrainingConfig(steps=int(sys.argv[3])))

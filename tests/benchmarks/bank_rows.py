@@ -16,10 +16,10 @@ from streams import Domain, read_stream
 from transformers import PreTrainedModel
 
 from lorary.adapters.bank import ExpertBank, new_bank
-from lorary.adapters.config import BankConfig
+from lorary.adapters.config import BankConfig, TrainingConfig
 from lorary.adapters.layer.attach import attach, trained_bank
 from lorary.adapters.layer.stack import Stack
-from lorary.adapters.training.train import TrainingConfig, train_bank
+from lorary.adapters.training.train import train_bank
 from lorary.adapters.training.warm_start import activation_weights, copy_experts, seed_expert_gates
 from lorary.domains.data.blocks import Blocks, encode, pack_blocks
 from lorary.domains.data.corpus import read_examples

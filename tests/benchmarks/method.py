@@ -11,7 +11,7 @@ from streams import Domain
 from torch import nn
 from transformers import PreTrainedModel
 
-from lorary.adapters.training.train import TrainingConfig
+from lorary.adapters.config import TrainingConfig
 from lorary.domains.progress import OnProgress
 from lorary.registry.base.load import LoadedBase
 

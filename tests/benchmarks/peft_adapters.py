@@ -18,8 +18,8 @@ from method import Bench, digest
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from lorary.adapters.config import BankConfig
-from lorary.adapters.training.train import TrainingConfig, train_bank
+from lorary.adapters.config import BankConfig, TrainingConfig
+from lorary.adapters.training.train import train_bank
 from lorary.domains.base_model import linear_shape, target_modules
 from lorary.domains.data.blocks import encode, pack_blocks
 from lorary.domains.data.corpus import corpus_digest

@@ -28,7 +28,7 @@ from streams import STREAMS, Domain, general_columns, read_stream
 from tables import write_tables
 from transformers.utils.logging import disable_progress_bar
 
-from lorary.adapters.training.train import TrainingConfig
+from lorary.adapters.config import TrainingConfig
 from lorary.domains.progress import Progress
 from lorary.registry.base.fingerprint import POCKET, find_base
 from lorary.registry.base.load import LoadedBase

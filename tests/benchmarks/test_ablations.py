@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorary.adapters.training.train import TrainingConfig
+from lorary.adapters.config import TrainingConfig
 from lorary.domains.data.catalog import builtin_domains
 from lorary.registry import Registry
 

@@ -17,7 +17,7 @@ EXAMPLES = {
 
 
 def test_the_help_names_the_defaults_of_the_library():
-    from lorary.adapters.training.train import TrainingConfig
+    from lorary.adapters.config import TrainingConfig
 
     hints = get_type_hints(TrainingOptions, include_extras=True)
     said = {field.name: hints[field.name].__metadata__[0].show_default for field in fields(TrainingOptions)}

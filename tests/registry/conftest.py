@@ -100,8 +100,7 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Any, tiny_
 @pytest.fixture(scope="session")
 def short_run() -> Callable[..., dict[str, Any]]:
     """`short_run(steps=.., ..)` gives the keywords `bank` and `training` of a run of six small steps."""
-    from lorary.adapters.config import BankConfig
-    from lorary.adapters.training.train import TrainingConfig
+    from lorary.adapters.config import BankConfig, TrainingConfig
 
     usual = {"steps": 6, "block": 64, "batch": 2, "learning_rate": 1e-2, "checkpoint_every": 2}
     return lambda **changes: {

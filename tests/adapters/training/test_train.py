@@ -1,4 +1,4 @@
-"""Training one bank: the balance loss, the configuration, what is learned, and what is left on disk."""
+"""Training one bank: the balance loss, what is learned, and what is left on disk."""
 
 import json
 import random
@@ -25,7 +25,6 @@ from lorary.adapters.training.train import (
 )
 from lorary.domains.base_model import find_layout
 from lorary.domains.data.blocks import Blocks
-from lorary.domains.errors import InputError
 from lorary.domains.progress import Progress, silent
 
 FILES = ["bank.safetensors", "optimizer.safetensors", "random.safetensors", "schedule.json", "trainer_state.json"]
@@ -130,65 +129,6 @@ def test_the_balance_has_a_gradient_towards_even_use(compose: Any, blocks: Block
     largest = [model.model.layers[i].expert_gates.new_expert_gate.grad.abs().max() for i in (1, 2, 3)]
     assert largest[0] < 1e-6
     assert min(largest[1:]) > 1e-3
-
-
-# --- configuration ---
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"epochs": 0.0},
-        {"block": 0},
-        {"block": 1},
-        {"batch": 0},
-        {"batch": -1},
-        {"accumulation": 0},
-        {"learning_rate": 0.0},
-        {"learning_rate": -1e-3},
-        {"learning_rate": float("nan")},
-        {"learning_rate": float("inf")},
-        {"epochs": float("nan")},
-        {"steps": 0},
-        {"least_steps": 0},
-        {"most_steps": 0},
-        {"checkpoint_every": 0},
-        *({"seed": seed} for seed in (-1, 2**32)),
-        *({"warmup": share} for share in (-0.1, 1.5)),
-        {"balance": -1.0},
-        {"balance": float("nan")},
-    ],
-    ids=str,
-)
-def test_a_setting_that_cannot_be_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(InputError) as caught:
-        TrainingConfig(**change)
-
-    assert caught.value.exit_code == 2
-    assert next(iter(change)) in caught.value.message
-
-
-@pytest.mark.parametrize(
-    ("settings", "blocks", "steps"),
-    [
-        ({"steps": 7}, 10_000, 7),
-        ({}, 0, 40),
-        ({}, 200, 100),
-        ({"accumulation": 2}, 200, 50),
-        ({}, 100_000, 1000),
-        ({"epochs": 0.5}, 1000, 62),
-    ],
-    ids=str,
-)
-def test_steps_follow_the_data_between_two_bounds(settings: dict[str, Any], blocks: int, steps: int) -> None:
-    assert TrainingConfig(**settings).planned_steps(blocks) == steps
-
-
-def test_an_open_learning_rate_follows_the_width() -> None:
-    rates = [TrainingConfig().for_width(width).learning_rate for width in (192, 4096)]
-
-    assert rates == pytest.approx([2 / 192, 2 / 4096])
-    assert TrainingConfig(learning_rate=0.1).for_width(192).learning_rate == 0.1
 
 
 # --- training ---

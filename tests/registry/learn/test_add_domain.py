@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorary.adapters.config import BankConfig
-from lorary.adapters.training.train import TrainingConfig
+from lorary.adapters.config import BankConfig, TrainingConfig
 from lorary.domains.data.catalog import builtin_domains
 from lorary.domains.errors import (
     ConflictError,

@@ -17,8 +17,7 @@ from lorary.registry.learn import add_domain
 # kills itself without any clean-up while it logs step 5 of 6: checkpoints 2 and 4 are complete then
 KILLED = """
 import os, signal, sys
-from lorary.adapters.config import BankConfig
-from lorary.adapters.training.train import TrainingConfig
+from lorary.adapters.config import BankConfig, TrainingConfig
 from lorary.registry import Registry
 
 stage, store, base, general, cooking = sys.argv[1:]

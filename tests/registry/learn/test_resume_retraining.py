@@ -14,7 +14,7 @@ from lorary.registry import Registry
 # kills itself without any clean-up while it logs step 5 of 6: checkpoints 2 and 4 are complete then
 KILLED = """
 import os, signal, sys
-from lorary.adapters.training.train import TrainingConfig
+from lorary.adapters.config import TrainingConfig
 from lorary.registry import Registry
 
 store, new, mode = sys.argv[1:]

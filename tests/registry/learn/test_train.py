@@ -21,8 +21,7 @@ from lorary.registry.pack.pack import DomainPack, read_pack
 
 LEARN = """
 import sys
-from lorary.adapters.config import BankConfig
-from lorary.adapters.training.train import TrainingConfig
+from lorary.adapters.config import BankConfig, TrainingConfig
 from lorary.registry import Registry
 
 store, base, general, cooking = sys.argv[1:]
