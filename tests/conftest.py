@@ -29,7 +29,7 @@ if not Path("/dev/nvidiactl").exists():
 settings.register_profile("lorary", deadline=None)
 settings.load_profile("lorary")
 
-# the same names and numbers as in the pocket base (domains/pretrain.py)
+# the same names and numbers as in the pocket base (tests/benchmarks/pretrain.py)
 SPECIAL_TOKENS = ["<|pad|>", "<|begin|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"

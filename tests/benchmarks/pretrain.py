@@ -1,15 +1,15 @@
-"""Pretrains the pocket base: a small Llama that lets a newcomer run everything without network or GPU.
+"""Pretrain the pocket base: the small bundled Llama for tests and demos without network or GPU.
 
-Run as a program, from a checkout:
+    python tests/benchmarks/pretrain.py --general DIR --tokenizer-text FILE ... --out DIR --steps 3600
+    python tests/benchmarks/pretrain.py --out DIR --score FILE ...
 
-    python -m lorary.domains.pretrain --general DIR --tokenizer-text FILE ... --out DIR --steps 3600
+`--general` is a folder with `general.train*` and `general.validation*` as JSONL, optionally .gz or .xz, one
+`{"text": ...}` per line. `--tokenizer-text` files are used for the vocabulary only (15 % of its training text) and
+never for the model: domains that are added later must be new to it. Python files may be among them, so that
+indentation gets tokens.
 
-`--general` holds `general.train*` and `general.validation*` as JSONL, optionally .gz or .xz, one `{"text": ...}`
-a line. `--tokenizer-text` files shape the vocabulary only (15 % of its training text): the model never trains on them,
-so that adding a domain later is honest. Python source files are welcome there, so that indentation gets tokens.
-
-Recipe: Muon (Jordan et al. 2024) for the hidden matrices, AdamW for embeddings and norms, warm-up, flat, linear decay;
-256-token blocks at first, 512 for the last third. Nothing here is imported by the rest of the package.
+Recipe: Muon (Jordan et al. 2024) for the hidden matrices, AdamW for embeddings and norms, warm-up, constant, linear
+decay; 256-token blocks at first, 512-token blocks for the last third.
 """
 
 import argparse
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """What is pretrained, and how."""
+    """Shape of the model and hyperparameters of the run."""
 
     hidden_size: int = 192
     layers: int = 8
@@ -59,7 +59,7 @@ class PretrainConfig:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The `text` fields of a JSONL file, or a whole source file as one text."""
+    """Yield the `text` fields of a JSONL file, or a whole Python file as one text."""
     if path.suffix == ".py":
         yield path.read_text(encoding="utf-8", errors="replace")
         return
@@ -70,7 +70,7 @@ def read_texts(path: Path) -> Iterator[str]:
 
 
 def train_tokenizer(general: list[str], others: list[str], config: PretrainConfig) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with single digits, from 85 % general text and 15 % of the others (by characters)."""
+    """Train a byte-level BPE tokenizer with single digits on 85 % general and 15 % other text (by characters)."""
     rng = random.Random(config.seed)
     others = rng.sample(others, len(others))
     budget = round(sum(map(len, general)) * 0.15 / 0.85)
@@ -107,7 +107,7 @@ def train_tokenizer(general: list[str], others: list[str], config: PretrainConfi
 
 
 def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
-    """All texts as one row of token ids, each text begun by the begin token and closed by the end token."""
+    """Concatenate the token ids of all texts, each between the begin token and the end token."""
     rows = []
     for start in range(0, len(texts), 512):
         for ids in tokenizer(texts[start : start + 512])["input_ids"]:
@@ -117,7 +117,7 @@ def pack(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
 
 @torch.no_grad()
 def bits_per_byte(model: LlamaForCausalLM, texts: list[str], tokenizer: PreTrainedTokenizerFast, *, windows: int = 160):
-    """Bits per UTF-8 byte on the first `windows` blocks of 256 tokens, each text read from its beginning."""
+    """Return bits per UTF-8 byte on the first 256 tokens of the first `windows` texts."""
     nats, size = 0.0, 0
     for text in texts[:windows]:
         ids = tokenizer(text)["input_ids"][:257]
@@ -129,14 +129,14 @@ def bits_per_byte(model: LlamaForCausalLM, texts: list[str], tokenizer: PreTrain
 
 
 def learning_rate_factor(fraction: float, step: int, config: PretrainConfig) -> float:
-    """Warm-up by steps, flat, then linear decay to zero by the fraction of the run that is done."""
+    """Return the factor on the learning rate: warm-up by steps, constant, then linear decay by completed fraction."""
     warm = min(1.0, (step + 1) / config.warmup_steps)
     cool = min(1.0, (1.0 - fraction) / (1.0 - config.decay_from))
     return max(0.0, warm * cool)
 
 
 def build_model(tokenizer: PreTrainedTokenizerFast, config: PretrainConfig) -> LlamaForCausalLM:
-    """A randomly initialised Llama of the configured size with tied embeddings."""
+    """Create a randomly initialised Llama of the configured size with tied embeddings."""
     torch.manual_seed(config.seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -163,10 +163,10 @@ def train(
     minutes: float,
     on_step: Callable[[int, float, float, int], None],
 ) -> int:
-    """Trains in place until `steps` or `minutes` are used up; returns the steps taken.
+    """Train in place until `steps` or `minutes` are used up; return the number of steps taken.
 
     Args:
-        on_step: Told the step, the fraction of the run that is done, the loss in nats, and the tokens so far.
+        on_step: Called with the step, the completed fraction of the run, the loss in nats and the tokens read.
     """
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     vectors = [p for n, p in model.named_parameters() if not (p.ndim == 2 and "embed" not in n)]
@@ -200,14 +200,14 @@ def train(
 
 
 def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
-    """Writes the model in bfloat16 and its tokenizer as an ordinary transformers folder."""
+    """Save the model in bfloat16 and its tokenizer as a transformers checkpoint."""
     rounded: Any = copy.deepcopy(model)
     rounded.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 
 class _Monitor:
-    """Prints how the run goes, scores it now and then, and keeps the latest model on disk."""
+    """Step callback that prints progress, scores the model and saves it every 400 steps."""
 
     def __init__(self, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, validation: list[str], out: Path):
         self.model, self.tokenizer, self.validation, self.out = model, tokenizer, validation, out
@@ -215,7 +215,7 @@ class _Monitor:
         self.began = time.monotonic()
 
     def __call__(self, step: int, fraction: float, loss: float, tokens: int) -> None:
-        """After each step."""
+        """Print, score and save when due."""
         if step % 50 == 0:
             rate = tokens / (time.monotonic() - self.began)
             print(f"step {step} ({fraction:.1%}) loss {loss:.3f} {rate:.0f} tokens/s", flush=True)
@@ -227,7 +227,7 @@ class _Monitor:
 
 
 def pretrain(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains tokenizer and model and writes their folder; returns the record of the run."""
+    """Train tokenizer and model, save both, and return the record of the run."""
     config = PretrainConfig()
     train_files = sorted(args.general.glob("general.train*"))
     general = [text for path in train_files for text in read_texts(path)]
@@ -257,7 +257,7 @@ def pretrain(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def score(folder: Path, files: list[Path]) -> dict[str, float]:
-    """Bits per byte of the stored model on the first 256 tokens of at most 160 texts of each file."""
+    """Return bits per byte of the saved model on the first 256 tokens of up to 160 texts per file."""
     model: Any = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     return {
@@ -267,7 +267,7 @@ def score(folder: Path, files: list[Path]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Pretrains, or with --score measures what was pretrained; keeps the record in `pretraining.json`."""
+    """Pretrain, or score an earlier run with `--score`; write the record to `pretraining.json`."""
     parser = argparse.ArgumentParser(description="Pretrain the pocket base, or score it.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the model")
     parser.add_argument("--general", type=Path, help="folder with general.train* and general.validation*")

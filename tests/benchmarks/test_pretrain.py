@@ -1,4 +1,4 @@
-"""The pocket base's program, run for a few steps on a few sentences."""
+"""The pretraining script of the pocket base, run for a few steps on a few sentences."""
 
 import gzip
 import json
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+SCRIPT = Path(__file__).with_name("pretrain.py")
 WORDS = ["the river runs to the sea", "a king had three daughters", "rain fell on the town", "bread is made of flour"]
 
 
@@ -19,7 +20,7 @@ def pocket(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with gzip.open(folder / f"general.{split}.jsonl.gz", "wt", encoding="utf-8") as file:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     (folder / "code.py").write_text("def f(x):\n    if x:\n        return x\n" * 20, encoding="utf-8")
-    command = [sys.executable, "-m", "lorary.domains.pretrain", "--general", str(folder), "--steps", "3"]
+    command = [sys.executable, str(SCRIPT), "--general", str(folder), "--steps", "3"]
     command += ["--tokenizer-text", str(folder / "code.py"), "--out", str(folder / "out")]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     return folder / "out"
