@@ -1,7 +1,7 @@
-"""Training a composed model's new bank, and nothing else, with transformers' Trainer.
+"""Train the new bank of a composed model with transformers' Trainer; everything else stays frozen.
 
-Trainer brings mixed precision, accumulation, distributed runs and resuming; its checkpoints are replaced by our own,
-which hold the new bank and the optimizer's state as safetensors and JSON. Nothing is ever unpickled.
+Trainer provides mixed precision, gradient accumulation, distributed training, resuming and reporting. Checkpoints are
+written here instead: they hold the new bank, the optimizer and the scheduler as safetensors and JSON, never pickle.
 """
 
 import json
@@ -16,11 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
 
 from ...domains.data.blocks import Blocks
 from ...domains.errors import IntegrityError
@@ -38,7 +46,7 @@ BANK_FILE, OPTIMIZER_FILE, RANDOM_FILE, SCHEDULE_FILE, STATE_FILE = (
 
 
 class BlockDataset(Dataset):
-    """Packed blocks as Trainer reads them."""
+    """Map-style dataset over packed blocks."""
 
     def __init__(self, blocks: Blocks):
         self.blocks = blocks
@@ -62,24 +70,30 @@ def train_bank(
     run: Path,
     stage: str,
     on_progress: OnProgress,
+    report_to: str = "none",
 ) -> dict[str, Any]:
-    """Trains the model's trainable bank in place, resuming from the last complete checkpoint in `run` if there is one.
+    """Train the model's trainable bank in place, resuming from the last complete checkpoint in `run`, if any.
+
+    Args:
+        run: Folder of the checkpoints.
+        stage: Name of the stage in progress reports.
+        report_to: Integration that logs the run, as in `transformers.TrainingArguments`: "tensorboard", "wandb", "all".
 
     Returns:
-        The loss curve and figures of the run: steps, tokens, first and last loss, seconds, the step resumed from.
+        Figures of the run: steps, tokens, the loss of every step, the step resumed from, seconds.
 
     Raises:
-        IntegrityError: The loss is not finite any more.
+        IntegrityError: The loss became NaN or infinite.
     """
     steps = config.planned_steps(len(blocks.input_ids))
-    rate = config.for_width(model.config.get_text_config().hidden_size).learning_rate
-    assert rate is not None
+    learning_rate = config.for_width(model.config.get_text_config().hidden_size).learning_rate
+    assert learning_rate is not None
     arguments = TrainingArguments(
         output_dir=str(run),
         max_steps=steps,
         per_device_train_batch_size=config.batch,
         gradient_accumulation_steps=config.accumulation,
-        learning_rate=rate,
+        learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=max(1, round(config.warmup * steps)),
         weight_decay=0.0,
@@ -90,7 +104,7 @@ def train_bank(
         save_total_limit=2,
         seed=config.seed,
         data_seed=config.seed,
-        report_to="none",
+        report_to=report_to,
         disable_tqdm=True,
         log_level="error",
         dataloader_pin_memory=False,
@@ -98,28 +112,29 @@ def train_bank(
     )
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    reporter = _Reporter(stage, steps, config.batch * config.accumulation * blocks.input_ids.shape[1], on_progress)
+    tokens_per_step = config.batch * config.accumulation * blocks.input_ids.shape[1]
+    progress = _ProgressCallback(stage, steps, tokens_per_step, on_progress)
     checkpoint = last_checkpoint(run)
     resumed_from = 0 if checkpoint is None else _step_of(checkpoint)
     began = time.monotonic()
-    with _caller_random_state(model.device):
+    with _preserved_random_state(model.device):
         trainer = BankTrainer(
             model=model,
             args=arguments,
             train_dataset=BlockDataset(blocks),
-            callbacks=[reporter],
+            callbacks=[progress],
             balance=config.balance,
         )
-        trainer.remove_callback(_console_callback(trainer))
+        trainer.remove_callback(PrinterCallback)  # what Trainer adds where tqdm is disabled
         if checkpoint is not None and resumed_from >= steps:
-            trainer.take_over(checkpoint)
+            trainer.load_finished(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     model.eval()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": steps,
-        "tokens": steps * reporter.tokens_per_step,
+        "tokens": steps * tokens_per_step,
         "losses": [round(loss, 4) for loss in losses],
         "resumed_from": resumed_from,
         "seconds": round(time.monotonic() - began, 1),
@@ -127,7 +142,7 @@ def train_bank(
 
 
 class BankTrainer(Trainer):
-    """A Trainer whose checkpoints hold only what is trained, as safetensors and JSON."""
+    """Trainer whose checkpoints hold the trainable parameters only, as safetensors and JSON."""
 
     def __init__(self, *, balance: float, **arguments: Any):
         super().__init__(**arguments)
@@ -138,16 +153,16 @@ class BankTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Language-model loss plus the weighted balance loss of the new bank."""
+        """Return the language-model loss plus the weighted balance loss of the new bank."""
         loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         assert isinstance(loss, Tensor)
-        # a loss over all tokens of a step is added up over its batches; the balance is a mean over them
-        is_shared = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-        batches = self.current_gradient_accumulation_steps if is_shared else 1
-        return loss + self._balance / batches * balance_loss(self._composed, inputs["attention_mask"])
+        # the model normalizes by the tokens of the whole step, so its losses add up; the balance loss is averaged
+        is_summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+        micro_batches = self.current_gradient_accumulation_steps if is_summed else 1
+        return loss + self._balance / micro_batches * balance_loss(self._composed, inputs["attention_mask"])
 
-    def take_over(self, checkpoint: Path) -> None:
-        """Ends a run whose last step was saved; resuming there would train one step more than was asked for."""
+    def load_finished(self, checkpoint: Path) -> None:
+        """Load the checkpoint of a finished run; `train` would resume there and take one step too many."""
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / STATE_FILE))
 
@@ -205,11 +220,12 @@ class BankTrainer(Trainer):
             torch.cuda.set_rng_state(state, int(name.removeprefix("cuda")))
 
 
-def balance_loss(model: nn.Module, mask: Tensor) -> Tensor:
-    """How unevenly the new bank's experts are used: mean over layers of n * sum_e use_e^2 - 1.
+def balance_loss(model: nn.Module, mask: Shaped[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+    """Return the load-balancing loss of the new bank: the mean over layers of n * sum_e use_e^2 - 1.
 
-    `use_e` is expert e's mean gate over real tokens; 0 when all are used alike, n - 1 when one takes all. The soft form
-    of the importance loss of Shazeer et al. 2017 (arXiv:1701.06538), safe for a batch of one.
+    n is the layer's number of new experts and `use_e` the mean gate of expert e over the tokens that `mask` keeps. The
+    loss is 0 for uniform use and n - 1 if one expert takes all. It is a soft form of the importance loss of Shazeer et
+    al. 2017 (arXiv:1701.06538) that is also defined for a batch of one.
     """
     weight = mask.to(torch.float32).unsqueeze(-1)
     losses = []
@@ -220,22 +236,24 @@ def balance_loss(model: nn.Module, mask: Tensor) -> Tensor:
     return torch.stack(losses).mean() if losses else weight.new_zeros(())
 
 
-def diverged(cause: str, rate: float) -> IntegrityError:
-    """The error for a bank that learns nothing any more, at this learning rate."""
+def divergence_error(cause: str, learning_rate: float) -> IntegrityError:
+    """Return the error for a diverged run; its fix is a third of the learning rate."""
     return IntegrityError(
-        "Training diverged.", cause=cause, fix=f"repeat with a lower rate: --learning-rate {rate / 3:.1g}"
+        "Training diverged.",
+        cause=cause,
+        fix=f"repeat with a lower learning rate: --learning-rate {learning_rate / 3:.1g}",
     )
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that was written to its end; a kill in the middle of one leaves the one before."""
+    """Return the newest complete checkpoint of a run; one that was interrupted while it was written is skipped."""
     numbered = [folder for folder in run.glob("checkpoint-*") if folder.name.rpartition("-")[2].isdecimal()]
     folders = sorted(numbered, key=_step_of, reverse=True)
     return next((folder for folder in folders if _is_complete(folder)), None)
 
 
 def discard_checkpoints(run: Path) -> None:
-    """Removes every checkpoint of a run, so that the next one begins anew."""
+    """Delete all checkpoints of a run."""
     for folder in run.glob("checkpoint-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -245,15 +263,15 @@ def _step_of(checkpoint: Path) -> int:
 
 
 @contextmanager
-def _caller_random_state(device: torch.device) -> Iterator[None]:
-    """Gives the caller's generators their states back: Trainer seeds all of them."""
-    python, arrays = random.getstate(), np.random.get_state()
+def _preserved_random_state(device: torch.device) -> Iterator[None]:
+    """Restore the global random states of Python, NumPy and torch on exit: Trainer seeds all three."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def _is_complete(folder: Path) -> bool:
@@ -272,13 +290,8 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, int | float | list) and not (isinstance(value, list) and any(map(callable, value)))
 
 
-def _console_callback(trainer: Trainer) -> type:
-    """The callback that prints log lines; ours reports instead."""
-    return next(type(c) for c in trainer.callback_handler.callbacks if type(c).__name__ == "PrinterCallback")
-
-
-class _Reporter(TrainerCallback):
-    """Turns Trainer's logs into progress."""
+class _ProgressCallback(TrainerCallback):
+    """Callback that forwards Trainer's logs to `on_progress` and stops a run whose loss is not finite."""
 
     def __init__(self, stage: str, steps: int, tokens_per_step: int, on_progress: OnProgress):
         self.stage = stage
@@ -295,8 +308,8 @@ class _Reporter(TrainerCallback):
         if logs and "loss" in logs:
             loss = float(logs["loss"])
             if not math.isfinite(loss):
-                raise diverged(f"the loss of step {state.global_step} is {loss}", args.learning_rate)
-            elapsed = max(time.monotonic() - self._began, 1e-9)
-            rate = (state.global_step - self._first_step) * self.tokens_per_step / elapsed
-            figures = {"loss": loss, "tokens_per_second": rate}
+                raise divergence_error(f"the loss of step {state.global_step} is {loss}", args.learning_rate)
+            seconds = max(time.monotonic() - self._began, 1e-9)
+            tokens = (state.global_step - self._first_step) * self.tokens_per_step
+            figures = {"loss": loss, "tokens_per_second": tokens / seconds}
             self.on_progress(Progress(self.stage, state.global_step, self.steps, figures))

@@ -22,8 +22,14 @@ from ...adapters.layer.attach import attach, routing_of, trained_bank
 from ...adapters.layer.gates import LayerGates
 from ...adapters.layer.stack import Stack
 from ...adapters.router.router import DomainRouter, Temperatures
-from ...adapters.training.train import discard_checkpoints, diverged, train_bank
-from ...adapters.training.warm_start import CLOSE, activation_weights, can_copy_experts, copy_experts, seed_expert_gates
+from ...adapters.training.train import discard_checkpoints, divergence_error, train_bank
+from ...adapters.training.warm_start import (
+    MIN_SIMILARITY,
+    activation_weights,
+    can_copy_experts,
+    copy_experts,
+    seed_expert_gates,
+)
 from ...domains.base_model import target_modules
 from ...domains.data.blocks import Blocks, encode, pack_blocks
 from ...domains.data.example import Example
@@ -239,7 +245,7 @@ def _warm_start(
 ) -> str | None:
     """Starts from the nearest domain's experts if it is close and of the same shape, else from activations."""
     nearest = neighbours[0] if neighbours else None
-    if nearest and nearest.similarity >= CLOSE:
+    if nearest and nearest.similarity >= MIN_SIMILARITY:
         lender = lend_bank(nearest.name)
         if can_copy_experts(lender, bank):
             copy_experts(lender, bank)
@@ -287,7 +293,7 @@ def _check_finite(composed: PreTrainedModel, lesson: Lesson) -> None:
     bad = [name for name, tensor in trained_bank(composed).tensors() if not torch.isfinite(tensor).all()]
     if bad:
         rate = lesson.training.learning_rate or 0.01
-        raise diverged(f"the new bank has values that are not finite, first in {bad[0]}", rate)
+        raise divergence_error(f"the new bank has values that are not finite, first in {bad[0]}", rate)
 
 
 @torch.inference_mode()

@@ -85,7 +85,7 @@ def start_bank(
     Shapes start as `add-domain` starts without a close neighbour: each layer's experts at centroids of the activations.
 
     Returns:
-        Of a lender, its domain and how like the two texts are: `add-domain` lends from `warm_start.CLOSE` on.
+        Of a lender, its domain and how like the two texts are: `add-domain` lends from `warm_start.MIN_SIMILARITY` on.
     """
     if row in LENT:
         rows, name = _lenders_text(row, stream, base, arguments)

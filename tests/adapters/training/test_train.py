@@ -1,4 +1,4 @@
-"""Training one bank: the balance loss, what is learned, and what is left on disk."""
+"""Training of one bank: the balance loss, the loss curve, reporting, checkpoints and resuming."""
 
 import json
 import random
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from lorary.adapters.bank import new_bank
 from lorary.adapters.layer.attach import attach, trained_bank
@@ -46,28 +48,39 @@ def compose(tiny_llama: Any, bank_config: Any) -> Callable[..., Any]:
 
 @pytest.fixture(scope="module")
 def blocks() -> Blocks:
-    """Twelve rows that count up and start over, each from its own number: easy to learn."""
+    """Twelve rows that count modulo 7 from different starts: easy to learn."""
     ids = 3 + (torch.arange(32).unsqueeze(0) + torch.arange(12).unsqueeze(1)) % 7
     return Blocks(ids, ids, torch.ones_like(ids))
 
 
 @pytest.fixture
 def train(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """`train(model, blocks, steps=.., run=..)`: a short run."""
+    """`train(model, blocks, steps=.., run=..)`: a run of a few steps; other keywords go to the config."""
 
-    def run(model: Any, blocks: Blocks, *, run: Path | None = None, told: Any = silent, **changes: Any) -> Any:
+    def train(
+        model: Any,
+        blocks: Blocks,
+        *,
+        run: Path | None = None,
+        on_progress: Any = silent,
+        report_to: str = "none",
+        **changes: Any,
+    ) -> Any:
         usual = {"steps": 4, "batch": 2, "block": 32, "learning_rate": 1e-2, "checkpoint_every": 2}
         config = TrainingConfig(**(usual | changes))
-        return train_bank(model, blocks, config, run=run or tmp_path / "run", stage="training x", on_progress=told)
+        folder = run or tmp_path / "run"
+        return train_bank(
+            model, blocks, config, run=folder, stage="training x", on_progress=on_progress, report_to=report_to
+        )
 
-    return run
+    return train
 
 
 # --- balance ---
 
 
 def gates_with(use: torch.Tensor) -> Any:
-    """A module whose one layer of gates was used like this in the latest forward."""
+    """Return a module with one gates layer whose latest forward used the experts as in `use`."""
     experts, rank = use.shape[-1], use.shape[-1]
     gates = LayerGates(
         expert_gate=torch.zeros(0, 8),
@@ -83,22 +96,22 @@ def gates_with(use: torch.Tensor) -> Any:
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3, 8])
-def test_balance_is_zero_where_all_experts_are_used_alike(experts: int) -> None:
+def test_balance_is_zero_for_uniform_use(experts: int) -> None:
     use = torch.full((2, 5, experts), 1 / experts)
 
     assert balance_loss(gates_with(use), torch.ones(2, 5)).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3, 8])
-def test_balance_is_the_number_of_the_others_where_one_takes_all(experts: int) -> None:
+def test_balance_is_the_number_of_other_experts_if_one_takes_all(experts: int) -> None:
     use = torch.zeros(2, 5, experts)
     use[..., 0] = 1
 
     assert balance_loss(gates_with(use), torch.ones(2, 5)).item() == pytest.approx(experts - 1)
 
 
-def test_balance_is_of_the_mean_use_not_of_single_tokens() -> None:
-    use = torch.eye(2).repeat(1, 4, 1)  # each token has one expert, both are used alike
+def test_balance_is_computed_from_the_mean_use_not_per_token() -> None:
+    use = torch.eye(2).repeat(1, 4, 1)  # one expert per token, both used equally
 
     assert balance_loss(gates_with(use), torch.ones(1, 8)).item() == pytest.approx(0)
 
@@ -111,11 +124,11 @@ def test_padding_is_masked_out_of_the_balance() -> None:
     assert balance_loss(gates_with(use), torch.ones(2, 3)).item() > 0.1
 
 
-def test_a_batch_of_padding_alone_has_a_finite_balance() -> None:
+def test_a_batch_of_only_padding_has_a_finite_balance() -> None:
     assert balance_loss(gates_with(torch.full((1, 3, 2), 0.5)), torch.zeros(1, 3)).isfinite()
 
 
-def test_without_a_new_bank_there_is_no_balance() -> None:
+def test_balance_is_zero_without_a_new_bank() -> None:
     assert balance_loss(torch.nn.ModuleList(), torch.ones(1, 3)).item() == 0
 
 
@@ -125,7 +138,7 @@ def test_the_balance_has_a_gradient_towards_even_use(compose: Any, blocks: Block
 
     balance_loss(model, blocks.attention_mask).backward()
 
-    # layer 1 has one expert, whose gate is always 1
+    # layer 1 has a single expert, whose gate is constant 1
     largest = [model.model.layers[i].expert_gates.new_expert_gate.grad.abs().max() for i in (1, 2, 3)]
     assert largest[0] < 1e-6
     assert min(largest[1:]) > 1e-3
@@ -134,7 +147,7 @@ def test_the_balance_has_a_gradient_towards_even_use(compose: Any, blocks: Block
 # --- training ---
 
 
-def test_the_loss_goes_down_on_text_that_can_be_learned(compose: Any, blocks: Blocks, train: Any) -> None:
+def test_the_loss_falls_on_learnable_text(compose: Any, blocks: Blocks, train: Any) -> None:
     figures = train(compose(), blocks, steps=40, learning_rate=3e-2, checkpoint_every=100)
 
     first, last = figures["losses"][0], figures["losses"][-1]
@@ -154,7 +167,7 @@ def test_only_the_new_bank_is_trained_and_saved(compose: Any, blocks: Blocks, tr
 
     changed = {n for n, t in [*model.named_parameters(), *model.named_buffers()] if not torch.equal(t, before[n])}
     new = {name for name in before if name.rpartition(".")[2].startswith("new_") and not name.endswith("new_scale")}
-    # a single expert's gate is 1 whatever its row is
+    # the gate of a single expert is constant 1, so its row has no gradient
     assert new - changed <= {"model.layers.1.expert_gates.new_expert_gate"}
     assert changed <= new
     saved = load_file(tmp_path / "run" / "checkpoint-4" / "bank.safetensors")
@@ -170,20 +183,44 @@ def test_checkpoints_hold_safetensors_and_json_only(compose: Any, blocks: Blocks
     assert all(sorted(path.name for path in folder.iterdir()) == FILES for folder in folders)
 
 
-def test_progress_counts_the_steps_with_their_loss(compose: Any, blocks: Blocks, train: Any) -> None:
-    told: list[Progress] = []
+def test_progress_reports_every_step_with_its_loss(compose: Any, blocks: Blocks, train: Any) -> None:
+    reports: list[Progress] = []
 
-    figures = train(compose(), blocks, told=told.append)
+    figures = train(compose(), blocks, on_progress=reports.append)
 
-    assert [(p.stage, p.done, p.total) for p in told] == [("training x", i + 1, 4) for i in range(4)]
-    assert [round(p.figures["loss"], 4) for p in told] == figures["losses"]
-    assert all(p.figures["tokens_per_second"] > 0 for p in told)
+    assert [(p.stage, p.done, p.total) for p in reports] == [("training x", i + 1, 4) for i in range(4)]
+    assert [round(p.figures["loss"], 4) for p in reports] == figures["losses"]
+    assert all(p.figures["tokens_per_second"] > 0 for p in reports)
 
 
 def test_nothing_is_printed(compose: Any, blocks: Blocks, train: Any, capfd: pytest.CaptureFixture[str]) -> None:
     train(compose(), blocks)
 
     assert capfd.readouterr() == ("", "")
+
+
+def test_reporting_integrations_of_transformers_log_the_run(
+    compose: Any, blocks: Blocks, train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[float] = []
+
+    class Recorder(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.extend([logs["loss"]] if logs and "loss" in logs else [])
+
+    monkeypatch.setitem(INTEGRATION_TO_CALLBACK, "recorder", Recorder)
+
+    silent_run = train(compose(), blocks)
+    assert logged == []
+    discard_checkpoints(tmp_path / "run")
+    reported_run = train(compose(), blocks, report_to="recorder")
+
+    assert [round(loss, 4) for loss in logged] == reported_run["losses"] == silent_run["losses"]
+
+
+def test_an_unknown_reporting_integration_is_refused(compose: Any, blocks: Blocks, train: Any) -> None:
+    with pytest.raises(ValueError, match="clipboard"):
+        train(compose(), blocks, report_to="clipboard")
 
 
 def test_the_random_states_of_the_caller_are_left_alone(compose: Any, blocks: Blocks, train: Any) -> None:
@@ -213,30 +250,32 @@ def test_the_model_is_in_evaluation_mode_afterwards(compose: Any, blocks: Blocks
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")  # renamed in 5.23
 @pytest.mark.parametrize("changes", [{"accumulation": 2}, {"gradient_checkpointing": True}], ids=str)
-def test_memory_may_be_saved(changes: dict[str, Any], compose: Any, blocks: Blocks, train: Any) -> None:
+def test_settings_that_save_memory_train_as_well(
+    changes: dict[str, Any], compose: Any, blocks: Blocks, train: Any
+) -> None:
     figures = train(compose(), blocks, **changes)
 
     assert all(np.isfinite(figures["losses"]))
     assert figures["losses"][-1] < figures["losses"][0]
 
 
-def test_a_step_of_several_batches_has_the_losses_of_one(
+def test_accumulated_micro_batches_have_the_losses_of_one_batch(
     compose: Any, blocks: Blocks, train: Any, tmp_path: Path
 ) -> None:
-    ids = blocks.input_ids[:1].expand(8, -1)  # all batches are alike, so that their balance is one number
+    ids = blocks.input_ids[:1].expand(8, -1)  # identical rows, so that all micro-batches have the same balance loss
     same = Blocks(ids, ids, torch.ones_like(ids))
-    once, often = compose(), compose()
+    whole, accumulated = compose(), compose()
 
-    expected = train(once, same, steps=2, batch=4, balance=5.0, run=tmp_path / "once")
-    found = train(often, same, steps=2, batch=1, accumulation=4, balance=5.0, run=tmp_path / "often")
+    expected = train(whole, same, steps=2, batch=4, balance=5.0, run=tmp_path / "whole")
+    found = train(accumulated, same, steps=2, batch=1, accumulation=4, balance=5.0, run=tmp_path / "accumulated")
 
     assert found["losses"] == pytest.approx(expected["losses"], abs=2e-4)
-    for name, tensor in trained_bank(once).tensors():
-        torch.testing.assert_close(dict(trained_bank(often).tensors())[name], tensor, rtol=1e-3, atol=1e-4)
+    for name, tensor in trained_bank(whole).tensors():
+        torch.testing.assert_close(dict(trained_bank(accumulated).tensors())[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")  # renamed in 5.23
-def test_gradient_checkpointing_changes_no_number(compose: Any, blocks: Blocks, train: Any, tmp_path: Path) -> None:
+def test_gradient_checkpointing_gives_the_same_bank(compose: Any, blocks: Blocks, train: Any, tmp_path: Path) -> None:
     banks = []
     for i, checkpointing in enumerate((False, True)):
         model = compose()
@@ -251,7 +290,7 @@ def test_gradient_checkpointing_changes_no_number(compose: Any, blocks: Blocks, 
 
 
 @pytest.fixture(scope="module")
-def stopped_once(compose: Any, blocks: Blocks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def interrupted_run(compose: Any, blocks: Blocks, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def stop(progress: Progress) -> None:
         if progress.done == 5:
             raise KeyboardInterrupt
@@ -264,9 +303,9 @@ def stopped_once(compose: Any, blocks: Blocks, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture
-def stopped(stopped_once: Path, tmp_path: Path) -> Path:
-    """A run of six steps that was stopped at the fifth: checkpoints 2 and 4."""
-    return Path(shutil.copytree(stopped_once, tmp_path / "stopped"))
+def stopped(interrupted_run: Path, tmp_path: Path) -> Path:
+    """Folder of a run of six steps interrupted at the fifth: checkpoints 2 and 4."""
+    return Path(shutil.copytree(interrupted_run, tmp_path / "stopped"))
 
 
 def test_a_resumed_run_ends_with_the_same_bytes(stopped: Path, compose: Any, blocks: Blocks, train: Any) -> None:
@@ -282,13 +321,13 @@ def test_a_resumed_run_ends_with_the_same_bytes(stopped: Path, compose: Any, blo
 
 
 @pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("damage", ["cut", "gone", "empty"])
-def test_an_incomplete_checkpoint_is_passed_over(file: str, damage: str, stopped: Path) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "missing", "empty"])
+def test_an_incomplete_checkpoint_is_skipped(file: str, damage: str, stopped: Path) -> None:
     path = stopped / "checkpoint-4" / file
-    if damage == "gone":
+    if damage == "missing":
         path.unlink()
     else:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "cut" else 0])
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "truncated" else 0])
 
     assert last_checkpoint(stopped) == stopped / "checkpoint-2"
 
@@ -299,18 +338,18 @@ def test_checkpoints_are_ordered_by_step_not_by_name(stopped: Path) -> None:
     assert last_checkpoint(stopped) == stopped / "checkpoint-10"
 
 
-def test_a_folder_that_is_no_checkpoint_is_passed_over(stopped: Path) -> None:
+def test_a_folder_that_is_no_checkpoint_is_skipped(stopped: Path) -> None:
     (stopped / "checkpoint-best").mkdir()
 
     assert last_checkpoint(stopped) == stopped / "checkpoint-4"
 
 
-def test_there_may_be_no_checkpoint(tmp_path: Path) -> None:
+def test_without_a_checkpoint_none_is_returned(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path) is None
     assert last_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_discarded_checkpoints_are_gone_and_nothing_else(stopped: Path) -> None:
+def test_discarding_deletes_checkpoints_and_nothing_else(stopped: Path) -> None:
     (stopped / "run.json").write_text("{}", encoding="utf-8")
 
     discard_checkpoints(stopped)
@@ -318,12 +357,12 @@ def test_discarded_checkpoints_are_gone_and_nothing_else(stopped: Path) -> None:
     assert [path.name for path in stopped.iterdir()] == ["run.json"]
 
 
-def test_a_finished_run_is_taken_over_without_a_further_step(
+def test_a_finished_run_is_loaded_without_another_step(
     compose: Any, blocks: Blocks, train: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = compose(), compose()
     expected = train(first, blocks)
-    monkeypatch.setattr(BankTrainer, "training_step", None)  # would fail if it was called
+    monkeypatch.setattr(BankTrainer, "training_step", None)  # fails if it is called
 
     figures = train(second, blocks)
 
@@ -333,7 +372,7 @@ def test_a_finished_run_is_taken_over_without_a_further_step(
     assert all(torch.equal(tensor, found[name]) for name, tensor in trained_bank(first).tensors())
 
 
-def test_the_state_of_a_checkpoint_is_plain_json(stopped: Path) -> None:
+def test_the_schedule_of_a_checkpoint_is_plain_json(stopped: Path) -> None:
     schedule = json.loads((stopped / "checkpoint-4" / "schedule.json").read_text(encoding="utf-8"))
 
     assert schedule["last_epoch"] == 4

@@ -1,4 +1,4 @@
-"""The start of a new bank: lent by a neighbour of the same shape, or found in the domain's own activations."""
+"""Warm start of a new bank: copied from a bank of the same shape, or initialized from activations."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +30,7 @@ def model(tiny_llama: Any) -> Any:
 
 @pytest.fixture
 def fresh(model: Any, bank_config: Any) -> Callable[..., ExpertBank]:
-    """`fresh(seed=.., **config)`: a new bank."""
+    """`fresh(seed=.., rank=.., ..)`: a new bank; keywords of `BankConfig`."""
 
     def make(seed: int = 0, **config: Any) -> ExpertBank:
         generator = torch.Generator().manual_seed(seed)
@@ -41,7 +41,7 @@ def fresh(model: Any, bank_config: Any) -> Callable[..., ExpertBank]:
 
 @pytest.fixture
 def blocks() -> Blocks:
-    """Twenty rows of sixteen tokens, the last four of which are padding in every second row."""
+    """Twenty rows of sixteen tokens; every second row ends with four tokens of padding."""
     ids = torch.randint(3, 64, (20, 16), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[::2, 12:] = 0
@@ -49,7 +49,7 @@ def blocks() -> Blocks:
 
 
 def trained(bank: ExpertBank) -> ExpertBank:
-    """The bank with other numbers in it, as if it had been trained."""
+    """Fill a bank with random values in place, as if it had been trained, and return it."""
     generator = torch.Generator().manual_seed(5)
     for layer in bank.layers.values():
         for tensor in [*layer.A.values(), *layer.B.values(), layer.expert_gate]:
@@ -58,17 +58,17 @@ def trained(bank: ExpertBank) -> ExpertBank:
     return bank
 
 
-# --- lending ---
+# --- copying ---
 
 
-def test_a_lender_of_the_same_shape_gives_everything_but_its_mean_gates(fresh: Any) -> None:
-    lender, bank = trained(fresh()), fresh(seed=1)
-    assert can_copy_experts(lender, bank)
+def test_everything_but_mean_gates_is_copied_between_banks_of_one_shape(fresh: Any) -> None:
+    source_bank, bank = trained(fresh()), fresh(seed=1)
+    assert can_copy_experts(source_bank, bank)
 
-    copy_experts(lender, bank)
+    copy_experts(source_bank, bank)
 
     for index, layer in bank.layers.items():
-        source = lender.layers[index]
+        source = source_bank.layers[index]
         assert layer.mean_gate is None
         assert torch.equal(layer.expert_gate, source.expert_gate)
         for target in layer.A:
@@ -76,15 +76,15 @@ def test_a_lender_of_the_same_shape_gives_everything_but_its_mean_gates(fresh: A
             assert torch.equal(layer.B[target], source.B[target])
 
 
-def test_what_was_lent_is_a_copy(fresh: Any) -> None:
-    lender, bank = trained(fresh()), fresh(seed=1)
-    copy_experts(lender, bank)
-    before = {name: tensor.clone() for name, tensor in lender.tensors()}
+def test_copied_tensors_share_no_memory(fresh: Any) -> None:
+    source_bank, bank = trained(fresh()), fresh(seed=1)
+    copy_experts(source_bank, bank)
+    before = {name: tensor.clone() for name, tensor in source_bank.tensors()}
 
     for _, tensor in bank.tensors():
         tensor.add_(1)
 
-    assert all(torch.equal(tensor, before[name]) for name, tensor in lender.tensors())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in source_bank.tensors())
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_what_was_lent_is_a_copy(fresh: Any) -> None:
     ],
     ids=str,
 )
-def test_a_lender_of_another_shape_gives_nothing(config: dict[str, Any], fresh: Any) -> None:
+def test_banks_of_different_shapes_cannot_be_copied(config: dict[str, Any], fresh: Any) -> None:
     assert not can_copy_experts(trained(fresh(**config)), fresh())
     assert not can_copy_experts(trained(fresh()), fresh(**config))
 
@@ -109,7 +109,7 @@ def test_a_lender_of_another_shape_gives_nothing(config: dict[str, Any], fresh: 
 # --- seeding from activations ---
 
 
-def test_seeding_sets_the_expert_rows_and_nothing_else(model: Any, fresh: Any, blocks: Blocks) -> None:
+def test_seeding_sets_the_expert_gates_and_nothing_else(model: Any, fresh: Any, blocks: Blocks) -> None:
     bank = fresh()
     before = {name: tensor.clone() for name, tensor in bank.tensors()}
 
@@ -132,7 +132,7 @@ def test_seeding_twice_gives_the_same_bytes(model: Any, fresh: Any, blocks: Bloc
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_padding_is_not_looked_at(model: Any, fresh: Any, blocks: Blocks) -> None:
+def test_padding_is_ignored(model: Any, fresh: Any, blocks: Blocks) -> None:
     bank, other = fresh(), fresh()
     seed_expert_gates(bank, model, blocks)
 
@@ -143,7 +143,7 @@ def test_padding_is_not_looked_at(model: Any, fresh: Any, blocks: Blocks) -> Non
         assert torch.equal(layer.expert_gate, other.layers[index].expert_gate)
 
 
-def test_a_seeded_bank_changes_no_logit(model: Any, fresh: Any, blocks: Blocks) -> None:
+def test_a_seeded_bank_leaves_the_logits_unchanged(model: Any, fresh: Any, blocks: Blocks) -> None:
     bank = fresh()
     seed_expert_gates(bank, model, blocks)
 
@@ -153,7 +153,7 @@ def test_a_seeded_bank_changes_no_logit(model: Any, fresh: Any, blocks: Blocks) 
         assert torch.equal(composed(blocks.input_ids).logits, model(blocks.input_ids).logits)
 
 
-def test_seeded_rows_can_be_trained(model: Any, fresh: Any, blocks: Blocks) -> None:
+def test_a_seeded_bank_has_gradients(model: Any, fresh: Any, blocks: Blocks) -> None:
     bank = fresh()
     seed_expert_gates(bank, model, blocks)
     stack = Stack(names=("general",), banks=(bank,), trainable=True)
@@ -164,7 +164,7 @@ def test_seeded_rows_can_be_trained(model: Any, fresh: Any, blocks: Blocks) -> N
     assert all(p.grad is not None for name, p in composed.named_parameters() if ".new_" in name)
 
 
-def test_each_expert_starts_with_a_part_of_the_text() -> None:
+def test_centroids_separate_clusters() -> None:
     generator = torch.Generator().manual_seed(0)
     directions = F.normalize(torch.randn(3, 16, generator=generator), dim=-1)
     owner = torch.arange(90) % 3
@@ -179,17 +179,17 @@ def test_each_expert_starts_with_a_part_of_the_text() -> None:
 
 
 @pytest.mark.parametrize(("points", "count"), [(0, 1), (0, 3), (1, 1), (2, 3), (3, 2), (5, 3), (63, 1), (64, 5)])
-def test_centroids_have_the_asked_shape_however_few_points_there_are(points: int, count: int) -> None:
+def test_centroids_have_the_requested_shape_even_for_few_points(points: int, count: int) -> None:
     found = centroids(torch.randn(points, 8, generator=torch.Generator().manual_seed(0)), count)
 
     assert found.shape == (count, 8)
     assert found.isfinite().all()
 
 
-# --- weights of layers ---
+# --- layer weights ---
 
 
-def test_layers_that_turn_their_input_more_weigh_more(model: Any, blocks: Blocks) -> None:
+def test_layers_that_rotate_their_input_more_have_larger_weights(model: Any, blocks: Blocks) -> None:
     with torch.no_grad():
         for part in ("self_attn.o_proj", "mlp.down_proj"):
             model.model.layers[2].get_submodule(part).weight.mul_(20)
@@ -201,7 +201,7 @@ def test_layers_that_turn_their_input_more_weigh_more(model: Any, blocks: Blocks
     assert all(weight > 0 for weight in weights)
 
 
-def test_weights_do_not_look_at_padding(model: Any, blocks: Blocks) -> None:
+def test_layer_weights_ignore_padding(model: Any, blocks: Blocks) -> None:
     noise: Tensor = torch.where(blocks.attention_mask == 0, 7, blocks.input_ids)
 
     found = activation_weights(model, replace(blocks, input_ids=noise), first_layer=1)
