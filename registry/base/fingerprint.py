@@ -10,7 +10,7 @@ from typing import Any
 
 from ...domains.data.catalog import BUILTIN
 from ...domains.errors import IncompatibleError, NotFoundError
-from ..store.digest import sha256_of, sha256_of_file
+from ..store.blobs import sha256_of, sha256_of_file
 from ..store.files import write_atomic
 from ..store.manifest import BaseRecord
 from ..store.strict_json import canonical_json

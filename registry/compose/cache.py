@@ -28,7 +28,7 @@ from torch import Tensor
 from ...adapters.layer.stacked import StackedComposition
 from ...adapters.router.router import METHOD, DomainRouter
 from ...domains.errors import StorageFullError
-from ..store.digest import hex_of, sha256_of
+from ..store.blobs import hex_of, sha256_of
 from ..store.files import make_folder, touch, write_atomic
 from ..store.strict_json import canonical_json
 from .plan import Plan

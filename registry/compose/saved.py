@@ -15,7 +15,7 @@ from ...domains.errors import ConflictError, IntegrityError, NotFoundError
 from ...domains.names import check_name
 from ..pack.check_manifest import check_manifest
 from ..pack.pack_source import PackFolder, read_plain
-from ..store.digest import sha256_of
+from ..store.blobs import sha256_of
 from ..store.files import make_folder, write_atomic
 from ..store.manifest import MANIFEST_FILE, BaseRecord, PackManifest, check_same_base
 from ..store.records import minor_of, record_from_json

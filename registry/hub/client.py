@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 from ...domains.errors import IntegrityError, LoraryError, RemoteError
 from ...domains.progress import OnProgress, Progress, silent
 from ...domains.remote_ref import RemoteRef
-from ..store.digest import PREFIX, sha256_of
+from ..store.blobs import PREFIX, sha256_of
 from ..store.manifest import MANIFEST_FILE, PackManifest
 from ..store.strict_json import MAX_BYTES
 from .errors import (

@@ -18,7 +18,7 @@ from ...domains.progress import OnProgress, Progress
 from ...domains.remote_ref import RemoteRef
 from ..pack.check_manifest import check_manifest
 from ..pack.signing import MAX_SIGNATURE, SIGNATURE_FILE, check_signature
-from ..store.digest import sha256_of
+from ..store.blobs import sha256_of
 from ..store.manifest import BaseRecord, PackFile, PackManifest, check_same_base
 from ..store.store import LATEST, Store
 from .client import Hub, RemoteFile, Snapshot

@@ -15,7 +15,7 @@ from ...domains.errors import IncompatibleError, InputError, NotFoundError
 from ...domains.remote_ref import REMOTE_PREFIX, RemoteRef
 from ..base.fingerprint import fingerprint
 from ..measure.held_out import UNKNOWN_LICENSE, DomainData, check_new_name, read_domain_data, spec_of
-from ..store.digest import sha256_of
+from ..store.blobs import sha256_of
 from ..store.manifest import ADAPTER_CONFIG, ADAPTER_TENSORS, BaseRecord, check_same_base
 from ..store.store import Store
 from ..store.strict_json import MAX_BYTES

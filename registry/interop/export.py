@@ -21,7 +21,7 @@ from ..compose.plan import Plan
 from ..measure.held_out import general_examples
 from ..pack.pack import DomainPack
 from ..pack.peft_config import VLLM_RANKS
-from ..store.digest import hex_of, sha256_of
+from ..store.blobs import hex_of, sha256_of
 from ..store.files import new_path
 from ..store.manifest import ADAPTER_TENSORS, BaseRecord
 from .export_plan import Exported, check_static

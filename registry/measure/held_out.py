@@ -26,7 +26,7 @@ from ...domains.data.spec import DomainSpec
 from ...domains.errors import ConflictError, InputError, LoraryError
 from ...domains.names import check_name
 from ...domains.scoring.questions import find_labels, find_questions
-from ..store.digest import sha256_of
+from ..store.blobs import sha256_of
 from ..store.manifest import PackManifest
 from ..store.store import Store
 

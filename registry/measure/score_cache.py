@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ...domains.errors import IncompatibleError, IntegrityError
-from ..store.digest import hex_of, sha256_of
+from ..store.blobs import hex_of, sha256_of
 from ..store.files import make_folder, write_atomic
 from ..store.records import minor_of, record_from_json, record_to_json
 from ..store.strict_json import JsonObject, canonical_json, parse_json

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final, Protocol
 
 from ...domains.errors import IntegrityError
-from ..store.digest import sha256_of
+from ..store.blobs import sha256_of
 from ..store.manifest import MANIFEST_FILE, PackFile, PackManifest
 from ..store.strict_json import MAX_BYTES
 

@@ -5,6 +5,7 @@
 The same bytes are kept once, however many packs name them. Whoever gets a blob gets bytes that were verified.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -12,10 +13,43 @@ from pathlib import Path
 from typing import Final
 
 from ...domains.errors import IntegrityError
-from .digest import PREFIX, hex_of, is_digest, sha256_of, sha256_of_file
 from .files import make_folder, touch, write_atomic
 
+PREFIX: Final = "sha256:"
 READ_ONLY: Final = 0o444
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+def sha256_of(data: bytes) -> str:
+    """Return the digest of the bytes."""
+    return PREFIX + hashlib.sha256(data).hexdigest()
+
+
+def sha256_of_file(path: str | Path) -> str:
+    """Return the digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return PREFIX + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_digest(text: str) -> bool:
+    """Whether the text is written as a digest: in lower case, in full, with nothing around it."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+def hex_of(digest: str) -> str:
+    """Return the 64 hexadecimal digits of a digest.
+
+    Raises:
+        IntegrityError: It is not a digest.
+    """
+    if not is_digest(digest):
+        raise IntegrityError(
+            f"{digest!r} is not a digest.",
+            cause="Expected 'sha256:' and 64 hexadecimal digits in lower case.",
+            fix="Restore the file that names it from a backup",
+        )
+    return digest.removeprefix(PREFIX)
 
 
 class BlobStore:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Final
 
 from ...domains.errors import StorageFullError
-from .digest import PREFIX
+from .blobs import PREFIX
 from .files import TEMPORARY_PREFIX, delete, delete_tree, folder_lock, make_folder, move
 from .store import Store
 from .strict_json import parse_json

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from ...domains.errors import IncompatibleError, NotFoundError
 from ...domains.names import WINDOWS_NAMES, check_name
-from .digest import is_digest, sha256_of
+from .blobs import is_digest, sha256_of
 from .records import EXTRA, field_names, later, minor_of, record_from_json, record_to_json
 from .strict_json import MAX_BYTES, JsonObject, canonical_json, parse_json
 

@@ -26,7 +26,7 @@ from lorary.registry.compose.build import compose_model
 from lorary.registry.compose.cache import StackCache
 from lorary.registry.compose.plan import plan_composition
 from lorary.registry.pack.pack import DomainPack, expert_records, pack_files
-from lorary.registry.store.digest import sha256_of
+from lorary.registry.store.blobs import sha256_of
 from lorary.registry.store.manifest import BaseRecord, PackManifest
 from lorary.registry.store.store import Store
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from lorary.registry.store.digest import sha256_of
+from lorary.registry.store.blobs import sha256_of
 from lorary.registry.store.manifest import BaseRecord, ExpertRecord, PackManifest
 from lorary.registry.store.strict_json import canonical_json
 

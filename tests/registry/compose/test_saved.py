@@ -11,7 +11,7 @@ import torch
 
 from lorary.domains.errors import ConflictError, IncompatibleError, IntegrityError, LoraryError
 from lorary.registry import Registry
-from lorary.registry.store.digest import sha256_of
+from lorary.registry.store.blobs import sha256_of
 from lorary.registry.store.strict_json import canonical_json
 
 

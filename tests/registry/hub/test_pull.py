@@ -15,7 +15,7 @@ from lorary.domains.errors import (
     LoraryError,
 )
 from lorary.registry.hub.origins import origins_of
-from lorary.registry.store.digest import sha256_of
+from lorary.registry.store.blobs import sha256_of
 
 REPO = "acme/lorary-legal"
 LARGE = "adapter_model.safetensors"

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from lorary.adapters.layer.attach import fixed_slots
 from lorary.domains.errors import ConflictError, IncompatibleError, IntegrityError
 from lorary.registry import Registry
-from lorary.registry.store.digest import sha256_of_file
+from lorary.registry.store.blobs import sha256_of_file
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 SEVERAL = "cooking:0.6+sailing:0.3"

@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lorary.domains.errors import IncompatibleError, InputError, IntegrityError, NotFoundError
-from lorary.registry.store.digest import sha256_of
+from lorary.registry.store.blobs import sha256_of
 from lorary.registry.store.manifest import PackFile, PackManifest, check_path
 from lorary.registry.store.strict_json import canonical_json
 
