@@ -18,9 +18,8 @@ from ..pack.pack_source import PackFolder, read_plain
 from ..store.blobs import sha256_of
 from ..store.files import make_folder, write_atomic
 from ..store.manifest import MANIFEST_FILE, BaseRecord, PackManifest, check_same_base
-from ..store.records import minor_of, record_from_json
 from ..store.store import Store
-from ..store.strict_json import MAX_BYTES, JsonObject, canonical_json, parse_json
+from ..store.strict_json import MAX_BYTES, JsonObject, canonical_json, minor_of, parse_json, record_from_json
 from .plan import Plan, Slot
 
 SCHEMA = "lorary.composition/1"

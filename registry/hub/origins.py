@@ -14,9 +14,8 @@ from typing import Final
 from ...domains.remote_ref import RemoteRef
 from ..store.files import make_folder, write_atomic
 from ..store.manifest import PackManifest
-from ..store.records import minor_of, record_from_json, record_to_json
 from ..store.store import Store
-from ..store.strict_json import JsonObject, canonical_json, parse_json
+from ..store.strict_json import JsonObject, canonical_json, minor_of, parse_json, record_from_json, record_to_json
 
 SCHEMA: Final = "lorary.origins/1"
 

@@ -16,8 +16,7 @@ from typing import Final
 from ...domains.errors import IncompatibleError, IntegrityError
 from ..store.blobs import hex_of, sha256_of
 from ..store.files import make_folder, write_atomic
-from ..store.records import minor_of, record_from_json, record_to_json
-from ..store.strict_json import JsonObject, canonical_json, parse_json
+from ..store.strict_json import JsonObject, canonical_json, minor_of, parse_json, record_from_json, record_to_json
 
 SCHEMA: Final = "lorary.scores/1"
 

@@ -17,8 +17,18 @@ from typing import Any, Final
 from ...domains.errors import IncompatibleError, NotFoundError
 from ...domains.names import WINDOWS_NAMES, check_name
 from .blobs import is_digest, sha256_of
-from .records import EXTRA, field_names, later, minor_of, record_from_json, record_to_json
-from .strict_json import MAX_BYTES, JsonObject, canonical_json, parse_json
+from .strict_json import (
+    EXTRA,
+    MAX_BYTES,
+    JsonObject,
+    canonical_json,
+    field_names,
+    later,
+    minor_of,
+    parse_json,
+    record_from_json,
+    record_to_json,
+)
 
 SCHEMA: Final = "lorary.pack/1"
 MANIFEST_FILE: Final = "lorary.json"  # the manifest's own name in a pack folder

@@ -26,10 +26,8 @@ from ...domains.names import check_alias, is_name, parse_selector
 from .blobs import BlobStore
 from .files import delete, make_folder, write_atomic, write_once
 from .manifest import PackFile, PackManifest, check_path
-from .missing import collected_version, no_such_domain, no_such_store, no_such_version, removed_version
-from .records import minor_of, record_from_json, record_to_json
-from .strict_json import JsonObject, canonical_json, parse_json
-from .versions import DomainFolder
+from .strict_json import JsonObject, canonical_json, minor_of, parse_json, record_from_json, record_to_json
+from .versions import DomainFolder, collected_version, no_such_domain, no_such_store, no_such_version, removed_version
 
 SCHEMA: Final = "lorary.store/1"
 STORE_FILE: Final = "store.json"
