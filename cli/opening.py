@@ -42,7 +42,7 @@ def quiet_libraries() -> None:
 
 def store_option(store: Path) -> str:
     """The option that the next command needs to find this registry from this folder; empty where it finds it."""
-    from ..registry.store.location import locate_store
+    from ..registry.store.store import locate_store
 
     is_found = locate_store(None, os.environ, Path.cwd()).resolve() == store.resolve()
     return "" if is_found else f" --store {shlex.quote(str(store))}"

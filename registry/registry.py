@@ -20,10 +20,8 @@ from ..domains.progress import OnProgress, silent
 from .base.fingerprint import POCKET, find_base, fingerprint
 from .compose.plan import Plan, plan_composition
 from .compose.saved import is_saved_composition, open_plan, save_composition
-from .store.location import locate_store
 from .store.manifest import BaseRecord, PackManifest
-from .store.removal import remove_version, restore_version
-from .store.store import Store
+from .store.store import Store, locate_store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,12 +144,12 @@ class Registry:
         return self.store.manifest(*parse_reference(reference))
 
     def remove(self, reference: str) -> PackManifest:
-        """Removes a version; see `lorary.registry.store.removal.remove_version`."""
-        return remove_version(self.store, reference)
+        """Remove a version; see `lorary.registry.store.store.Store.remove`."""
+        return self.store.remove(reference)
 
     def restore(self, reference: str) -> PackManifest:
-        """Brings a removed version back; see `lorary.registry.store.removal.restore_version`."""
-        return restore_version(self.store, reference)
+        """Restore a removed version; see `lorary.registry.store.store.Store.restore`."""
+        return self.store.restore(reference)
 
     def resolve_composition(self, composition: str, *, on_progress: OnProgress = silent) -> "ResolvedComposition":
         """A composition in the names of this registry: what it names on the Hub, hf://owner/repo@v2, is pulled."""

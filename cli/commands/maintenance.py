@@ -128,7 +128,7 @@ def doctor(store: StorePath = None, as_json: Json = False) -> None:
     Example: registry doctor
     """
     from ...registry.maintenance.doctor import examine
-    from ...registry.store.location import locate_store
+    from ...registry.store.store import locate_store
 
     quiet_libraries()
     found = examine(locate_store(store, os.environ, Path.cwd()))

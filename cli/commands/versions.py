@@ -128,11 +128,8 @@ def remove(
 
     Example: registry remove medicine@2
     """
-    from ...registry.store.removal import check_removable
-
     registry = open_registry(store)
-    manifest = registry.manifest(ref)
-    check_removable(manifest)  # before anybody is asked
+    manifest = registry.store.check_removable(ref)  # before asking
     name = of.reference(manifest)
     if not yes and not output.confirmed(
         f"Remove {name} ({manifest.description})?", instead=f"registry remove {name} -y"

@@ -21,7 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ...domains.errors import ConflictError, InputError, IntegrityError, StorageFullError
+from ...adapters.composition import GENERAL, parse_reference
+from ...domains.errors import ConflictError, InputError, IntegrityError, NotFoundError, StorageFullError
 from ...domains.names import check_alias, is_name, parse_selector
 from .blobs import BlobStore
 from .files import delete, make_folder, write_atomic, write_once
@@ -34,6 +35,20 @@ STORE_FILE: Final = "store.json"
 LATEST: Final = "latest"
 BALLAST: Final = "ballast"
 BALLAST_SIZE: Final = 64 << 10  # bytes
+
+
+def locate_store(explicit: str | Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
+    """Where the store is, or would be: as asked, $LORARY_STORE, the nearest `.lorary` above, the user's own."""
+    asked = explicit or environ.get("LORARY_STORE")
+    if asked:
+        return cwd / Path(asked).expanduser()
+    for folder in (cwd, *cwd.parents):
+        if (folder / ".lorary").is_dir():
+            return folder / ".lorary"
+    data_home = Path(environ.get("XDG_DATA_HOME", ""))
+    if not data_home.is_absolute():  # the XDG specification says to ignore it then
+        data_home = Path(environ.get("HOME") or Path.home()) / ".local" / "share"
+    return data_home / "lorary"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,16 +184,19 @@ class Store:
             self._resolve(name, alias)
         DomainFolder(self.path, name).drop_alias(alias)
 
-    def remove(self, name: str, selector: str | int | None = None) -> int:
-        """Remove a version and return its number; its files are kept, its number is never used again.
-
-        `latest`, where it means this version, moves to the newest one that is left and not held back.
+    def check_removable(self, reference: str) -> PackManifest:
+        """Return the manifest of a version that `remove` would remove.
 
         Raises:
             NotFoundError: There is no such version, or it is removed already.
-            ConflictError: Another alias means it.
+            ConflictError: An alias other than `latest` points to it, or it is the KP bank's.
         """
-        version = self._resolve(name, LATEST if selector is None else selector)
+        manifest = self.manifest(*parse_reference(reference))
+        name, version = manifest.name, manifest.version
+        if name == GENERAL:
+            raise ConflictError(
+                "The KP bank cannot be removed.", cause="every domain of the registry was trained over it"
+            )
         held_by = [alias for alias, meant in self.aliases(name).items() if meant == version and alias != LATEST]
         if held_by:
             raise ConflictError(
@@ -186,6 +204,18 @@ class Store:
                 cause=f"an alias means it: {', '.join(held_by)}",
                 fix=f"Take the alias away: registry alias {name} {held_by[0]} --remove; or move it to another version",
             )
+        return manifest
+
+    def remove(self, reference: str) -> PackManifest:
+        """Remove a version such as `legal@2` and return its manifest; its files are kept, its number is never reused.
+
+        `latest`, where it points to this version, moves to the newest one that is left and not held back.
+
+        Raises:
+            NotFoundError, ConflictError: See `check_removable`.
+        """
+        manifest = self.check_removable(reference)
+        name, version = manifest.name, manifest.version
         folder = DomainFolder(self.path, name)
         try:
             folder.remove(version, time=_now())
@@ -194,23 +224,39 @@ class Store:
             folder.remove(version, time=_now())
         if folder.versions():
             folder.set_alias(LATEST, self._newest(name), when=lambda meant: meant == version)
-        return version
+        return manifest
 
-    def restore(self, name: str, version: int) -> None:
-        """Bring a removed version back; aliases stay where they are.
+    def restore(self, reference: str) -> PackManifest:
+        """Restore a removed version and return its manifest; aliases stay where they are.
+
+        A name alone means the version that was removed last.
 
         Raises:
-            NotFoundError: There was never such a version, or gc has deleted its files.
+            InputError: The reference has an alias, which never points to a removed version.
+            NotFoundError: There was never such a version, none is removed, or gc has deleted its files.
             ConflictError: It is not removed.
         """
+        name, selector = parse_reference(reference)
         folder = DomainFolder(self.path, name)
+        if selector is None:
+            removed = folder.removed()
+            if not removed:
+                raise NotFoundError(
+                    f"No version of {name!r} is removed.", fix=f"see what there is: registry log {name}"
+                )
+            selector = str(max(removed, key=lambda number: (removed[number], number)))
+        version = parse_selector(selector)
+        if isinstance(version, str):
+            raise InputError(f"{reference!r} names an alias.", fix=f"name the version: registry restore {name}@NUMBER")
         if version in folder.versions():
             raise ConflictError(f"{name}@{version} is not removed.", fix=f"See what there is: registry log {name}")
         if version not in folder.numbers():
             raise no_such_version(name, version, versions=folder.numbers(), aliases={})
-        if not all([self.blobs.renew(file.sha256) for file in self._read(name, version).files]):
+        manifest = self._read(name, version)
+        if not all([self.blobs.renew(file.sha256) for file in manifest.files]):
             raise collected_version(name, version)
         folder.restore(version)
+        return manifest
 
     def manifest(self, name: str, selector: str | int | None = None) -> PackManifest:
         """Return the manifest of a version: by number, by alias, or of the alias `latest`.
@@ -363,6 +409,12 @@ class Store:
         """The newest version that is not held back; the newest of all where every one is."""
         versions = self.versions(name)
         return next((n for n in reversed(versions) if not self._read(name, n).is_held_back), versions[-1])
+
+    def _last_removed(self, name: str) -> int:
+        removed = self.removed(name)
+        if not removed:
+            raise NotFoundError(f"No version of {name!r} is removed.", fix=f"See what there is: registry log {name}")
+        return max(removed, key=lambda number: (removed[number], number))
 
     def _put(self, files: Mapping[str, tuple[bytes, str]]) -> tuple[PackFile, ...]:
         for path in files:

@@ -42,8 +42,11 @@ class DomainFolder:
 
     def removed(self) -> dict[int, str]:
         """Removed versions, ascending, and the time since which each is."""
-        folder = self.path / "removed"
-        return {n: (folder / str(n)).read_text("utf-8").strip() for n in self.numbers() if n not in self.versions()}
+        removed = {}
+        for version in self.numbers():
+            with suppress(FileNotFoundError):
+                removed[version] = (self.path / "removed" / str(version)).read_text("utf-8").strip()
+        return removed
 
     def manifest_path(self, version: int) -> Path:
         """Where the manifest of a version is, or would be."""

@@ -116,7 +116,7 @@ def test_an_alias_of_no_version_and_one_that_cannot_be_read_are_found(registry: 
 
 
 def test_removed_versions_are_not_missed(registry: Registry) -> None:
-    registry.store.remove("cooking", 1)
+    registry.store.remove("cooking@1")
 
     assert "cooking" not in {one.name for one in verify_store(registry.store)}
     assert Checked(name="a", version=1, path="x", state="ok").reference == "a@1"

@@ -83,29 +83,29 @@ def test_a_dry_run_deletes_nothing_and_says_the_same(store: Store, draft: Any) -
 def test_a_removed_version_keeps_its_files_through_the_grace_period(store: Store, draft: Any) -> None:
     commit(store, draft, b"shared", b"first")
     second = commit(store, draft, b"shared", b"second")
-    store.remove("legal", 2)
+    store.remove("legal@2")
     age(store)
 
     assert collect_garbage(store).blobs == ()
-    store.restore("legal", 2)
+    store.restore("legal@2")
     store.verify(second)
 
-    store.remove("legal", 2)
+    store.remove("legal@2")
     tombstone_since(store, "legal", 2, "2020-01-01T00:00:00+00:00")
     age(store)
     assert len(collect_garbage(store).blobs) == 1
     store.verify(store.manifest("legal", 1))
     with pytest.raises(NotFoundError, match="cannot be brought back") as caught:
-        store.restore("legal", 2)
+        store.restore("legal@2")
     assert "gc" in str(caught.value.cause)
 
 
 def test_a_version_that_was_just_restored_is_not_taken_apart(store: Store, draft: Any) -> None:
     manifest = commit(store, draft, b"one")
-    store.remove("legal", 1)
+    store.remove("legal@1")
     tombstone_since(store, "legal", 1, "2020-01-01T00:00:00+00:00")
     age(store)
-    store.restore("legal", 1)
+    store.restore("legal@1")
 
     assert collect_garbage(store).blobs == ()
     store.verify(manifest)
@@ -113,7 +113,7 @@ def test_a_version_that_was_just_restored_is_not_taken_apart(store: Store, draft
 
 def test_a_tombstone_that_cannot_be_read_deletes_nothing(store: Store, draft: Any) -> None:
     commit(store, draft, b"one")
-    store.remove("legal", 1)
+    store.remove("legal@1")
     tombstone_since(store, "legal", 1, "whenever")
     age(store)
 
@@ -242,7 +242,7 @@ for _ in range(int(sys.argv[4])):
     versions = store.versions("legal")
     if len(versions) > 3:
         try:
-            store.remove("legal", versions[0])
+            store.remove(f"legal@{versions[0]}")
         except Exception as error:
             if type(error).__name__ != "NotFoundError":
                 raise
@@ -310,7 +310,7 @@ def test_a_really_full_disk_takes_commits_again_after_remove_and_gc(draft: Any, 
             except StorageFullError:
                 full += 1
                 for version in store.versions("legal")[:-1]:
-                    store.remove("legal", version)
+                    store.remove(f"legal@{version}")
                     collect_garbage(store, grace_s=-2)
         assert full > 10
         assert filled > 200

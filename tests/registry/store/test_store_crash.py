@@ -139,12 +139,12 @@ print("ready", flush=True)
 sys.stdin.readline()
 while True:
     try:
-        version = store.remove("legal", 2)
+        version = store.remove("legal@2").version
         print("removed", version, flush=True)
-        store.restore("legal", 2)
+        store.restore("legal@2")
         print("restored", version, flush=True)
     except NotFoundError:
-        store.restore("legal", 2)
+        store.restore("legal@2")
 """
 
 
@@ -182,9 +182,9 @@ def test_numbers_of_removed_versions_are_not_used_by_processes_that_commit_meanw
     while any(process.poll() is None for process in processes):
         version = store.versions("legal")[-1]
         removed[version] = store.manifest("legal", version).digest
-        store.remove("legal", version)
+        store.remove(f"legal@{version}")
         if not store.versions("legal"):
-            store.restore("legal", 1)
+            store.restore("legal@1")
             del removed[1]
 
     outputs = [process.stdout.read() for process in processes]

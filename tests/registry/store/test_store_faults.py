@@ -54,7 +54,7 @@ def make(draft: Any, tmp_path: Path) -> Callable[[int], Store]:
         made = Store.create(tmp_path / str(number), {})
         for content in (b"one", b"two"):
             made.commit(draft, {"a": (content, "expert"), "b": (b"same", "expert")})
-        made.remove("legal", 1)
+        made.remove("legal@1")
         made.blobs.put(b"stray")
         return made
 
@@ -64,8 +64,8 @@ def make(draft: Any, tmp_path: Path) -> Callable[[int], Store]:
 OPERATIONS: dict[str, Callable[[Store, Any], Any]] = {
     "commit": lambda store, draft: store.commit(draft, {"a": (b"three", "expert"), "b": (b"same", "expert")}),
     "set_alias": lambda store, draft: store.set_alias("legal", "production", 2),
-    "remove": lambda store, draft: store.remove("legal", 2),
-    "restore": lambda store, draft: store.restore("legal", 1),
+    "remove": lambda store, draft: store.remove("legal@2"),
+    "restore": lambda store, draft: store.restore("legal@1"),
     "gc": lambda store, draft: collect_garbage(store, grace_s=-2),
 }
 

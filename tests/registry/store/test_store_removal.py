@@ -31,7 +31,7 @@ def three(store, draft):
 def test_a_removed_version_is_gone_and_its_files_stay(three):
     manifest = three.manifest("legal", 2)
 
-    assert three.remove("legal", 2) == 2
+    assert three.remove("legal@2") == manifest
 
     assert three.versions("legal") == [1, 3]
     assert list(three.removed("legal")) == [2]
@@ -47,7 +47,7 @@ def test_the_number_of_a_removed_version_is_never_used_again(three, draft):
 
     assert three.commit(draft, FILES).version == 4
     for version in (1, 2, 4):
-        three.remove("legal", version)
+        three.remove(f"legal@{version}")
     assert three.commit(draft, FILES, first_only=True).version == 5
 
 
@@ -55,7 +55,7 @@ def test_latest_moves_to_the_newest_that_is_not_held_back(three, draft):
     three.commit(replace(draft, evaluation=HELD_BACK), FILES, alias=None)
     assert three.aliases("legal") == {"latest": 3}
 
-    three.remove("legal", "latest")
+    three.remove("legal@latest")
 
     assert three.aliases("legal") == {"latest": 2}
     assert three.manifest("legal").version == 2
@@ -65,13 +65,13 @@ def test_latest_moves_to_a_version_held_back_where_there_is_no_other(store, draf
     store.commit(draft, FILES)
     store.commit(replace(draft, evaluation=HELD_BACK), FILES, alias=None)
 
-    store.remove("legal", 1)
+    store.remove("legal@1")
 
     assert store.manifest("legal").version == 2
 
 
 def test_latest_stays_where_another_version_is_removed(three):
-    three.remove("legal", 1)
+    three.remove("legal@1")
 
     assert three.aliases("legal") == {"latest": 3}
 
@@ -80,18 +80,18 @@ def test_a_version_that_an_alias_means_is_not_removed(three):
     three.set_alias("legal", "production", 2)
 
     with pytest.raises(ConflictError, match="legal@2 cannot be removed") as caught:
-        three.remove("legal", "production")
+        three.remove("legal@production")
 
     assert caught.value.exit_code == 4
     assert "registry alias legal production --remove" in str(caught.value.fix)
     assert three.versions("legal") == [1, 2, 3]
     three.drop_alias("legal", "production")
-    three.remove("legal", 2)
+    three.remove("legal@2")
     assert three.versions("legal") == [1, 3]
 
 
 def test_an_alias_of_a_removed_version_says_so(three):
-    three.remove("legal", 2)
+    three.remove("legal@2")
     (three.path / "domains" / "legal" / "aliases" / "production").write_bytes(b"2\n")  # as of a colleague just now
 
     with pytest.raises(NotFoundError, match="legal@2 was removed"):
@@ -101,20 +101,20 @@ def test_an_alias_of_a_removed_version_says_so(three):
 
 
 def test_removing_twice_or_what_was_never_there_is_not_found(three):
-    three.remove("legal", 2)
+    three.remove("legal@2")
 
     for version in (2, 4):
         with pytest.raises(NotFoundError):
-            three.remove("legal", version)
+            three.remove(f"legal@{version}")
     with pytest.raises(NotFoundError):
         three.remove("legacy")
 
 
 def test_a_restored_version_is_as_it_was(three):
     manifest = three.manifest("legal", 3)
-    three.remove("legal", 3)
+    three.remove("legal@3")
 
-    three.restore("legal", 3)
+    three.restore("legal@3")
 
     assert three.manifest("legal", 3) == manifest
     assert three.removed("legal") == {}
@@ -123,7 +123,7 @@ def test_a_restored_version_is_as_it_was(three):
 
 def test_a_domain_without_any_version_is_unknown_until_one_is_restored(three):
     for version in (1, 2, 3):
-        three.remove("legal", version)
+        three.remove(f"legal@{version}")
 
     assert three.domains() == []
     assert three.versions("legal") == []
@@ -131,16 +131,41 @@ def test_a_domain_without_any_version_is_unknown_until_one_is_restored(three):
     with pytest.raises(NotFoundError, match="legal@3 was removed"):
         three.manifest("legal")
 
-    three.restore("legal", 1)
+    three.restore("legal@1")
     assert three.domains() == ["legal"]
     assert three.manifest("legal").version == 1
 
 
 def test_restoring_what_is_not_removed_is_a_conflict(three):
     with pytest.raises(ConflictError):
-        three.restore("legal", 1)
+        three.restore("legal@1")
     with pytest.raises(NotFoundError):
-        three.restore("legal", 4)
+        three.restore("legal@4")
+
+
+def test_restoring_a_name_alone_restores_what_was_removed_last(three):
+    for version in (3, 1):
+        three.remove(f"legal@{version}")
+        tombstone = three.path / "domains" / "legal" / "removed" / str(version)
+        tombstone.write_text(f"2026-01-0{4 - version}T00:00:00+00:00\n")
+
+    assert [three.restore("legal").version for _ in range(2)] == [1, 3]
+    with pytest.raises(NotFoundError, match="No version of 'legal' is removed"):
+        three.restore("legal")
+
+
+def test_an_alias_cannot_be_restored(three):
+    three.remove("legal@3")
+
+    with pytest.raises(InputError, match="names an alias"):
+        three.restore("legal@latest")
+
+
+def test_the_knowledge_preservation_bank_cannot_be_removed(store, draft):
+    store.commit(replace(draft, name="general", role="preservation"), FILES)
+
+    with pytest.raises(ConflictError, match="The KP bank cannot be removed"):
+        store.remove("general")
 
 
 def test_latest_is_never_dropped_and_other_aliases_only_once(three):
@@ -162,7 +187,7 @@ def test_a_full_disk_removes_nothing(three, monkeypatch, function):
     with monkeypatch.context() as patch:
         patch.setattr(os, function, full)
         with pytest.raises(StorageFullError):
-            three.remove("legal", 3)
+            three.remove("legal@3")
 
     assert three.versions("legal") == [1, 2, 3]
     assert three.manifest("legal").version == 3
@@ -177,13 +202,13 @@ def test_a_process_that_ends_while_removing_leaves_a_store_that_works(three, dra
         patch.setattr("lorary.registry.store.versions._write_alias", end)
         if when == "before the alias moved":
             with pytest.raises(KeyboardInterrupt):
-                three.remove("legal", 3)
+                three.remove("legal@3")
     if when == "after it moved":
-        three.remove("legal", 3)
+        three.remove("legal@3")
 
     assert three.versions("legal") == [1, 2]
     assert three.manifest("legal").version == 2
-    three.restore("legal", 3)
+    three.restore("legal@3")
     assert three.versions("legal") == [1, 2, 3]
     assert three.commit(draft, FILES).version == 4
 
@@ -206,10 +231,10 @@ def test_any_history_keeps_numbers_manifests_and_latest_in_order(steps, draft, t
             assert made.version == len(digests) + 1
             digests[made.version] = made.digest
         elif step == "remove" and is_there:
-            assert store.remove("legal", version) == version
+            assert store.remove(f"legal@{version}").version == version
             removed.add(version)
         elif step == "restore" and version in removed:
-            store.restore("legal", version)
+            store.restore(f"legal@{version}")
             removed.discard(version)
 
         assert store.versions("legal") == sorted(digests.keys() - removed)
