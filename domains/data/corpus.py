@@ -1,27 +1,35 @@
-"""A corpus: examples read from files or the Hub, checked, split and described by a digest.
+"""A corpus: examples read from files, the Hub or memory, checked, split and described by a digest.
 
-`read_examples` stops at the first bad row; `check_corpus` collects them. Which files are read and how is in files.py,
-which rows mean what in rows.py. The split and the digest depend on the content of the examples alone: not on their
-order, their ids or the file that they come from.
+`as_sources` takes data in any form that a caller may give. `read_examples` stops at the first bad row; `check_corpus`
+collects bad rows. File formats are in files.py, the keys of rows in rows.py. Split and digest depend on the content of
+the examples only: not on their order, ids or source.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from ..errors import CorpusError, InputError, NotFoundError
 from .example import Example
 from .files import READERS, Rows, read_rows
 from .hub import read_hub, read_parquet
+from .row_list import RowList
 from .rows import to_example
 from .spec import HubData
 
-Source = Path | str | HubData  # a file, `hf:owner/name[:config[:split]]`, or a data set of a domain spec
+# a file, `hf:owner/name[:config[:split]]`, a data set of a domain spec, or rows in memory
+Source: TypeAlias = Path | str | HubData | RowList
+# what `as_sources` takes: one source, rows (dicts, a `datasets.Dataset`), or a list of them
+Data: TypeAlias = str | os.PathLike[str] | HubData | RowList | Iterable[Any] | None
 
 _SUFFIXES = ", ".join([*READERS, ".parquet"])
 _COMPRESSED = (".gz", ".xz")
+_MAX_NAME = 255  # characters; longer names are most likely text in the place of a path
+_DATA_FIX = 'give a path, "hf:OWNER/NAME", rows such as [{"text": "..."}], a datasets.Dataset, or a list of these'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +38,19 @@ class CorpusCounts:
 
     rows: int
     bytes: int  # UTF-8 bytes of prompts, completions and messages; choices are not counted
+
+
+def as_sources(data: Data) -> list[Source]:
+    """Return the sources that `data` names or holds, in order; rows that stand directly in a list are one source.
+
+    Args:
+        data: A path, `hf:owner/name[:config[:split]]`, a list of rows (dicts), a `datasets.Dataset`, a list of any of
+            these, or None for no sources. A string is always one name. Rows are not checked before they are read.
+
+    Raises:
+        InputError: The type is another one, or can be read only once.
+    """
+    return _with_unique_names(_sources(data, "data"))
 
 
 def read_examples(sources: Sequence[Source]) -> Iterator[Example]:
@@ -120,20 +141,98 @@ def _size(example: Example) -> int:
     return sum(len(text.encode()) for text in texts)
 
 
+def _sources(data: object, where: str) -> Iterator[Source]:
+    match data:
+        case None:
+            return
+        case RowList() | HubData():
+            yield data
+        case str():
+            yield data if data.startswith("hf:") else Path(data)
+        case os.PathLike() if isinstance(os.fspath(data), str):
+            yield Path(data)
+        case list() | tuple():
+            yield from _sources_of_list(data, where)
+        case _:
+            yield RowList(_checked_rows(data, where))
+
+
+def _sources_of_list(items: Sequence[object], where: str) -> Iterator[Source]:
+    rows = tuple(item for item in items if _is_row(item))
+    first_row = next((position for position, item in enumerate(items) if _is_row(item)), None)
+    for position, item in enumerate(items):
+        if position == first_row:
+            yield RowList(rows)
+        elif not _is_row(item):
+            yield from _sources(item, f"{where}[{position}]")
+
+
+def _is_row(value: object) -> bool:
+    return isinstance(value, Mapping) and not hasattr(value, "column_names")
+
+
+def _checked_rows(data: object, where: str) -> Iterable[object]:
+    """Return `data` if it yields rows every time it is iterated: a `datasets.Dataset`, or a collection of dicts."""
+    if isinstance(data, Mapping):
+        raise _not_rows(data, where)
+    if isinstance(data, Iterator):
+        fix = "give its path" if hasattr(data, "read") else f"make a list of it: {where}=list(rows)"
+        raise InputError(f"{where} is {_type_of(data)}, which can be read only once.", fix=fix)
+    # by its attributes: `datasets` is optional and slow to import
+    if isinstance(data, Iterable) and (hasattr(data, "column_names") or any(map(_is_row, islice(data, 1)))):
+        return data
+    raise InputError(f"{where} is {_type_of(data)}, which is not a source of rows.", fix=_DATA_FIX)
+
+
+def _not_rows(data: Mapping[Any, Any], where: str) -> InputError:
+    if hasattr(data, "column_names"):
+        splits = [str(split) for split in data]
+        return InputError(
+            f"{where} is {_type_of(data)}, which has several splits.",
+            cause=f"its splits: {', '.join(splits) or 'none'}",
+            fix=f"choose one, such as dataset[{splits[0]!r}]" if splits else _DATA_FIX,
+        )
+    return InputError(f"{where} is one row, expected a list of rows.", fix=f"put it into a list: {where}=[row]")
+
+
+def _type_of(value: object) -> str:
+    return f"of type {type(value).__name__!r}"
+
+
+def _with_unique_names(sources: Iterable[Source]) -> list[Source]:
+    """Number the row lists after the first, so that errors tell them apart."""
+    found: list[Source] = []
+    names: set[str] = set()
+    for source in sources:
+        if isinstance(source, RowList):
+            name, number = source.name, 1
+            while source.name in names:
+                number += 1
+                source = replace(source, name=f"{name} ({number})")
+            names.add(source.name)
+        found.append(source)
+    return found
+
+
 def _read(source: Source) -> Iterator[Example | CorpusError]:
     """The examples of one source; a bad row is the error that describes it."""
     is_empty = True
-    for row in _open(source):
+    for found in source.read() if isinstance(source, RowList) else _read_stored(source):
         is_empty = False
-        try:
-            yield row if isinstance(row, CorpusError) else to_example(row, str(source))
-        except CorpusError as error:
-            yield error
+        yield found
     if is_empty:
         yield CorpusError(str(source), "is empty: it holds no row")
 
 
-def _open(source: Source) -> Rows:
+def _read_stored(source: Path | str | HubData) -> Iterator[Example | CorpusError]:
+    for row in _open(source):
+        try:
+            yield row if isinstance(row, CorpusError) else to_example(row, str(source))
+        except CorpusError as error:
+            yield error
+
+
+def _open(source: Path | str | HubData) -> Rows:
     if isinstance(source, HubData):
         return read_hub(source)
     if str(source).startswith("hf:"):
@@ -144,13 +243,18 @@ def _open(source: Source) -> Rows:
 
 
 def _check_file(path: Path) -> str:
-    """The suffix that names the format, without .gz or .xz."""
-    if path.is_dir():
+    """Return the suffix that names the format, without .gz or .xz."""
+    fix = "check the path, or write hf:OWNER/NAME for a Hub data set"
+    if len(str(path)) > _MAX_NAME:
+        fix = 'give a path; a text is given as a row: [{"text": "..."}]'
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except OSError as error:  # no permission, or the name is too long
+        raise InputError(f"{path} cannot be opened.", cause=error.strerror, fix=fix) from error
+    if is_folder:
         raise InputError(f"{path} is a folder, expected a file.", fix=f"name files that end in {_SUFFIXES}")
-    if not path.exists():
-        raise NotFoundError(
-            f"There is no file {path}.", fix="check the path, or write hf:OWNER/NAME for a Hub data set"
-        )
+    if not is_there:
+        raise NotFoundError(f"There is no file {path}.", fix=fix)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     is_compressed = bool(suffixes) and suffixes[-1] in _COMPRESSED
     suffix = "".join(suffixes[-2:-1] if is_compressed else suffixes[-1:])

@@ -1,6 +1,11 @@
 """A corpus: which sources are accepted, and a split and a digest that depend on content alone."""
 
+import io
 import random
+import subprocess
+import sys
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -8,6 +13,7 @@ from hypothesis import strategies as st
 
 from lorary.domains.data.corpus import (
     CorpusCounts,
+    as_sources,
     corpus_counts,
     corpus_digest,
     is_held_out,
@@ -15,6 +21,8 @@ from lorary.domains.data.corpus import (
     split,
 )
 from lorary.domains.data.example import Example
+from lorary.domains.data.row_list import RowList
+from lorary.domains.data.spec import HubData
 from lorary.domains.errors import InputError, NotFoundError
 
 EXAMPLES = st.lists(st.builds(Example, prompt=st.text(max_size=3), completion=st.text(max_size=3)), max_size=20)
@@ -139,3 +147,178 @@ def test_counts_are_rows_and_bytes():
     rows = [Example("é", "ab", ("ab", "c")), Example(messages=(("user", "x"), ("assistant", "ü")))]
 
     assert corpus_counts(rows) == CorpusCounts(rows=2, bytes=7)
+
+
+# --- data as callers give it ---
+
+ROWS = ({"text": "One."}, {"text": "Two."})
+
+
+class TinyDataset:
+    """The part of `datasets.Dataset` that is used: column names, and rows that can be iterated again."""
+
+    column_names = ("text", "source")
+
+    def __init__(self, texts: list[str]):
+        self.texts = texts
+
+    def __iter__(self):
+        return iter([{"text": text, "source": None} for text in self.texts])
+
+
+class TinyDatasetDict(dict):
+    """The part of `datasets.DatasetDict` that is used."""
+
+    @property
+    def column_names(self):
+        return {split: list(dataset.column_names) for split, dataset in self.items()}
+
+
+def completions(data):
+    return [example.completion for example in read_examples(as_sources(data))]
+
+
+@pytest.mark.parametrize("data", [None, [], ()])
+def test_no_data_is_no_source(data):
+    assert as_sources(data) == []
+
+
+@pytest.mark.parametrize(
+    ("data", "sources"),
+    [
+        ("rows.jsonl", [Path("rows.jsonl")]),
+        (Path("rows.jsonl"), [Path("rows.jsonl")]),
+        (PurePosixPath("rows.jsonl"), [Path("rows.jsonl")]),
+        ("hf:a/b:c", ["hf:a/b:c"]),
+        (HubData(id="a/b"), [HubData(id="a/b")]),
+        (RowList(ROWS), [RowList(ROWS)]),
+        (["a.txt", Path("b.txt"), "hf:a/b"], [Path("a.txt"), Path("b.txt"), "hf:a/b"]),
+        (("a.txt",), [Path("a.txt")]),
+        ([["a.txt"], ["b.txt", ["c.txt"]]], [Path("a.txt"), Path("b.txt"), Path("c.txt")]),
+        (list(ROWS), [RowList(ROWS)]),
+        (ROWS, [RowList(ROWS)]),
+    ],
+)
+def test_data_is_a_name_rows_or_a_list(data, sources):
+    assert as_sources(data) == sources
+
+
+def test_rows_directly_in_a_list_are_one_source_at_the_place_of_the_first():
+    first, second = ROWS
+
+    assert as_sources(["a.txt", first, "b.txt", second, first]) == [
+        Path("a.txt"),
+        RowList((first, second, first)),
+        Path("b.txt"),
+    ]
+
+
+def test_rows_that_are_added_to_a_list_later_are_no_part_of_its_source():
+    rows = list(ROWS)
+
+    (source,) = as_sources(rows)
+    rows.append({"text": "Three."})
+
+    assert len(list(read_examples([source]))) == 2
+
+
+def test_data_set_is_read_again_and_again():
+    (source,) = as_sources(TinyDataset(["One.", "Two."]))
+
+    assert [len(list(read_examples([source]))) for _ in range(2)] == [2, 2]
+
+
+def test_other_collections_of_rows_are_read():
+    assert completions({1: {"text": "One."}, 2: {"text": "Two."}}.values()) == ["One.", "Two."]
+
+
+def test_a_list_may_mix_names_rows_and_data_sets(tmp_path):
+    (tmp_path / "a.txt").write_text("One.")
+
+    found = completions([str(tmp_path / "a.txt"), {"text": "Two."}, TinyDataset(["Three."]), [{"text": "Four."}]])
+
+    assert found == ["One.", "Two.", "Three.", "Four."]
+
+
+def test_several_row_lists_have_names_of_their_own():
+    sources = as_sources([TinyDataset(["One."]), {"text": "Two."}, TinyDataset([""])])
+
+    assert [str(source) for source in sources] == ["rows in memory", "rows in memory (2)", "rows in memory (3)"]
+    with pytest.raises(InputError, match=r"rows in memory \(3\):1: 'text' is empty"):
+        list(read_examples(sources))
+
+
+@pytest.mark.parametrize(
+    ("data", "problem", "fix"),
+    [
+        (3, "data is of type 'int', which is not a source of rows", "give a path"),
+        (True, "data is of type 'bool'", "give a path"),
+        (b"rows.jsonl", "data is of type 'bytes'", "give a path"),
+        (b"", "data is of type 'bytes'", "give a path"),
+        ({"a.txt"}, "data is of type 'set'", "or a list of these"),
+        (set(), "data is of type 'set'", "or a list of these"),
+        (range(3), "data is of type 'range'", "give a path"),
+        (["a.txt", 3], "data[1] is of type 'int'", "give a path"),
+        ([{"text": "One."}, None, [{"text": "Two."}, 2.0]], "data[2][1] is of type 'float'", "give a path"),
+        ({"text": "One."}, "data is one row, expected a list of rows", "put it into a list: data=[row]"),
+        ({}, "data is one row", "data=[row]"),
+        (iter(ROWS), "data is of type 'tuple_iterator', which can be read only once", "data=list(rows)"),
+        ((row for row in ROWS), "data is of type 'generator', which can be read only once", "data=list(rows)"),
+        (io.StringIO("One."), "data is of type 'StringIO', which can be read only once", "give its path"),
+        (
+            TinyDatasetDict(train=TinyDataset(["One."]), test=TinyDataset(["Two."])),
+            "which has several splits.\nCause: its splits: train, test",
+            "choose one, such as dataset['train']",
+        ),
+        ([TinyDatasetDict(a=TinyDataset(["One."]))], "data[0] is of type 'TinyDatasetDict'", "dataset['a']"),
+        (TinyDatasetDict(), "its splits: none", "give a path"),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, str) else "",
+)
+def test_other_data_is_refused_with_what_to_give_instead(data, problem, fix):
+    with pytest.raises(InputError) as raised:
+        as_sources(data)
+
+    assert problem in str(raised.value)
+    assert fix in str(raised.value.fix)
+
+
+def test_path_of_bytes_is_refused():
+    class BytesPath:
+        def __fspath__(self):
+            return b"rows.jsonl"
+
+    with pytest.raises(InputError, match="'BytesPath'"):
+        as_sources(cast(Any, BytesPath()))
+
+
+def test_text_in_place_of_a_path_is_told_to_be_a_row():
+    with pytest.raises((InputError, NotFoundError)) as raised:
+        completions(["The patient was given five milligrams twice a day. " * 20])
+
+    assert '[{"text": "..."}]' in str(raised.value.fix)
+
+
+def test_data_sets_of_the_package_are_rows_and_their_dicts_are_refused():
+    datasets = pytest.importorskip("datasets")
+    import pyarrow  # pyright: ignore[reportMissingImports]
+
+    rows = [{"text": "One.", "id": 1}, {"text": "Two.", "id": 2}]
+    # with a fingerprint, which `Dataset.from_list` would compute with dill: that fails on types of pyarrow 26
+    dataset = datasets.Dataset(pyarrow.Table.from_pylist(rows), fingerprint="rows")
+
+    assert list(read_examples(as_sources(dataset))) == list(read_examples(as_sources(rows)))
+    assert list(read_examples(as_sources([dataset.to_iterable_dataset()]))) == list(read_examples(as_sources(rows)))
+    with pytest.raises(InputError, match="its splits: train, test"):
+        as_sources(datasets.DatasetDict(train=dataset, test=dataset))
+    with pytest.raises(InputError, match="its splits: train"):
+        as_sources(datasets.IterableDatasetDict(train=dataset.to_iterable_dataset()))
+
+
+def test_data_sets_are_recognised_without_importing_the_package():
+    program = "import sys; from lorary.domains.data.corpus import as_sources; as_sources([{'text': 'One.'}])"
+    check = "assert not {'datasets', 'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)"
+
+    done = subprocess.run([sys.executable, "-c", f"{program}; {check}"], cwd=Path.home(), check=False)
+
+    assert done.returncode == 0
