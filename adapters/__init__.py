@@ -1,1 +1,1 @@
-"""LoRA experts, the routers that gate them, and the layer that mixes them."""
+"""LoRA experts, the routers that gate them, and the fused layer that applies them."""

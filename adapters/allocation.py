@@ -1,15 +1,15 @@
-"""How many experts each decoder layer carries: deeper layers more, the total always exact.
+"""Allocation of experts to decoder layers: more in deeper layers, with an exact total.
 
-The first layers can be left without any (`expert_free`): that is cheaper, and the domain router then reads the hidden
-state behind them, which stays a function of the frozen base model alone.
+The first layers can stay without experts (`expert_free`). That is cheaper, and the domain router reads the hidden state
+after these layers, which then depends on the frozen base model only.
 
-Schedules give each expert-bearing layer a weight; largest-remainder rounding turns weights into counts with the exact
-total, at least one expert each:
+A schedule weighs the layers with experts; largest-remainder rounding turns the weights into counts that have the exact
+total and give each of these layers at least one expert:
 
     uniform    1, 1, 1, ...
     linear     1, 2, 3, ...
-    quarters   2, 4, 6, 8 by quarter of the depth (MoLA, arXiv:2402.08562)
-    data       weights measured on the domain's own text, given by the caller
+    quarters   2, 4, 6, 8 by quarter of the layers (MoLA, arXiv:2402.08562)
+    data       weights measured on the domain's text (adapters/training/warm_start.py)
 """
 
 import math
@@ -17,12 +17,12 @@ from collections.abc import Sequence
 
 from ..domains.errors import InputError
 
-MAX_EXPERTS = 1024  # a layer on average, so that a slip of the pen does not fill the memory
+MAX_EXPERTS = 1024  # mean per layer; a typing error should not exhaust the memory
 SCHEDULES = ("linear", "quarters", "uniform", "data")
 
 
 def expert_free_layers(layers: int, fraction: float) -> int:
-    """How many of the first layers carry no experts: `fraction` of the depth, rounded, always leaving one that does."""
+    """Return the number of first layers without experts: `fraction` of all, rounded, at most all but one."""
     if not 0 <= fraction < 1:
         raise InputError(f"expert_free must be in [0, 1), found {fraction}.")
     return min(layers - 1, round(layers * fraction))
@@ -31,40 +31,36 @@ def expert_free_layers(layers: int, fraction: float) -> int:
 def allocate(
     layers: int, *, experts: float, schedule: str, expert_free: float, weights: Sequence[float] | None = None
 ) -> tuple[int, ...]:
-    """Expert counts of all decoder layers.
+    """Return the number of experts of each decoder layer.
 
     Args:
-        layers: Decoder layers of the base model.
-        experts: Mean number of experts over the layers that carry any; the total is this times their number, rounded.
+        layers: Number of decoder layers of the base model.
+        experts: Mean number of experts over the layers that have any; `round(experts * their number)` is the total.
         schedule: One of `SCHEDULES`.
-        expert_free: Fraction of the depth, from the input, that carries none.
-        weights: For `data` only: one positive weight for each expert-bearing layer.
-
-    Returns:
-        One count a layer; their sum is `round(experts * bearing)`.
+        expert_free: Fraction of the layers, from the input, without experts.
+        weights: For schedule `data` only: one positive weight for each layer with experts.
 
     Raises:
-        InputError: Unknown schedule, too few experts to give each bearing layer one, too many, or weights that do not
-            fit.
+        InputError: The schedule is unknown, the total is too small or too large, or the weights do not fit.
     """
     free = expert_free_layers(layers, expert_free)
     bearing = layers - free
-    if not experts <= MAX_EXPERTS:  # so written, it refuses nan as well
-        raise InputError(f"There can be at most {MAX_EXPERTS:,} experts a layer, found {experts:,}.")
+    if not experts <= MAX_EXPERTS:  # also true for nan
+        raise InputError(f"experts must be at most {MAX_EXPERTS:,} per layer, found {experts:,}.")
     total = round(experts * bearing)
     if total < bearing:
         raise InputError(
-            f"{experts} experts a layer are too few.",
-            cause=f"{bearing} layers carry experts and need one each, the total would be {total}",
+            f"{experts} experts per layer are too few.",
+            cause=f"{bearing} layers need at least one expert each, the total would be {total}",
         )
     shares = _schedule_weights(schedule, bearing, weights)
-    # one expert is given to each bearing layer before the rest is shared out
-    extra = largest_remainder([_above_minimum(share, sum(shares), total) for share in shares], total - bearing)
+    # each layer gets one expert first, the rest is distributed in proportion
+    extra = largest_remainder([_excess_quota(share, sum(shares), total) for share in shares], total - bearing)
     return (0,) * free + tuple(1 + count for count in extra)
 
 
 def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
-    """Whole numbers in proportion to `shares` that sum to `total`: Hamilton's method, ties go to deeper layers."""
+    """Round `shares` to integers with sum `total` by Hamilton's method; ties go to deeper layers."""
     whole = sum(shares)
     if whole <= 0:
         shares, whole = [1.0] * len(shares), float(len(shares))
@@ -76,8 +72,8 @@ def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-def _above_minimum(share: float, whole: float, total: int) -> float:
-    """The part of a layer's proportional quota that exceeds the one expert it has already."""
+def _excess_quota(share: float, whole: float, total: int) -> float:
+    """Return the part of a layer's proportional quota that exceeds the one expert it already has."""
     return max(0.0, share / whole * total - 1)
 
 
@@ -88,7 +84,7 @@ def _schedule_weights(schedule: str, bearing: int, weights: Sequence[float] | No
             raise InputError(f"Schedule 'data' needs {bearing} positive weights, found {found}.")
         return [float(weight) for weight in weights]
     if weights is not None:
-        raise InputError(f"Weights belong to schedule 'data', not to {schedule!r}.")
+        raise InputError(f"Layer weights are for schedule 'data' only, the schedule is {schedule!r}.")
     if schedule == "uniform":
         return [1.0] * bearing
     if schedule == "linear":

@@ -1,7 +1,7 @@
 """ExpertBank: all experts of one domain version with their gates, as plain tensors.
 
-A bank has a layer's experts on one rank axis: A is (rank, d_in) and B is (d_out, rank) for each target module, where
-`rank` is the sum of the experts' ranks. B is kept as trained; the experts' scales are folded in where a stack is built.
+The experts of a layer share one rank axis: for each target module A is (rank, d_in) and B is (d_out, rank), where
+`rank` is the sum of the experts' ranks. B is stored as trained; scales are folded in when a stack is built.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,41 +19,41 @@ from .config import BankConfig, lora_scale
 
 @dataclass(frozen=True, kw_only=True)
 class Expert:
-    """What is said of one expert apart from its tensors."""
+    """Metadata of one expert."""
 
     id: str
     rank: int
     alpha: float
     method: str = "lora"
-    generation: int = 0  # experts that were added together; the gates of later ones do not touch those of earlier ones
+    generation: int = 0  # experts added together, which form one softmax group in each layer
 
     @property
     def scale(self) -> float:
-        """The factor between B A x and the expert's update."""
+        """Factor of B A x in the expert's update."""
         return lora_scale(self.alpha, self.rank, self.method)
 
 
 @dataclass
 class LayerExperts:
-    """The experts of one bank in one decoder layer."""
+    """Experts of one bank in one decoder layer."""
 
     experts: tuple[Expert, ...]
-    A: dict[str, Float[Tensor, "rank d_in"]]  # by target module path inside the layer
+    A: dict[str, Float[Tensor, "rank d_in"]]  # by module path relative to the layer
     B: dict[str, Float[Tensor, "d_out rank"]]
-    expert_gate: Float[Tensor, "experts width"]  # W_e: rows that score the experts
-    rank_gate: Float[Tensor, "rank width"] | None  # V: None where rank gates are off (every factor is 1)
-    mean_gate: Float[Tensor, " rank"] | None = None  # mean of expert gate times rank gate on the bank's own text
+    expert_gate: Float[Tensor, "experts width"]  # W_e: its rows score the experts
+    rank_gate: Float[Tensor, "rank width"] | None  # V; None: no rank gates (all factors 1)
+    mean_gate: Float[Tensor, " rank"] | None = None  # mean of expert gate * rank gate on the training text
 
     @property
     def rank(self) -> int:
-        """The length of the layer's rank axis."""
+        """Length of the layer's rank axis."""
         return sum(expert.rank for expert in self.experts)
 
-    def only(self, expert: Expert) -> "LayerExperts":
-        """One expert's matrices, as views, without gates; see `ExpertBank.only`."""
+    def select_expert(self, expert: Expert) -> "LayerExperts":
+        """Return views of one expert's matrices, without gates; see `ExpertBank.select_expert`."""
         start = sum(other.rank for other in self.experts[: self.experts.index(expert)])
         part = slice(start, start + expert.rank)
-        # both are zero where only other experts of the layer extend a target
+        # A and B are both zero for a target that only other experts of the layer extend
         own = [target for target in self.A if self.A[target][part].any() or self.B[target][:, part].any()]
         return LayerExperts(
             experts=(expert,),
@@ -64,26 +64,26 @@ class LayerExperts:
         )
 
     def scales(self) -> Float[Tensor, " rank"]:
-        """Each rank's scale."""
+        """Return the scale of each rank."""
         return torch.cat([torch.full((expert.rank,), expert.scale) for expert in self.experts])
 
     def expert_of_rank(self) -> Int[Tensor, " rank"]:
-        """Each rank's expert, by its place in the layer."""
+        """Return the index of each rank's expert in the layer."""
         ranks = torch.tensor([expert.rank for expert in self.experts])
         return torch.repeat_interleave(torch.arange(len(self.experts)), ranks)
 
     def rank_rows(self) -> Float[Tensor, "rank width"]:
-        """The rank gates' rows; zeros where rank gates are off, which are factors of 1."""
+        """Return V, or zeros (factors of 1) if there are no rank gates."""
         return torch.zeros(self.rank, self.expert_gate.shape[1]) if self.rank_gate is None else self.rank_gate
 
     def static_gate(self) -> Float[Tensor, " rank"]:
-        """The constant gates that stand for this layer's own: the measured mean, or one over the number of experts."""
+        """Return the constant gates of a static composition: the measured means, else 1 / number of experts."""
         if self.mean_gate is not None:
             return self.mean_gate
         return torch.full((self.rank,), 1.0 / len(self.experts))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with a stable name, for digests."""
+        """Yield all tensors with stable names, for digests."""
         for target in sorted(self.A):
             yield f"{target}.A", self.A[target]
             yield f"{target}.B", self.B[target]
@@ -96,38 +96,40 @@ class LayerExperts:
 
 @dataclass
 class ExpertBank:
-    """The experts of one domain version, by decoder layer; layers without experts are absent."""
+    """Experts of one domain version by decoder layer; layers without experts are absent."""
 
     layers: dict[int, LayerExperts] = field(default_factory=dict)
 
     @property
     def experts(self) -> tuple[Expert, ...]:
-        """Every expert once, by generation and in the order of its first layer."""
+        """All experts, sorted by generation, then by first layer."""
         found = dict.fromkeys(expert for _, layer in sorted(self.layers.items()) for expert in layer.experts)
         return tuple(sorted(found, key=lambda expert: expert.generation))
 
     @property
     def first_layer(self) -> int:
-        """The first decoder layer that carries experts."""
+        """Index of the first decoder layer with experts."""
         return min(self.layers)
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         return sum(tensor.numel() for name, tensor in self.tensors() if not name.endswith("mean_gate"))
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with a stable name, in a stable order."""
+        """Yield all tensors with stable names in a stable order."""
         for index, layer in sorted(self.layers.items()):
             for name, tensor in layer.tensors():
                 yield f"layers.{index}.{name}", tensor
 
-    def only(self, expert: Expert) -> "ExpertBank":
-        """One expert's matrices without gates; targets that only its neighbours in a layer extend are left out."""
-        return ExpertBank({i: layer.only(expert) for i, layer in self.layers.items() if expert in layer.experts})
+    def select_expert(self, expert: Expert) -> "ExpertBank":
+        """Return one expert's matrices without gates; targets that it does not extend are absent."""
+        return ExpertBank(
+            {i: layer.select_expert(expert) for i, layer in self.layers.items() if expert in layer.experts}
+        )
 
     def counts(self, depth: int) -> tuple[int, ...]:
-        """Experts in each of `depth` decoder layers."""
+        """Return the number of experts of each of `depth` decoder layers."""
         return tuple(len(self.layers[i].experts) if i in self.layers else 0 for i in range(depth))
 
 
@@ -140,11 +142,11 @@ def new_bank(
     weights: list[float] | None = None,
     older: Sequence[Expert] = (),
 ) -> ExpertBank:
-    """A fresh bank that changes nothing yet: A random (Kaiming uniform, as Hu et al.), B and rank gates zero.
+    """Return an untrained bank without effect: A Kaiming uniform as in Hu et al. 2021, B and rank gates zero.
 
     Args:
-        weights: Layer weights, for the schedule `data` only.
-        older: Experts of the bank that the new ones will join: they are numbered on, in a generation of their own.
+        weights: Layer weights, for schedule `data` only.
+        older: Experts of the bank to extend; new ids continue theirs and the generation is the next one.
     """
     counts = allocate(
         layout.count,
@@ -163,8 +165,8 @@ def new_bank(
     return bank
 
 
-def join(first: LayerExperts, second: LayerExperts) -> LayerExperts:
-    """Two sets of experts of one layer on one rank axis; a target that only one extends is zero in the other."""
+def concat_layers(first: LayerExperts, second: LayerExperts) -> LayerExperts:
+    """Concatenate the experts of one layer along the rank axis; missing targets are filled with zeros."""
     parts, a_matrices, b_matrices = (first, second), {}, {}
     for target in dict.fromkeys([*first.A, *second.A]):
         sample = next(part for part in parts if target in part.A)
@@ -190,11 +192,11 @@ def join(first: LayerExperts, second: LayerExperts) -> LayerExperts:
     )
 
 
-def extended(bank: ExpertBank, addition: ExpertBank) -> ExpertBank:
-    """A bank and a new generation of experts as one bank; the tensors of the older experts are the same bytes in it."""
+def extend_bank(bank: ExpertBank, addition: ExpertBank) -> ExpertBank:
+    """Return `bank` with a new generation of experts; the values of the older experts are unchanged."""
     layers = dict(bank.layers)
     for index, new in addition.layers.items():
-        layers[index] = join(layers[index], new) if index in layers else new
+        layers[index] = concat_layers(layers[index], new) if index in layers else new
     return ExpertBank(layers)
 
 

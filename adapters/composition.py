@@ -1,15 +1,15 @@
-"""A composition: which domains are put together, in which version and with which weight.
+"""Composition: the domains to combine, with their versions and weights.
 
     COMPOSITION = TERM ("+" TERM)*        TERM = (NAME ["@" (VERSION | ALIAS)] | REMOTE ["@" REVISION]) [":" WEIGHT]
                                           REMOTE = "hf://" OWNER "/" REPO
 
     medicine+general        medicine@2:0.7+legal:0.3        legal@production        hf://acme/lorary-legal@v2:0.3+medicine
 
-A remote term names a pack on the Hub. Before a composition is planned, the pack is pulled and the term is replaced by
-the domain and version that it became.
+A remote term names a pack on the Hub. The pack is pulled before the composition is planned, and the term is replaced by
+the local domain and version.
 
-`general` is the knowledge-preservation slot. It is always there, so a bare `general` beside other domains is left out
-of the written form. Order has no meaning: `general` comes first, the others follow by name. Round trip:
+`general` is the knowledge-preservation slot. It is always loaded, so a bare `general` next to other domains is omitted
+from the canonical form. Order is irrelevant: `general` comes first, the others are sorted by name. Round trip:
 
     Composition.parse(str(c)) == c
 """
@@ -27,17 +27,17 @@ from ..domains.remote_ref import REMOTE_PREFIX, RemoteRef
 
 GENERAL: Final = "general"  # the knowledge-preservation slot
 
-# an exponent has no plus sign: that sign separates terms
+# no plus sign in exponents: it separates terms
 _WEIGHT = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE]-?[0-9]+)?")
 _FIX: Final = "Write for example: medicine@2:0.7+legal:0.3"
 
 
 @dataclass(frozen=True)
 class Term:
-    """One domain of a composition; no selector means the alias `latest`, no weight means an equal prior."""
+    """One domain of a composition; without a selector the alias `latest`, without a weight an equal prior."""
 
-    name: str  # of a domain, or a repository of the Hub: hf://owner/repo
-    selector: str | None = None  # a version such as "2", or an alias; of a repository, a revision
+    name: str  # domain, or Hub repository: hf://owner/repo
+    selector: str | None = None  # version such as "2" or alias; for a repository, a revision
     weight: float | None = None  # > 0
 
     def __post_init__(self) -> None:
@@ -49,7 +49,7 @@ class Term:
 
     @property
     def remote(self) -> RemoteRef | None:
-        """The pack on the Hub that the term names; None for a domain of the store."""
+        """Pack on the Hub that the term names; None for a domain of the store."""
         if not self.name.startswith(REMOTE_PREFIX):
             return None
         return RemoteRef(self.name.removeprefix(REMOTE_PREFIX), self.selector)
@@ -65,7 +65,7 @@ class Composition:
     """Terms in canonical order, each domain once.
 
     Raises:
-        InputError: There is no term, or a domain occurs twice.
+        InputError: There are no terms, or a domain occurs twice.
     """
 
     terms: tuple[Term, ...]
@@ -75,16 +75,16 @@ class Composition:
 
     @classmethod
     def parse(cls, text: str) -> "Composition":
-        """Read the written form.
+        """Parse a composition.
 
         Raises:
-            InputError: It does not follow the grammar; names the text, the place and an example.
+            InputError: `text` violates the grammar; the error names the text, the position and an example.
         """
         terms: dict[str, Term] = {}
         position = 0
         for part in text.split("+"):
             term = _parse_term(text, part, position)
-            with _located(text, position):
+            with _error_location(text, position):
                 if term.name in terms:
                     raise InputError(f"{term.name!r} occurs twice.")
             terms[term.name] = term
@@ -93,7 +93,7 @@ class Composition:
 
     @property
     def slots(self) -> tuple[Term, ...]:
-        """All slots that the composition loads: the terms, with `general` in front even where it is not written."""
+        """Slots to load: the terms, preceded by `general` if it is not among them."""
         if self.terms[0].name == GENERAL:
             return self.terms
         return (Term(GENERAL), *self.terms)
@@ -103,10 +103,10 @@ class Composition:
 
 
 def parse_reference(text: str) -> tuple[str, str | None]:
-    """Name and selector of one version: `medicine`, `medicine@2`, `medicine@production`.
+    """Return the name and selector of a reference: `medicine`, `medicine@2`, `medicine@production`.
 
     Raises:
-        InputError: It names several domains, weighs one, or breaks the grammar.
+        InputError: `text` names several domains, has a weight, or violates the grammar.
     """
     refusal = InputError(f"{text!r} does not name one version.", fix="write NAME, NAME@2 or NAME@ALIAS")
     try:
@@ -120,7 +120,7 @@ def parse_reference(text: str) -> tuple[str, str | None]:
 
 
 def _canonical(terms: tuple[Term, ...]) -> tuple[Term, ...]:
-    """General first, others by name; a bare `general` beside others says nothing and goes."""
+    """Sort terms, `general` first, and drop a bare `general` next to others, which is redundant."""
     names = [term.name for term in terms]
     if not names:
         raise InputError("The composition names no domain.", fix=_FIX)
@@ -137,12 +137,12 @@ def _parse_term(text: str, part: str, position: int) -> Term:
     head, colon, weight = part.removeprefix(prefix).partition(":")
     name, at, selector = head.partition("@")
     head, name = prefix + head, prefix + name
-    with _located(text, position):
+    with _error_location(text, position):
         _check_name(name)
-    with _located(text, position + len(name) + 1):
+    with _error_location(text, position + len(name) + 1):
         if at:
             _check_selector(name, selector)
-    with _located(text, position + len(head) + 1):
+    with _error_location(text, position + len(head) + 1):
         number = _parse_weight(weight) if colon else None
     return Term(name, selector if at else None, number)
 
@@ -163,24 +163,24 @@ def _check_selector(name: str, selector: str) -> None:
 
 def _parse_weight(text: str) -> float:
     if not _WEIGHT.fullmatch(text):
-        raise InputError(f"{text!r} cannot be a weight.", cause="Expected a number such as 0.7.")
+        raise InputError(f"{text!r} is not a weight.", cause="Expected a number such as 0.7.")
     return _check_weight(float(text))
 
 
 def _check_weight(weight: float) -> float:
     if not (math.isfinite(weight) and weight > 0):
-        raise InputError(f"{weight!r} cannot be a weight.", cause="A weight is a finite number above 0.", fix=_FIX)
+        raise InputError(f"{weight!r} is not a weight.", cause="A weight is a finite number above 0.", fix=_FIX)
     return weight
 
 
 def _write_weight(weight: float) -> str:
-    """The shortest text that reads back as the same number."""
+    """Return the shortest text that parses to the same number."""
     return repr(weight).removesuffix(".0").replace("e+", "e")
 
 
 @contextmanager
-def _located(text: str, position: int) -> Iterator[None]:
-    """Add the whole text and the place in it, counted from 1, to an error about one part."""
+def _error_location(text: str, position: int) -> Iterator[None]:
+    """Add the whole text and the position, counted from 1, to an error about one part."""
     try:
         yield
     except InputError as error:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ...adapters.bank import Expert, ExpertBank, LayerExperts, join
+from ...adapters.bank import Expert, ExpertBank, LayerExperts, concat_layers
 from ...domains.base_model import ModelLayout
 from ..pack.pack import DomainPack, merged_tensors
 from ..pack.peft_config import bank_config
@@ -25,7 +25,7 @@ def static_bank(packs: Sequence[DomainPack], shares: Sequence[float]) -> ExpertB
     for pack, share in zip(packs, shares, strict=True):
         for index, layer in pack.bank.layers.items() if share else ():
             new = _under_constant_gates(layer, share)
-            bank.layers[index] = join(bank.layers[index], new) if index in bank.layers else new
+            bank.layers[index] = concat_layers(bank.layers[index], new) if index in bank.layers else new
     return bank
 
 

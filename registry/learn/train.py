@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...adapters.allocation import expert_free_layers
-from ...adapters.bank import Expert, ExpertBank, extended, new_bank
+from ...adapters.bank import Expert, ExpertBank, extend_bank, new_bank
 from ...adapters.composition import GENERAL
 from ...adapters.config import BankConfig, TrainingConfig
 from ...adapters.layer.attach import attach, routing_of, trained_bank
@@ -171,7 +171,7 @@ def _learn(lesson: Lesson, ground: Ground, start: Start, blocks: Blocks) -> Lear
     )
     trained = _with_mean_gates(composed, blocks)
     pack = DomainPack(
-        bank=extended(start.older, trained) if start.older else trained,
+        bank=extend_bank(start.older, trained) if start.older else trained,
         statistics=start.statistics,
         prototypes=start.prototypes,
         temperatures=Temperatures(),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters.bank import Expert, ExpertBank, LayerExperts, join
+from ...adapters.bank import Expert, ExpertBank, LayerExperts, concat_layers
 from ...adapters.layer.gates import TEMPERATURE
 from ...adapters.router.router import Temperatures
 from ...domains.base_model import ModelLayout
@@ -208,7 +208,7 @@ def _tensors_of(bank: ExpertBank, expert: Expert) -> dict[tuple[int, str, str], 
     """The expert's A and B by layer, target and letter."""
     return {
         (index, target, letter): matrices[target]
-        for index, layer in bank.only(expert).layers.items()
+        for index, layer in bank.select_expert(expert).layers.items()
         for letter, matrices in (("A", layer.A), ("B", layer.B))
         for target in matrices
     }
@@ -261,7 +261,7 @@ def _add_expert(bank: ExpertBank, record: ExpertRecord, tensors: dict[str, Tenso
             expert_gate=torch.empty(0, 0),
             rank_gate=None,
         )
-        bank.layers[index] = join(bank.layers[index], new) if index in bank.layers else new
+        bank.layers[index] = concat_layers(bank.layers[index], new) if index in bank.layers else new
 
 
 def _check_widths(layer: LayerExperts | None, pairs: dict[str, dict[str, Tensor]], *, where: str) -> None:

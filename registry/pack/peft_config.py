@@ -39,7 +39,7 @@ def expert_config(
     bank: ExpertBank, expert: Expert, *, layout: ModelLayout, base_id: str, revision: str | None
 ) -> dict[str, Any]:
     """adapter_config.json of one expert."""
-    return _config(bank.only(expert).layers, layout, base_id, revision) | {
+    return _config(bank.select_expert(expert).layers, layout, base_id, revision) | {
         "r": expert.rank,
         "lora_alpha": expert.alpha,
         "use_rslora": expert.method == "rslora",

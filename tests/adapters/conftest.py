@@ -1,6 +1,6 @@
-"""Fixtures for adapters: tiny models of many families, random banks and statistics, and the formula of a layer.
+"""Fixtures for adapters: tiny models of many families, random banks, gates, statistics and routers.
 
-Every random thing takes a seed: same seed, same tensors.
+All random values come from seeds: same seed, same tensors.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,10 +27,10 @@ FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "
 
 
 def tiny_config(family: str) -> Any:
-    """A configuration of 4 layers of width 32; windows of 8 where there are windows, so that tests leave them."""
+    """Return a config with 4 layers of width 32; sliding windows, if any, have 8 tokens, so that tests exceed them."""
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
-        "initializer_range": 0.2,  # far apart logits: no ties in greedy decoding
+        "initializer_range": 0.2,  # logits far apart: no ties in greedy decoding
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
@@ -57,7 +57,7 @@ def tiny_config(family: str) -> Any:
 
 @pytest.fixture(scope="session")
 def make_base() -> Callable[..., PreTrainedModel]:
-    """`make_base(family)`: a new frozen random model in evaluation mode."""
+    """`make_base(family)`: a new frozen random model in eval mode."""
 
     def make(family: str = "llama", *, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         with torch.random.fork_rng(devices=[]):
@@ -70,13 +70,13 @@ def make_base() -> Callable[..., PreTrainedModel]:
 
 @pytest.fixture
 def base(make_base: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """A llama of the test's own."""
+    """A new llama."""
     return make_base("llama")
 
 
 @pytest.fixture(params=FAMILIES)
 def any_base(request: Any, make_base: Callable[..., PreTrainedModel]) -> PreTrainedModel:
-    """A model of every family in turn, the test's own."""
+    """A new model, of every family in turn."""
     return make_base(request.param)
 
 
@@ -93,7 +93,7 @@ def compose(random_stack: Callable[..., Stack], random_router: Any) -> Callable[
 
 @pytest.fixture(scope="session")
 def some_ids() -> Callable[..., Tensor]:
-    """`some_ids(batch, seq, seed=..)`: random tokens, none of them special."""
+    """`some_ids(batch, seq, seed=..)`: random ids without special tokens."""
 
     def make(batch: int = 1, seq: int = 12, seed: int = 0) -> Tensor:
         return torch.randint(3, VOCABULARY, (batch, seq), generator=torch.Generator().manual_seed(seed))
@@ -103,13 +103,13 @@ def some_ids() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def prompts(some_ids: Callable[..., Tensor]) -> Callable[[], list[Tensor]]:
-    """`prompts()`: three prompts of different lengths, one longer than the windows."""
+    """`prompts()`: three prompts of different lengths, one longer than the sliding windows."""
     return lambda: [some_ids(1, seq, seed=seq) for seq in (12, 5, 1)]
 
 
 @pytest.fixture(scope="session")
 def padded() -> Callable[..., dict[str, Tensor]]:
-    """`padded(texts, left=..)`: one batch of several texts, with its mask."""
+    """`padded(texts, left=..)`: a padded batch of several texts, with its attention mask."""
 
     def make(texts: list[Tensor], *, left: bool) -> dict[str, Tensor]:
         longest = max(text.shape[1] for text in texts)
@@ -137,7 +137,7 @@ def logits() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def generated() -> Callable[..., Tensor]:
-    """`generated(model, **inputs)`: eight new tokens, greedy unless told otherwise."""
+    """`generated(model, **inputs)`: eight new tokens, greedy by default; inputs override."""
 
     def run(model: Any, **inputs: Any) -> Tensor:
         if "attention_mask" not in inputs:
@@ -149,9 +149,9 @@ def generated() -> Callable[..., Tensor]:
 
 @pytest.fixture(scope="session")
 def random_gates() -> Callable[..., LayerGates]:
-    """`random_gates([[2], [3, 1]], width=.., slots=[0, 0], new=1)`: ranks of each expert by softmax group.
+    """`random_gates([[2], [3, 1]], width=.., slots=[0, 0], new=1)`: gates from the ranks of experts by softmax group.
 
-    `slots` has the slot of each group, another for each if not given; the last `new` groups train.
+    `slots` has the slot of each group, by default a new one for each; the last `new` groups are trainable.
     """
 
     def make(
@@ -167,7 +167,7 @@ def random_gates() -> Callable[..., LayerGates]:
         generator = torch.Generator().manual_seed(0)
         expert_gate = torch.randn(len(ranks), width, generator=generator)
         rank_gate = torch.randn(sum(ranks), width, generator=generator) * 0.3
-        experts = sum(map(len, groups[: len(groups) - new]))  # that are frozen
+        experts = sum(map(len, groups[: len(groups) - new]))  # frozen ones
         frozen = sum(ranks[:experts])
         return LayerGates(
             expert_gate=expert_gate[:experts],
@@ -218,7 +218,7 @@ def random_layer() -> Callable[..., LayerExperts]:
 
 @pytest.fixture(scope="session")
 def random_bank(random_layer: Callable[..., LayerExperts]) -> Callable[..., ExpertBank]:
-    """`random_bank(model, seed=..)`: experts from layer 1 on, of mixed number, rank, alpha, method and targets."""
+    """`random_bank(model, seed=..)`: experts from layer 1 on with random counts, ranks, alphas, methods and targets."""
 
     def make(
         model: Any,
@@ -232,14 +232,14 @@ def random_bank(random_layer: Callable[..., LayerExperts]) -> Callable[..., Expe
         layout = find_layout(model)
         generator = torch.Generator().manual_seed(seed)
 
-        def choose(most: int) -> int:
-            return 1 + int(torch.randint(most, (), generator=generator))
+        def choose(maximum: int) -> int:
+            return 1 + int(torch.randint(maximum, (), generator=generator))
 
         bank = ExpertBank()
         for index in range(first_layer, layout.count):
             layer = model.get_submodule(f"{layout.layers}.{index}")
             targets = target_modules(model, layout)
-            if not all_targets:  # of at least one: a random half
+            if not all_targets:  # a random subset of at least one
                 order = torch.randperm(len(targets), generator=generator).tolist()
                 targets = tuple(targets[i] for i in order[: choose(len(targets))])
             experts = [(choose(5), float(choose(16)), ("lora", "rslora")[choose(2) - 1]) for _ in range(choose(3))]
@@ -260,7 +260,7 @@ def random_bank(random_layer: Callable[..., LayerExperts]) -> Callable[..., Expe
 
 @pytest.fixture(scope="session")
 def random_statistics() -> Callable[..., DomainStatistics]:
-    """`random_statistics(seed=.., tokens=ids that occur)`: counts and features of a made-up domain."""
+    """`random_statistics(seed=.., tokens=ids that occur)`: counts and features of a synthetic domain."""
 
     def make(
         *,
@@ -291,7 +291,7 @@ def random_statistics() -> Callable[..., DomainStatistics]:
 
 @pytest.fixture(scope="session")
 def random_stack(random_bank: Callable[..., ExpertBank]) -> Callable[..., Stack]:
-    """`random_stack(model, names=(..), seed=..)`: one random bank a slot; keywords of `random_bank` go through."""
+    """`random_stack(model, names=(..), seed=..)`: one random bank per slot; other keywords go to `random_bank`."""
 
     def make(
         model: Any,
@@ -310,7 +310,7 @@ def random_stack(random_bank: Callable[..., ExpertBank]) -> Callable[..., Stack]
 
 @pytest.fixture(scope="session")
 def random_router(random_statistics: Callable[..., DomainStatistics]) -> Callable[..., DomainRouter]:
-    """`random_router(model, slots=.., seed=..)`: the router of made-up domains for the model's vocabulary and width."""
+    """`random_router(model, slots=.., seed=..)`: router of synthetic domains for the model's vocabulary and width."""
 
     def make(model: Any, *, slots: int = 3, seed: int = 0) -> DomainRouter:
         config = model.config.get_text_config()
@@ -332,7 +332,7 @@ def bank_config() -> Callable[..., BankConfig]:
 
 @pytest.fixture(scope="session")
 def relative_error() -> Callable[[Tensor, Tensor], float]:
-    """The largest difference, relative to the largest expected number (or to `floor`, where all are about zero)."""
+    """`relative_error(found, expected)`: max |found - expected| / max(max |expected|, floor)."""
 
     def error(found: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
         scale = expected.detach().double().abs().max().clamp(min=floor)
@@ -343,7 +343,7 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
 
 @pytest.fixture(scope="session")
 def digest() -> Callable[[nn.Module], dict[str, str]]:
-    """sha256 of the bytes of every parameter and buffer of a module, by name."""
+    """`digest(module)`: sha256 of every parameter and buffer, by name."""
     import hashlib
 
     def of(module: nn.Module) -> dict[str, str]:
@@ -358,7 +358,7 @@ def digest() -> Callable[[nn.Module], dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def two_steps() -> Callable[[Sequence[float], Tensor], Tensor]:
-    """`two_steps(prior, evidence)`: the slot gates as they are defined, KP against the strongest domain first."""
+    """`two_steps(prior, evidence)`: slot gates by definition, KP against the strongest domain first."""
 
     def gates(prior: Sequence[float], evidence: Tensor) -> Tensor:
         weights = torch.tensor(prior[1:], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Expert counts: the total is exact, every bearing layer has one, deeper layers have no fewer."""
+"""Expert counts: the total is exact, every layer with experts has one, deeper layers have no fewer."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ FRACTIONS = st.floats(0, 0.99)
 
 @settings(deadline=None)
 @given(layers=DEPTHS, experts=EXPERTS, fraction=FRACTIONS, schedule=st.sampled_from(("linear", "quarters", "uniform")))
-def test_total_is_exact_and_every_bearing_layer_has_an_expert(
+def test_total_is_exact_and_every_layer_but_the_free_has_an_expert(
     layers: int, experts: float, fraction: float, schedule: str
 ) -> None:
     free = expert_free_layers(layers, fraction)
@@ -39,7 +39,7 @@ def test_deeper_layers_never_have_fewer_experts(layers: int, experts: float, fra
 
 @settings(deadline=None)
 @given(weights=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=40), experts=EXPERTS)
-def test_measured_weights_give_the_exact_total_and_more_where_they_are_larger(
+def test_layer_weights_give_the_exact_total_and_larger_counts_for_larger_weights(
     weights: list[float], experts: float
 ) -> None:
     counts = allocate(len(weights), experts=experts, schedule="data", expert_free=0.0, weights=weights)
@@ -52,7 +52,7 @@ def test_measured_weights_give_the_exact_total_and_more_where_they_are_larger(
 
 @settings(deadline=None)
 @given(shares=st.lists(st.floats(0, 1e6, allow_subnormal=False), min_size=1, max_size=40), total=st.integers(0, 500))
-def test_largest_remainder_has_the_exact_sum_and_stays_within_one_of_the_quota(shares: list[float], total: int) -> None:
+def test_largest_remainder_has_the_exact_sum_and_is_within_one_of_the_quota(shares: list[float], total: int) -> None:
     counts = largest_remainder(shares, total)
 
     whole = sum(shares)
@@ -82,12 +82,12 @@ def test_known_allocations(arguments: dict[str, Any], expected: tuple[int, ...])
 
 
 @pytest.mark.parametrize(("layers", "fraction", "free"), [(4, 0.25, 1), (32, 0.25, 8), (1, 0.9, 0), (2, 0.99, 1)])
-def test_one_layer_always_carries_experts(layers: int, fraction: float, free: int) -> None:
+def test_at_least_one_layer_has_experts(layers: int, fraction: float, free: int) -> None:
     assert expert_free_layers(layers, fraction) == free
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "named"),
     [
         ({"schedule": "quadratic"}, "quadratic"),
         ({"experts": 0.5}, "0.5"),
@@ -103,16 +103,16 @@ def test_one_layer_always_carries_experts(layers: int, fraction: float, free: in
         ({"weights": [1.0, 1.0, 1.0]}, "'linear'"),
     ],
 )
-def test_what_does_not_fit_is_refused_and_named(changes: dict[str, Any], said: str) -> None:
+def test_invalid_arguments_are_refused_and_named(changes: dict[str, Any], named: str) -> None:
     arguments = {"layers": 4, "experts": 2.0, "schedule": "linear", "expert_free": 0.25} | changes
 
     with pytest.raises(InputError) as refusal:
         allocate(**arguments)
 
-    assert said in str(refusal.value)
+    assert named in str(refusal.value)
 
 
-def test_every_schedule_is_known() -> None:
+def test_every_schedule_is_accepted() -> None:
     for schedule in SCHEDULES:
         weights = [1.0, 2.0] if schedule == "data" else None
         assert sum(allocate(2, experts=2.0, schedule=schedule, expert_free=0.0, weights=weights)) == 4

@@ -1,4 +1,4 @@
-"""Banks: fresh ones, and a new generation of experts joined to an older one."""
+"""Banks: new ones, and a bank extended by a new generation of experts."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,13 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorary.adapters.bank import Expert, ExpertBank, LayerExperts, extended, join, new_bank
+from lorary.adapters.bank import Expert, ExpertBank, LayerExperts, concat_layers, extend_bank, new_bank
 from lorary.domains.base_model import find_layout
 
 
 @pytest.fixture
 def addition(bank_config: Any) -> Callable[..., ExpertBank]:
-    """`addition(base, older, rank=3, ..)`: a fresh bank whose experts will join these older ones."""
+    """`addition(base, older, rank=3, ..)`: a new bank whose experts extend these older ones."""
 
     def make(base: Any, older: tuple[Expert, ...], **changes: Any) -> ExpertBank:
         generator = torch.Generator().manual_seed(5)
@@ -23,10 +23,10 @@ def addition(bank_config: Any) -> Callable[..., ExpertBank]:
     return make
 
 
-def test_a_new_generation_is_numbered_on(base: Any, addition: Any) -> None:
+def test_ids_and_generations_continue_those_of_the_older_experts(base: Any, addition: Any) -> None:
     first = addition(base, ())
     second = addition(base, first.experts, rank=3)
-    third = addition(base, extended(first, second).experts)
+    third = addition(base, extend_bank(first, second).experts)
 
     assert [(e.id, e.generation) for e in first.experts] == [("e0", 0), ("e1", 0), ("e2", 0)]
     assert [(e.id, e.generation, e.rank) for e in second.experts] == [("e3", 1, 3), ("e4", 1, 3), ("e5", 1, 3)]
@@ -34,10 +34,10 @@ def test_a_new_generation_is_numbered_on(base: Any, addition: Any) -> None:
     assert third.experts[0].id == "e6"
 
 
-def test_experts_of_an_extended_bank_stand_by_generation_in_every_layer(base: Any, addition: Any) -> None:
+def test_experts_of_an_extended_bank_are_sorted_by_generation_in_every_layer(base: Any, addition: Any) -> None:
     first = addition(base, ())
 
-    bank = extended(first, addition(base, first.experts, schedule="uniform"))
+    bank = extend_bank(first, addition(base, first.experts, schedule="uniform"))
 
     order = [expert.id for expert in bank.experts]
     assert order == ["e0", "e1", "e2", "e3", "e4"]
@@ -51,7 +51,7 @@ def test_extending_keeps_every_byte_of_the_older_experts(seed: int, make_base: A
     model = make_base("llama")
     first, second = random_bank(model, seed=seed), random_bank(model, seed=seed + 1, first_layer=2)
 
-    bank = extended(first, second)
+    bank = extend_bank(first, second)
 
     assert bank.parameters >= first.parameters + second.parameters
     for index, old in first.layers.items():
@@ -64,11 +64,11 @@ def test_extending_keeps_every_byte_of_the_older_experts(seed: int, make_base: A
         assert torch.equal(layer.scales()[: old.rank], old.scales())
 
 
-def test_a_target_that_one_side_does_not_extend_is_zero_there(random_layer: Any) -> None:
+def test_a_target_that_one_side_does_not_extend_is_filled_with_zeros(random_layer: Any) -> None:
     left: LayerExperts = random_layer([(2, 1.0, "lora")], {"q": (3, 4)}, width=8, rank_gates=False)
     right: LayerExperts = random_layer([(1, 1.0, "lora")], {"k": (3, 5)}, width=8, seed=1, mean_gate=True)
 
-    both = join(left, right)
+    both = concat_layers(left, right)
 
     assert both.A["q"].shape == (3, 3)
     assert both.B["k"].shape == (5, 3)

@@ -1,3 +1,5 @@
+"""The text form of compositions: parsing, canonical form, errors."""
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,28 +18,28 @@ terms = st.builds(Term, names, selectors, weights) | st.builds(Term, repos, revi
 term_lists = st.lists(terms, min_size=1, max_size=6, unique_by=lambda term: term.name)
 
 
-def test_example_is_read():
+def test_example_is_parsed():
     composition = Composition.parse("medicine@2:0.7+legal:0.3+general")
 
     assert composition.terms == (Term("legal", None, 0.3), Term("medicine", "2", 0.7))
 
 
 @given(term_lists)
-def test_written_form_reads_back_as_the_same(drawn):
+def test_text_form_round_trips(drawn):
     composition = Composition(tuple(drawn))
 
     assert Composition.parse(str(composition)) == composition
 
 
 @given(term_lists)
-def test_written_form_is_canonical(drawn):
+def test_text_form_is_canonical(drawn):
     written = str(Composition(tuple(drawn)))
 
     assert str(Composition.parse(written)) == written
 
 
 @given(term_lists, st.randoms())
-def test_order_has_no_meaning(drawn, random):
+def test_order_is_irrelevant(drawn, random):
     shuffled = random.sample(drawn, len(drawn))
 
     assert Composition(tuple(shuffled)) == Composition(tuple(drawn))
@@ -107,7 +109,7 @@ def test_general_is_always_among_the_slots(text):
         ("hf://a/b+hf://a/b@v1", 10),
     ],
 )
-def test_error_names_text_place_and_example(text, position):
+def test_error_names_text_position_and_example(text, position):
     with pytest.raises(InputError) as caught:
         Composition.parse(text)
 
@@ -117,7 +119,7 @@ def test_error_names_text_place_and_example(text, position):
 
 
 @pytest.mark.parametrize("text", ["hf://a/b@v1:0.5", "hf://a/b"])
-def test_a_remote_term_knows_what_it_means_on_the_hub(text):
+def test_a_remote_term_names_a_pack_on_the_hub(text):
     remote, local = Composition.parse(f"{text}+medicine@2").terms
 
     assert str(remote.remote) == text.removesuffix(":0.5")
@@ -125,7 +127,7 @@ def test_a_remote_term_knows_what_it_means_on_the_hub(text):
 
 
 @given(st.text(alphabet="ab2@:+.-e ", max_size=20) | st.text(alphabet="hf:/ab2@+.v", max_size=24))
-def test_any_text_is_read_or_refused_as_input(text):
+def test_any_text_is_parsed_or_refused_as_input(text):
     try:
         composition = Composition.parse(text)
     except InputError:
@@ -134,7 +136,7 @@ def test_any_text_is_read_or_refused_as_input(text):
     assert Composition.parse(str(composition)) == composition
 
 
-def test_composition_of_nothing_is_refused():
+def test_empty_composition_is_refused():
     with pytest.raises(InputError):
         Composition(())
 
@@ -145,6 +147,6 @@ def test_same_domain_in_two_versions_is_refused():
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, float("nan"), float("inf")])
-def test_term_refuses_weights_that_are_no_weights(weight):
+def test_term_refuses_invalid_weights(weight):
     with pytest.raises(InputError):
         Term("legal", None, weight)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorary.adapters.bank import ExpertBank, extended, new_bank
+from lorary.adapters.bank import ExpertBank, extend_bank, new_bank
 from lorary.adapters.kernels.reference import expert_gates, scores
 from lorary.adapters.layer.attach import attach, routing_of, trained_bank
 from lorary.adapters.layer.stack import Stack, build_gates, layer_slices
@@ -76,7 +76,7 @@ def test_one_joined_bank_is_the_same_function_as_its_generations(
     router = random_router(base, slots=2)
 
     apart = attach(base, Stack(names=("general", "legal"), banks=(kp, older, addition)), router=router)
-    joined = attach(base, Stack(names=("general", "legal"), banks=(kp, extended(older, addition))), router=router)
+    joined = attach(base, Stack(names=("general", "legal"), banks=(kp, extend_bank(older, addition))), router=router)
 
     found, expected = logits(joined, input_ids=some_ids(2)), logits(apart, input_ids=some_ids(2))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

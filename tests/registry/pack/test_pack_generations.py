@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lorary.adapters.bank import extended, new_bank
+from lorary.adapters.bank import extend_bank, new_bank
 from lorary.adapters.config import BankConfig
 from lorary.registry import Registry
 from lorary.registry.pack.pack import expert_records, pack_files, read_pack
@@ -27,7 +27,7 @@ def test_a_second_generation_keeps_the_files_of_the_first_and_is_read_back(
     config = BankConfig(rank=3, experts=1.0, targets=("q_proj",))  # fewer targets than the first generation has
     generator = torch.Generator().manual_seed(0)
     addition = new_bank(base.model, base.layout, config, generator=generator, older=pack.bank.experts)
-    both = replace(pack, bank=extended(pack.bank, addition))
+    both = replace(pack, bank=extend_bank(pack.bank, addition))
 
     files = pack_files(both, layout=base.layout, base_id=manifest.base.id, revision=None)
     stored = registry.store.commit(replace(manifest, experts=expert_records(both.bank)), files)
