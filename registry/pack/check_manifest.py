@@ -23,8 +23,9 @@ _RUN: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 _NUMBER: Final = (int, float)
 _OPTIONAL: Final = (int, float, type(None))
 
-# What commands and reports read of the free records: types by key. A list has one type of members, a dict with the
-# key "" any keys. Keys that are not named here are free, keys that are named may be missing unless they end with "!".
+# Types, by key, of what commands and reports read from the free-form records. A list has one type of members; the key
+# "" stands for any key. Keys not listed here are not checked. A listed key may be missing (an object or a list may also
+# be None) unless it ends with "!".
 _SCORES: Final = {
     "base": _OPTIONAL,
     "alone": _OPTIONAL,
@@ -166,39 +167,33 @@ def _check_size(key: str, value: object) -> None:
         waiting += list(one.values()) if isinstance(one, dict) else one if isinstance(one, list | tuple) else []
 
 
-def _check_form(key: str, value: object, form: Any) -> None:
+def _check_form(path: str, value: object, form: Any) -> None:
+    """Compare a value with its form; `path` names it in errors."""
     if isinstance(form, dict):
-        if value is None and not key.endswith("!"):
-            return
-        _check_object(key, value, form)
+        if not isinstance(value, dict):
+            raise ValueError(f"{path} is {_short(value)}, not an object")
+        for name, member_form in form.items():
+            _check_member(path, value, name, member_form)
     elif isinstance(form, list):
-        if value is None and not key.endswith("!"):
-            return
         if not isinstance(value, list | tuple):
-            raise ValueError(f"{_plain(key)} is {_short(value)}, not a list")
+            raise ValueError(f"{path} is {_short(value)}, not a list")
         for i, member in enumerate(value):
-            _check_form(f"{key}[{i}]!", member, form[0])
+            _check_form(f"{path}[{i}]", member, form[0])
     elif type(value) not in (form if isinstance(form, tuple) else (form,)):
-        raise ValueError(f"{_plain(key)} cannot be {_short(value)}")
+        raise ValueError(f"{path} cannot be {_short(value)}")
 
 
-def _check_object(key: str, value: object, form: dict[str, Any]) -> None:
-    if not isinstance(value, dict):
-        raise ValueError(f"{_plain(key)} is {_short(value)}, not an object")
-    if "" in form:
-        for name, member in value.items():
-            _check_form(f"{key}.{name}!", member, form[""])
-        return
-    for name, part in form.items():
-        plain = _plain(name)
-        if plain in value:
-            _check_form(f"{key}.{name}", value[plain], part)
-        elif name.endswith("!"):
-            raise ValueError(f"{_plain(key)}.{plain} is missing")
-
-
-def _plain(key: str) -> str:
-    return key.replace("!", "")
+def _check_member(path: str, record: dict[str, Any], name: str, form: Any) -> None:
+    key, is_required = name.removesuffix("!"), name.endswith("!")
+    if not name:
+        for key, value in record.items():
+            _check_form(f"{path}.{key}", value, form)
+    elif key in record:
+        is_left_out = record[key] is None and not is_required and isinstance(form, dict | list)
+        if not is_left_out:
+            _check_form(f"{path}.{key}", record[key], form)
+    elif is_required:
+        raise ValueError(f"{path}.{key} is missing")
 
 
 def _short(value: object) -> str:
