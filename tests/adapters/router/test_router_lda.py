@@ -1,0 +1,47 @@
+"""The hidden-state evidence, computed from added sums, is scikit-learn's linear discriminant analysis of the rows."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lorary.adapters.router.router import RIDGE, router_rows
+from lorary.domains.statistics.statistics import PAIR_BUCKETS, DomainStatistics
+
+discriminant_analysis = pytest.importorskip("sklearn.discriminant_analysis")
+
+FEATURES = 6
+# scikit-learn mixes (1 - s) C + s (tr C / p) I where the router adds RIDGE (tr C / p) I to C: with this s its
+# covariance is the router's divided by 1 + RIDGE
+SHRINKAGE = RIDGE / (1 + RIDGE)
+
+
+def feature_rows(seed: int, sizes: Sequence[int]) -> list[Tensor]:
+    """Correlated features around a mean of their own for each slot."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(FEATURES, FEATURES, generator=generator, dtype=torch.float64)
+    rows = [torch.randn(size, FEATURES, generator=generator, dtype=torch.float64) @ mix for size in sizes]
+    return [part + 2 * torch.randn(FEATURES, generator=generator, dtype=torch.float64) for part in rows]
+
+
+def statistics_of(rows: Tensor) -> DomainStatistics:
+    none = torch.zeros(4, dtype=torch.int64), torch.zeros(PAIR_BUCKETS, dtype=torch.int64)
+    return DomainStatistics(*none, float(len(rows)), rows.sum(0), rows.T @ rows)
+
+
+@given(seed=st.integers(0, 2**31 - 1), sizes=st.lists(st.integers(20, 90), min_size=3, max_size=5))
+def test_rows_and_biases_are_those_of_scikit_learn(seed: int, sizes: list[int]) -> None:
+    slots = feature_rows(seed, sizes)
+    sums = [statistics_of(rows[:9]) + statistics_of(rows[9:]) for rows in slots]
+
+    found = router_rows(sums)
+
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    lda = discriminant_analysis.LinearDiscriminantAnalysis(solver="lsqr", shrinkage=SHRINKAGE)
+    lda.fit(torch.cat(slots).numpy(), labels)
+    np.testing.assert_allclose(found.rows * (1 + RIDGE), lda.coef_, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(found.bias * (1 + RIDGE), lda.intercept_ - np.log(lda.priors_), rtol=1e-6, atol=1e-8)
