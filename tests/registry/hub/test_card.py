@@ -92,7 +92,7 @@ def test_a_base_that_is_not_on_the_hub_is_not_named_as_if_it_were(scored, base):
     card = model_card(replace(scored, base=replace(scored.base, id=base)), repo=REPO)
 
     assert "base_model" not in front(card)
-    assert 'from_pretrained("PATH-OF-THE-BASE-MODEL")' in card
+    assert 'from_pretrained("PATH_TO_BASE_MODEL")' in card
 
 
 @pytest.mark.parametrize(
@@ -102,6 +102,13 @@ def test_a_base_that_is_not_on_the_hub_is_not_named_as_if_it_were(scored, base):
 )
 def test_the_body_says_how_to_use_it_and_what_is_in_it(scored, text):
     assert text in body(model_card(scored, repo=REPO))
+
+
+def test_the_card_of_a_kp_bank_names_its_version_in_the_command(scored):
+    card = model_card(replace(scored, name="general", role="preservation"), repo="acme/lorary-general")
+
+    assert "Knowledge-preservation (KP) bank" in card
+    assert "registry generate general@3" in card
 
 
 def test_every_digest_is_there(scored):
@@ -144,9 +151,9 @@ def test_hostile_text_stays_text(scored, text):
 @settings(max_examples=200)
 @given(text=st.text(alphabet="a1 .-_*`#<>[]()!|~&@:/\\\n\t${}=+^\u202e\x1b'\"%wht", max_size=30))
 def test_any_text_stays_text(text):
-    from lorary.registry.hub.card import plain
+    from lorary.registry.hub.card import escape_markdown
 
-    tokens = PLAIN.parse(f"What it is about: {plain(text)}\n\n| a |\n|---|\n| x {plain(text)} |\n")
+    tokens = PLAIN.parse(f"What it is about: {escape_markdown(text)}\n\n| a |\n|---|\n| x {escape_markdown(text)} |\n")
 
     types = [token.type for block in tokens for token in [block, *(block.children or [])]]
     assert set(types) <= {"paragraph_open", "paragraph_close", "inline", "text", "text_special"} | {

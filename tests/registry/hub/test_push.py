@@ -4,7 +4,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 from lorary.domains.errors import ConflictError, InputError, IntegrityError, RemoteError
 from lorary.registry.store.manifest import PackManifest
@@ -38,7 +38,7 @@ def test_everything_is_one_commit_with_a_tag(registry, local_hub):
     for file in manifest.files:
         assert on_hub(local_hub, file.path) == registry.store.read(manifest, file.path)
     assert on_hub(local_hub, revision="v1") == manifest.to_json()
-    assert on_hub(local_hub, "README.md").startswith(b"---\nlibrary_name: peft\n")
+    assert ModelCard(on_hub(local_hub, "README.md").decode()).data.get("library_name") == "peft"
 
 
 def test_the_same_version_again_changes_nothing(registry, local_hub):
