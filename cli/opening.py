@@ -50,7 +50,7 @@ def store_option(store: Path) -> str:
 
 def fetch_base(base: str, revision: str | None) -> None:
     """Downloads a base model of the Hub that is not here yet, under the Hub client's own progress bars."""
-    from ..registry.base.fingerprint import POCKET, find_base
+    from ..registry.base.find import POCKET, find_base
 
     if base == POCKET or Path(base).expanduser().is_dir():
         return

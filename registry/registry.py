@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ..adapters.composition import GENERAL, parse_reference
 from ..domains.errors import ConflictError, IntegrityError
 from ..domains.progress import OnProgress, silent
-from .base.fingerprint import POCKET, find_base, fingerprint
+from .base.find import POCKET, find_base
+from .base.fingerprint import fingerprint
 from .compose.plan import Plan, plan_composition
 from .compose.saved import is_saved_composition, open_plan, save_composition
 from .store.manifest import BaseRecord, PackManifest

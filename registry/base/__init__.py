@@ -1,1 +1,1 @@
-"""The base model of a registry: its fingerprint, and the model loaded once per process."""
+"""Base models: finding, fingerprinting and loading them."""

@@ -1,66 +1,45 @@
-"""Fingerprints of a base model: which architecture, which weights, which tokenizer.
+"""Compute the fingerprint of a base model: digests of its architecture, weights, tokenizer and chat template.
 
-An adapter on other weights loads without complaint elsewhere and answers nonsense; here the fingerprint is part of
-every pack and a pack for another base is refused. Fingerprints are taken from the files, so nothing heavy is imported.
+A LoRA adapter loads on any base model with matching shapes and then gives wrong output. Every pack therefore carries
+the fingerprint of its base, and a pack made for another base is refused. Only files are read, so nothing heavy is
+imported.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-from ...domains.data.catalog import BUILTIN
 from ...domains.errors import IncompatibleError, NotFoundError
 from ..store.blobs import sha256_of, sha256_of_file
 from ..store.files import write_atomic
 from ..store.manifest import BaseRecord
 from ..store.strict_json import canonical_json
+from .find import POCKET
 
-POCKET = "pocket"  # the name of the built-in base model
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model")
-# keys of config.json that say nothing of what the model computes; every other one counts, known to us or not
-_IDLE_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
-
-
-def find_base(source: str, *, revision: str | None = None) -> Path:
-    """The folder of a base model: the built-in one, a folder, or the Hub's through its client and cache.
-
-    Raises:
-        NotFoundError: There is no such folder or model.
-        RemoteError: The Hub cannot be asked, or does not give it.
-    """
-    if source == POCKET:
-        return BUILTIN / POCKET
-    folder = Path(source).expanduser()
-    if source and folder.is_dir():
-        return folder.resolve()
-    if source.count("/") != 1 or source.startswith((".", "~", "/")):
-        raise NotFoundError(
-            f"There is no base model {source!r}.",
-            cause="it is neither 'pocket', nor a folder, nor a Hub id like owner/name",
-            fix="registry init --base pocket",
-        )
-    return _download(source, revision)
+# keys of config.json that do not affect what the model computes; every other key counts, known or unknown
+_IGNORED_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
 def fingerprint(folder: Path, *, source: str, revision: str | None = None, cache: Path | None = None) -> BaseRecord:
-    """The record of a base model's files.
+    """Return the fingerprint of the base model in a folder.
 
     Args:
-        folder: Where its files are.
-        source: How the user named it.
-        revision: The Hub commit, if it is a Hub model.
-        cache: A file that remembers digests of large files by size and time of change.
+        folder: The model's files.
+        source: The name that the user gave: `pocket`, a folder, or a Hub id.
+        revision: The Hub commit of a Hub model.
+        cache: A JSON file that caches digests of weight files by path, inode, size and modification time.
 
     Raises:
-        NotFoundError: There is no config or no tokenizer in the folder.
+        NotFoundError: The folder has no config or no tokenizer.
         IncompatibleError: The weights are not safetensors.
     """
     config = _read_config(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise IncompatibleError(
-            f"{folder} has no weights as safetensors.",
-            cause="other formats can run code when they are read",
+            f"{folder} has no safetensors weights.",
+            cause="other formats can execute code when they are read",
             fix="save the model with model.save_pretrained(folder)",
         )
     known = _read_cache(cache)
@@ -71,7 +50,7 @@ def fingerprint(folder: Path, *, source: str, revision: str | None = None, cache
     is_named = source == POCKET or not Path(source).expanduser().is_dir()
     weights_digest = sha256_of(canonical_json(files))
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
-    computation = {key: value for key, value in config.items() if key not in _IDLE_KEYS}
+    computation = {key: value for key, value in config.items() if key not in _IGNORED_KEYS}
     return BaseRecord(
         id=source if is_named else f"local:{weights_digest.removeprefix('sha256:')[:16]}",
         revision=revision,
@@ -83,24 +62,6 @@ def fingerprint(folder: Path, *, source: str, revision: str | None = None, cache
     )
 
 
-def _download(source: str, revision: str | None) -> Path:
-    from huggingface_hub import HfApi, snapshot_download
-
-    from ..hub.errors import failures, is_unknown, to_lorary_error
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except failures() as error:
-        if is_unknown(error):
-            raise NotFoundError(
-                f"There is no base model {source!r} on the Hub, or you may not see it.",
-                cause=str(error).splitlines()[0],
-                fix="check the id and the revision, log in with hf auth login, or use --base pocket",
-            ) from error
-        raise to_lorary_error(error, repo=source, endpoint=HfApi().endpoint) from error
-
-
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -108,13 +69,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
             raise ValueError(f"expected an object, found {type(config).__name__}")
         return config
     except (OSError, ValueError) as error:
-        raise NotFoundError(f"{folder} is no model folder.", cause=f"config.json: {error}") from error
+        raise NotFoundError(f"{folder} is not a model folder.", cause=f"config.json: {error}") from error
 
 
 def _tokenizer_digest(folder: Path) -> str:
     files = {name: sha256_of_file(folder / name) for name in _TOKENIZER_FILES if (folder / name).is_file()}
     if not files:
-        raise NotFoundError(f"{folder} has no tokenizer.", cause=f"none of {', '.join(_TOKENIZER_FILES)} is there")
+        raise NotFoundError(f"{folder} has no tokenizer.", cause=f"found none of {', '.join(_TOKENIZER_FILES)}")
     return sha256_of(canonical_json(files))
 
 

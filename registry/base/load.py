@@ -1,21 +1,32 @@
-"""The base model of a registry, loaded at most once in a process and shared by everything composed over it."""
+"""Load the base model of a registry, at most once per process, and check that packs fit it."""
 
 import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...domains.base_model import ModelLayout, check_device, find_layout, load_base_model
+from ...domains.base_model import (
+    ModelLayout,
+    check_device,
+    find_layout,
+    linear_shape,
+    load_base_model,
+    target_modules,
+)
+from ...domains.errors import IntegrityError
+from ..pack.pack import DomainPack
 from ..store.manifest import BaseRecord, check_same_base
 from ..store.store import Store
-from .fingerprint import find_base, fingerprint
+from .find import find_base
+from .fingerprint import fingerprint
 
 
 @dataclass(frozen=True)
 class LoadedBase:
-    """A frozen base model in memory."""
+    """Frozen base model and its tokenizer, read from disk on first use."""
 
     folder: Path
     device: str = "cpu"
@@ -27,25 +38,27 @@ class LoadedBase:
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model, frozen, in evaluation mode."""
+        """The frozen model in evaluation mode."""
         return self._loaded[0]
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer."""
+        """The model's tokenizer."""
         return self._loaded[1]
 
     @cached_property
     def layout(self) -> ModelLayout:
-        """Where its decoder layers are."""
+        """The location and number of the decoder layers."""
         return find_layout(self.model)
 
 
 def open_base(store: Store, record: BaseRecord, *, device: str, dtype: str) -> LoadedBase:
-    """The base model of a store, after its files were checked against the fingerprint; loaded on first use.
+    """Return the base model of a store after checking its files against the fingerprint `record`.
+
+    The weights are loaded on first use.
 
     Raises:
-        IncompatibleError: The files are not those that the registry was made for, or the device is not there.
+        IncompatibleError: The files differ from the fingerprint, or the device does not exist.
     """
     check_device(device)
     source = store.settings["source"]
@@ -54,3 +67,55 @@ def open_base(store: Store, record: BaseRecord, *, device: str, dtype: str) -> L
     found = fingerprint(folder, source=source, revision=record.revision, cache=cache)
     check_same_base(wanted=record, found=found, what=f"The registry {store.path}")
     return LoadedBase(folder, device=device, dtype=dtype)
+
+
+def check_fit(pack: DomainPack, base: LoadedBase, *, source: str) -> None:
+    """Raise if the experts of a pack do not match the layers, modules and widths of the base model.
+
+    A matching fingerprint states which base the pack was made for; this check finds a pack whose tensors contradict it.
+
+    Args:
+        source: The name of the pack in error messages.
+
+    Raises:
+        IntegrityError: Names the first mismatch with both values.
+    """
+    layout, bank = base.layout, pack.bank
+    vocabulary = base.model.config.get_text_config().vocab_size
+    sizes = {
+        "layers": (max([*bank.layers, pack.feature_layer]) < layout.count, max(bank.layers) + 1, layout.count),
+        "vocabulary": _equal(len(pack.statistics.token_counts), vocabulary),
+        "width": _equal(next(iter(bank.layers.values())).expert_gate.shape[1], layout.width),
+    }
+    for what, (fits, found, expected) in sizes.items():
+        if not fits:
+            raise _misfit(source, f"{what}: {found} in the pack, {expected} in the base model")
+    known = target_modules(base.model, layout)
+    for index, layer in bank.layers.items():
+        module = base.model.get_submodule(f"{layout.layers}.{index}")
+        for target in layer.A:
+            found = layer.A[target].shape[1], layer.B[target].shape[0]
+            expected = _shape(module, target) if target in known else None
+            if found != expected:
+                raise _misfit(
+                    source, f"{target} of layer {index}: widths {found} in the pack, {expected} in the base model"
+                )
+
+
+def _shape(layer: nn.Module, target: str) -> tuple[int, int] | None:
+    try:
+        return linear_shape(layer.get_submodule(target))
+    except AttributeError:  # only other layers have this module
+        return None
+
+
+def _equal(found: int, expected: int) -> tuple[bool, int, int]:
+    return found == expected, found, expected
+
+
+def _misfit(source: str, cause: str) -> IntegrityError:
+    return IntegrityError(
+        f"{source} does not fit the base model that its manifest names.",
+        cause=cause,
+        fix="ask the author of the pack for one made for this base model",
+    )

@@ -12,8 +12,7 @@ from ...adapters.layer.attach import attach
 from ...adapters.layer.stack import Stack
 from ...adapters.router.router import DomainRouter, Temperatures
 from ...domains.errors import IntegrityError
-from ..base.check_fit import check_fit
-from ..base.load import LoadedBase
+from ..base.load import LoadedBase, check_fit
 from ..pack.check_pack import check_pack
 from ..pack.pack import DomainPack, Routable, read_pack
 from ..store.store import Store

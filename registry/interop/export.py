@@ -14,8 +14,7 @@ from transformers import AutoModelForCausalLM
 from ...adapters.layer.merge import merge_experts
 from ...domains.data.blocks import encode
 from ...domains.errors import IncompatibleError, IntegrityError
-from ..base.check_fit import check_fit
-from ..base.load import LoadedBase
+from ..base.load import LoadedBase, check_fit
 from ..compose.build import compose_packs
 from ..compose.plan import Plan
 from ..measure.held_out import general_examples

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...domains.errors import LoraryError
-from ..base.fingerprint import find_base
+from ..base.find import find_base
 from ..store.files import TEMPORARY_PREFIX
 from ..store.gc import QUARANTINE
 from ..store.store import BALLAST, STORE_FILE, Store

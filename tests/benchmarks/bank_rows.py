@@ -28,7 +28,7 @@ from lorary.domains.progress import silent
 from lorary.domains.scoring.language import score_language
 from lorary.domains.statistics.prototypes import PrototypeIndex, make_prototypes
 from lorary.domains.statistics.statistics import measure_statistics
-from lorary.registry.base.fingerprint import POCKET, find_base
+from lorary.registry.base.find import POCKET, find_base
 from lorary.registry.base.load import LoadedBase
 from lorary.registry.learn.train import feature_layer
 

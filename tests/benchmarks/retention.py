@@ -30,7 +30,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from lorary.adapters.config import TrainingConfig
 from lorary.domains.progress import Progress
-from lorary.registry.base.fingerprint import POCKET, find_base
+from lorary.registry.base.find import POCKET, find_base
 from lorary.registry.base.load import LoadedBase
 
 RECIPES = {"A": (50, 256), "B": (100, 64), "C": (50, 256)}  # optimizer steps of a domain, tokens of a block

@@ -1,4 +1,4 @@
-"""Fingerprints of base models: the same wherever the folder is, another one if anything that counts is another."""
+"""Fingerprints of base models: independent of the folder's location, and different for any change that matters."""
 
 import json
 import os
@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from lorary.domains.errors import IncompatibleError, NotFoundError, RemoteError
-from lorary.registry.base.fingerprint import POCKET, find_base, fingerprint
+from lorary.domains.errors import IncompatibleError, NotFoundError
+from lorary.registry.base.find import POCKET, find_base
+from lorary.registry.base.fingerprint import fingerprint
 from lorary.registry.store.manifest import BaseRecord, check_same_base
 
 
 @pytest.fixture
 def folder(base_folder: Path, tmp_path: Path) -> Path:
-    """A base folder that may be changed."""
+    """A copy of the base folder for tests that modify it."""
     return Path(shutil.copytree(base_folder, tmp_path / "base"))
 
 
@@ -25,68 +26,21 @@ def record_of(folder: Path, cache: Path | None = None) -> BaseRecord:
     return fingerprint(folder, source=str(folder), cache=cache)
 
 
-# --- finding ---
+# --- what the fingerprint covers ---
 
 
-def test_the_pocket_base_is_found() -> None:
-    folder = find_base(POCKET)
+def test_the_pocket_base_keeps_its_name() -> None:
+    record = fingerprint(find_base(POCKET), source=POCKET)
 
-    assert (folder / "model.safetensors").is_file()
-    record = fingerprint(folder, source=POCKET)
     assert (record.id, record.revision) == ("pocket", None)
     assert record.architecture.startswith("LlamaForCausalLM sha256:")
 
 
-def test_a_folder_is_found_also_from_a_relative_path(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder.parent)
-
-    assert find_base("base") == find_base(str(folder)) == folder.resolve()
-
-
-@pytest.mark.parametrize("source", ["pockt", "./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "a/b/c", ""])
-def test_what_is_neither_a_folder_nor_an_id_is_not_found(source: str) -> None:
-    with pytest.raises(NotFoundError) as caught:
-        find_base(source)
-
-    assert caught.value.exit_code == 3
-    assert caught.value.fix
-
-
-@pytest.mark.parametrize("source", ["not an/id", "owner/", "/name"])
-def test_what_cannot_be_the_name_of_a_hub_model_is_not_found(source: str) -> None:
-    with pytest.raises(NotFoundError):
-        find_base(source)
-
-
-def test_a_model_that_the_hub_does_not_know_is_not_found(local_hub: Any) -> None:
-    with pytest.raises(NotFoundError, match="nobody/nothing") as caught:
-        find_base("nobody/nothing")
-
-    assert "hf auth login" in str(caught.value.fix)
-
-
-def test_a_hub_that_may_not_be_asked_is_no_missing_model() -> None:
-    with pytest.raises(RemoteError) as caught:
-        find_base("nobody/nothing")
-
-    assert caught.value.fix == "unset HF_HUB_OFFLINE, and repeat the command"
-
-
-def test_a_hub_that_does_not_answer_is_no_missing_model(local_hub: Any) -> None:
-    local_hub.fault("GET ", "drop", times=99)
-
-    with pytest.raises(RemoteError, match="cannot be reached"):
-        find_base("nobody/nothing")
-
-
-# --- what the fingerprint covers ---
-
-
-def test_it_does_not_depend_on_where_the_folder_is(folder: Path, base_folder: Path) -> None:
+def test_it_does_not_depend_on_the_location_of_the_folder(folder: Path, base_folder: Path) -> None:
     assert record_of(folder) == record_of(base_folder)
 
 
-def test_it_does_not_depend_on_times_and_on_other_files(folder: Path) -> None:
+def test_it_does_not_depend_on_modification_times_or_unrelated_files(folder: Path) -> None:
     before = record_of(folder)
     (folder / "README.md").write_text("A model.", encoding="utf-8")
     os.utime(folder / "model.safetensors", (0, 0))
@@ -94,7 +48,7 @@ def test_it_does_not_depend_on_times_and_on_other_files(folder: Path) -> None:
     assert record_of(folder) == before
 
 
-def test_a_folder_is_named_by_its_weights(folder: Path) -> None:
+def test_a_local_folder_is_identified_by_its_weights(folder: Path) -> None:
     record = record_of(folder)
 
     assert record.id == "local:" + record.weights.removeprefix("sha256:")[:16]
@@ -145,9 +99,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("part", "change"), CHANGES.values(), ids=CHANGES)
-def test_a_change_of_the_files_is_refused_with_both_values(
-    part: str, change: Callable[[Path], None], folder: Path
-) -> None:
+def test_changed_files_are_refused_with_both_values(part: str, change: Callable[[Path], None], folder: Path) -> None:
     before = record_of(folder)
     change(folder)
     after = record_of(folder)
@@ -166,20 +118,20 @@ def test_a_change_of_the_files_is_refused_with_both_values(
     [config(transformers_version="9.9"), config(use_cache=False), config(_name_or_path="/somewhere")],
     ids=["version", "cache", "path"],
 )
-def test_a_change_that_does_not_count_is_none(change: Callable[[Path], None], folder: Path) -> None:
+def test_changes_of_ignored_keys_are_accepted(change: Callable[[Path], None], folder: Path) -> None:
     before = record_of(folder)
     change(folder)
 
     check_same_base(wanted=before, found=record_of(folder), what="cooking@1")
 
 
-def test_the_name_alone_may_differ(folder: Path) -> None:
+def test_the_id_and_the_revision_may_differ(folder: Path) -> None:
     record = record_of(folder)
 
     check_same_base(wanted=replace(record, id="org/model", revision="abc"), found=record, what="cooking@1")
 
 
-def test_the_template_is_found_in_the_tokenizer_config_too(folder: Path) -> None:
+def test_the_chat_template_is_read_from_the_tokenizer_config_too(folder: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -191,7 +143,7 @@ def test_the_template_is_found_in_the_tokenizer_config_too(folder: Path) -> None
     assert len(digests - {None}) == 3
 
 
-# --- folders that are no base model ---
+# --- folders without a usable base model ---
 
 
 @pytest.mark.parametrize(
@@ -217,7 +169,7 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
-def test_a_config_that_is_none_is_refused(text: str, folder: Path) -> None:
+def test_an_invalid_config_is_refused(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")
 
     with pytest.raises(NotFoundError):
@@ -227,13 +179,13 @@ def test_a_config_that_is_none_is_refused(text: str, folder: Path) -> None:
 # --- the cache of digests ---
 
 
-def test_the_cache_changes_nothing(folder: Path, tmp_path: Path) -> None:
+def test_the_cache_does_not_change_the_result(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache.json"
 
     assert record_of(folder, cache) == record_of(folder, cache) == record_of(folder)
 
 
-def test_a_cache_that_knows_all_is_not_written_again(folder: Path, tmp_path: Path) -> None:
+def test_a_complete_cache_is_not_rewritten(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache.json"
     record_of(folder, cache)
     before = cache.stat()
@@ -243,7 +195,7 @@ def test_a_cache_that_knows_all_is_not_written_again(folder: Path, tmp_path: Pat
     assert cache.stat().st_ino == before.st_ino
 
 
-def test_a_changed_file_is_noticed_although_it_is_in_the_cache(folder: Path, tmp_path: Path) -> None:
+def test_a_changed_file_is_detected_despite_the_cache(folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache.json"
     before = record_of(folder, cache)
     weights(folder)
@@ -252,7 +204,7 @@ def test_a_changed_file_is_noticed_although_it_is_in_the_cache(folder: Path, tmp
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "7", '{"a": 1}'])
-def test_a_damaged_cache_is_not_used(text: str, folder: Path, tmp_path: Path) -> None:
+def test_a_damaged_cache_is_ignored(text: str, folder: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache.json"
     cache.write_text(text, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Whether a pack fits the base model: layers, modules, widths and vocabulary are looked up in the model itself."""
+"""Checking a pack against the loaded base model: layers, modules, widths and vocabulary."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,13 +9,13 @@ import torch
 
 from lorary.domains.errors import IntegrityError
 from lorary.registry import Registry
-from lorary.registry.base.check_fit import check_fit
+from lorary.registry.base.load import check_fit
 from lorary.registry.pack.pack import DomainPack, read_pack
 
 
 @pytest.fixture
 def pack(whole: Registry) -> DomainPack:
-    """Fresh from the store, so that a test may change it."""
+    """A fresh pack that a test can modify."""
     return read_pack(whole.store, whole.manifest("cooking"))
 
 
@@ -45,12 +45,12 @@ def wider_gates(pack: DomainPack) -> None:
     pack.bank.layers[1].expert_gate = torch.zeros(1, 64)
 
 
-def test_what_was_made_for_the_base_fits(pack: DomainPack, whole: Registry) -> None:
+def test_a_pack_made_for_the_base_fits(pack: DomainPack, whole: Registry) -> None:
     check_fit(pack, whole.base, source="cooking@1")
 
 
 @pytest.mark.parametrize("change", [deeper, renamed, on_a_norm, wider_in, wider_out, wider_gates])
-def test_experts_of_what_the_base_does_not_have_are_refused(
+def test_experts_that_do_not_match_the_base_are_refused(
     change: Callable[[DomainPack], None], pack: DomainPack, whole: Registry
 ) -> None:
     change(pack)
@@ -61,12 +61,12 @@ def test_experts_of_what_the_base_does_not_have_are_refused(
     assert "base" in str(caught.value.cause)
 
 
-def test_features_of_a_layer_that_is_not_there_are_refused(pack: DomainPack, whole: Registry) -> None:
+def test_a_feature_layer_beyond_the_last_layer_is_refused(pack: DomainPack, whole: Registry) -> None:
     with pytest.raises(IntegrityError):
         check_fit(replace(pack, feature_layer=4), whole.base, source="x")
 
 
-def test_counts_of_another_vocabulary_are_refused(pack: DomainPack, whole: Registry) -> None:
+def test_token_counts_of_another_vocabulary_size_are_refused(pack: DomainPack, whole: Registry) -> None:
     counts: Any = torch.cat([pack.statistics.token_counts, torch.ones(1, dtype=torch.int64)])
 
     with pytest.raises(IntegrityError):

@@ -1,0 +1,51 @@
+"""Find the files of a base model: the built-in pocket base, a local folder, or a model on the Hub."""
+
+from pathlib import Path
+
+from ...domains.data.catalog import BUILTIN
+from ...domains.errors import NotFoundError
+
+POCKET = "pocket"  # the name of the built-in base model
+
+
+def find_base(source: str, *, revision: str | None = None) -> Path:
+    """Return the folder of a base model, downloading it into the Hub's cache if `source` is a Hub id.
+
+    Args:
+        source: `pocket`, a folder, or a Hub id such as `owner/name`.
+        revision: A branch, tag or commit of the Hub model.
+
+    Raises:
+        NotFoundError: There is no such folder or model.
+        RemoteError: The Hub cannot be reached or refuses the download.
+    """
+    if source == POCKET:
+        return BUILTIN / POCKET
+    folder = Path(source).expanduser()
+    if source and folder.is_dir():
+        return folder.resolve()
+    if source.count("/") != 1 or source.startswith((".", "~", "/")):
+        raise NotFoundError(
+            f"There is no base model {source!r}.",
+            cause="it is neither 'pocket', nor a folder, nor a Hub id such as owner/name",
+            fix="registry init --base pocket",
+        )
+    return _download(source, revision)
+
+
+def _download(source: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+
+    from ..hub.errors import failures, is_unknown, to_lorary_error
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except failures() as error:
+        if is_unknown(error):
+            raise NotFoundError(
+                f"There is no base model {source!r} on the Hub, or you have no access to it.",
+                cause=str(error).splitlines()[0],
+                fix="check the id and the revision, log in with hf auth login, or use --base pocket",
+            ) from error
+        raise to_lorary_error(error, repo=source, endpoint=HfApi().endpoint) from error
