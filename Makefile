@@ -1,6 +1,8 @@
 # make quickstart   install into .venv and run the tour: two domains, composed, with a retention report
 # make test         format, lint, types and the fast tests, as CI runs them
 # make slow         the tests that take longer
+# make pages        write docs/cli.md and docs/api.md from help texts and docstrings
+# make docs         the docs site, built strictly into site/
 # make format       rewrite the files in the project's form
 # make clean        remove what builds and tests leave behind (.venv stays)
 #
@@ -13,7 +15,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 FAST := not slow and not gpu and not network
 
-.PHONY: help quickstart test slow format clean
+.PHONY: help quickstart test slow pages docs format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +37,10 @@ $(BIN)/python:
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	@touch $@
 
+.venv/.installed-docs: .venv/.installed-torch pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -c constraints.txt -e '.[docs]'
+	@touch $@
+
 quickstart: .venv/.installed
 	$(BIN)/registry quickstart
 	@echo 'To type registry instead of $(BIN)/registry: . $(BIN)/activate' >&2
@@ -54,10 +60,18 @@ test: .venv/.installed-dev
 slow: .venv/.installed-dev
 	$(BIN)/pytest -m "slow and not gpu and not network"
 
+pages: .venv/.installed
+	$(BIN)/python -m lorary.cli.reference
+	$(BIN)/python docs/api_page.py
+
+# NO_MKDOCS_2_WARNING: mkdocs-material prints a notice about its successor
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage htmlcov
 	find adapters cli domains registry tests -name __pycache__ -type d -prune -exec rm -rf {} +
