@@ -1,1 +1,1 @@
-"""The arithmetic of the fused layer: the definition, the fast path in plain torch, Triton kernels, and the choice."""
+"""Implementations of the fused layer: reference, plain torch (eager) and Triton, with dispatch by device."""

@@ -1,4 +1,4 @@
-"""Which implementation of the fused layer runs: chosen by the device, or by whoever asks.
+"""Choice of the fused layer's implementation: the fastest for the device, or the one selected by `use_kernels`.
 
 with use_kernels("reference"):
     model(**inputs)
@@ -17,38 +17,38 @@ from . import eager, reference
 
 NAMES = ("reference", "eager", "triton")
 
-_asked: list[str] = []  # the innermost choice is the last
+_selected: list[str] = []  # names of the open `use_kernels` contexts, innermost last
 
 
 def choose_kernels(device: torch.device) -> ModuleType:
-    """The implementation for tensors on a device: the one that was asked for, or else the fastest there."""
-    if _asked:
-        return _load(_asked[-1])
+    """Return the implementation selected by `use_kernels`, else the fastest for the device."""
+    if _selected:
+        return _load(_selected[-1])
     return _load("triton") if device.type == "cuda" and has_triton() else eager
 
 
 @cache
 def has_triton() -> bool:
-    """Whether Triton is installed; torch for CUDA on Linux brings it."""
+    """Return whether Triton is installed; CUDA builds of torch for Linux depend on it."""
     return importlib.util.find_spec("triton") is not None
 
 
 @contextmanager
 def use_kernels(name: str) -> Iterator[None]:
-    """While it is open, every fused layer of this process runs on one implementation.
+    """Run all fused layers of this process on one implementation inside the context.
 
     Raises:
-        InputError: There is none of that name, or Triton is not installed.
+        InputError: The name is unknown, or Triton is not installed.
     """
     if name not in NAMES:
-        raise InputError(f"There are no kernels named {name!r}.", fix=f"choose among: {', '.join(NAMES)}")
+        raise InputError(f"There are no kernels named {name!r}.", fix=f"choose one of: {', '.join(NAMES)}")
     if name == "triton" and not has_triton():
         raise InputError("Triton is not installed.", fix="pip install 'lorary[gpu]'")
-    _asked.append(name)
+    _selected.append(name)
     try:
         yield
     finally:
-        _asked.pop()
+        _selected.pop()
 
 
 def _load(name: str) -> ModuleType:

@@ -1,7 +1,7 @@
-"""The fast path in plain torch: one A product for the group, gates on the thin activation, B added in place.
+"""Fast path in plain torch: one product with A for the group, gates on the low-rank activation, B accumulated in place.
 
-On a CPU these are the fewest passes over memory there are (docs/layer.md has the measurements). Every product is one
-call of the BLAS library; nothing waits for a device.
+This needs the fewest passes over memory on a CPU (measurements in docs/layer.md). Every product is one BLAS call, and
+nothing synchronizes with a device.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ from .group import GroupGradients, GroupWeights, Linears
 def gates(
     hidden: Float[Tensor, "*tokens width"], slot_gate: Float[Tensor, "*#tokens slots"], tables: GateTables
 ) -> Float[Tensor, "*tokens rank"]:
-    """The gates of a layer in place wherever that is possible; see `Kernels`."""
+    """Compute the gates of a layer, in place where possible; see `Kernels`."""
     hidden = hidden.float()
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).clamp_(min=EPSILON)
     scores = F.linear(hidden, tables.rows).div_(length)
     by_expert, by_rank = scores.split(tables.sizes, dim=-1)
     exponentials = by_expert.exp()
-    exponentials.div_(F.linear(exponentials, tables.half_group))  # twice the softmax: the 2 of the rank gate
+    exponentials.div_(F.linear(exponentials, tables.half_group))  # twice the softmax, for the factor 2 of the rank gate
     exponentials.mul_(slot_gate.index_select(-1, tables.slot_of_expert))
     return exponentials.index_select(-1, tables.expert_of_rank).mul_(by_rank.sigmoid_())
 
@@ -37,7 +37,7 @@ def outputs(
     *,
     keep: bool = False,
 ) -> tuple[list[Float[Tensor, "tokens _"]], Float[Tensor, "tokens columns"] | None]:
-    """The base modules, then the update; see `Kernels`."""
+    """Run the base modules, then add the update; see `Kernels`."""
     found = [F.linear(x, weight, bias) for weight, bias in linears]
     return found, update_(x, found, gates, weights, keep=keep)
 
@@ -50,9 +50,9 @@ def update_(
     *,
     keep: bool = False,
 ) -> Float[Tensor, "tokens columns"] | None:
-    """Adds the gated updates in place; see `Kernels`."""
+    """Add the gated updates in place; see `Kernels`."""
     low = torch.mm(x, weights.transposed)
-    if len(outputs) == 1 and weights.columns is None and not keep:  # the shortest way: decoding is made of these
+    if len(outputs) == 1 and weights.columns is None and not keep:  # fewest calls, for decoding
         outputs[0].addmm_(low.mul_(gates), weights.Bt[0])
         return None
     gate = _by_column(gates, weights)
@@ -71,10 +71,10 @@ def gradients(
     weights: GroupWeights,
     *,
     trainable: Sequence[int],
-    wants_x: bool,
-    wants_gates: bool,
+    needs_x_grad: bool,
+    needs_gates_grad: bool,
 ) -> GroupGradients:
-    """The backward pass; see `Kernels`. No product is spent on the weights of frozen experts."""
+    """Compute the backward pass; see `Kernels`. Frozen experts cost no weight gradient."""
     parts = [torch.mm(grad, Bt.t()) for grad, Bt in zip(grad_outputs, weights.Bt, strict=True)]
     grad_gated = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
     gate = _by_column(gates, weights)
@@ -84,32 +84,32 @@ def gradients(
         tail = slice(start + len(Bt) - new, start + len(Bt))
         own = gates[:, gates.shape[1] - new :] if weights.columns is None else gates[:, weights.columns[tail]]
         gated = (low[:, tail] * own).to(x.dtype)
-        # an empty product would still be a call
+        # an empty product would still cost a call
         grads_A.append(grad_low[:, tail].t() @ x if new else x.new_zeros(0, x.shape[1]))
         grads_Bt.append(gated.t() @ grad if new else grad.new_zeros(0, grad.shape[1]))
         start += len(Bt)
     return GroupGradients(
-        x=torch.mm(grad_low, weights.A) if wants_x else None,
-        gates=_gate_gradient(grad_gated, low, gates, weights) if wants_gates else None,
+        x=torch.mm(grad_low, weights.A) if needs_x_grad else None,
+        gates=_gate_gradient(grad_gated, low, gates, weights) if needs_gates_grad else None,
         A=tuple(grads_A),
         Bt=tuple(grads_Bt),
     )
 
 
 def _by_column(gates: Float[Tensor, "tokens rank"], weights: GroupWeights) -> Tensor:
-    """The gates as they multiply `low`: (tokens, 1, rank) where all modules have the same, else (tokens, columns)."""
+    """Return the gates as (tokens, columns), or (tokens, 1, rank) if all modules have all ranks."""
     if weights.columns is not None:
         return gates.index_select(1, weights.columns)
     return gates if len(weights.Bt) == 1 else gates.unsqueeze(1)
 
 
 def _by_module(low: Float[Tensor, "tokens columns"], gate: Tensor) -> Tensor:
-    """`low` in the shape that broadcasts with the gates."""
+    """Reshape `low` to broadcast with the gates of `_by_column`."""
     return low if gate.ndim == 2 else low.view(len(low), -1, gate.shape[2])
 
 
 def _split(gated: Tensor, weights: GroupWeights) -> Sequence[Tensor]:
-    """Each module's columns."""
+    """Split the columns by module."""
     if len(weights.Bt) == 1:
         return (gated,)
     return gated.unbind(1) if gated.ndim == 3 else gated.split(weights.ranks, dim=1)

@@ -1,10 +1,10 @@
-"""GroupWeights: the experts of target modules that read the same input, laid out for few and large matrix products.
+"""GroupWeights: experts of target modules that read the same input, laid out for few, large matrix products.
 
-    low = x A^T               A of all modules one under the other: one product for the whole group
-    y_m += (g * low_m) Bt_m   for each module m, added in place to what the base module computed
+    low = x A^T               A of all modules stacked: one product for the whole group
+    y_m += (g * low_m) Bt_m   for each module m, accumulated in place on the output of the base module
 
-`low` has one column for each row of A, in the order [module][rank]. Every implementation offers the functions of
-`Kernels`. Those of groups work on flat (tokens, features) tensors.
+The low-rank activation `low` has one column per row of A, in the order [module][rank]. Every implementation provides
+the functions of `Kernels`. Those for groups take flat (tokens, features) tensors.
 """
 
 from collections.abc import Sequence
@@ -16,45 +16,45 @@ from torch import Tensor
 
 from .gate_tables import GateTables
 
-Linears = Sequence[tuple[Tensor, Tensor | None]]  # weight (d_out, d_in) and bias of each module
+Linears = Sequence[tuple[Tensor, Tensor | None]]  # weight (d_out, d_in) and bias of each base module
 
 
 @dataclass(kw_only=True)
 class GroupWeights:
-    """A and B of every expert, for all modules of one group."""
+    """A and B of all experts, for the modules of one group."""
 
     A: Float[Tensor, "columns d_in"]
-    Bt: tuple[Float[Tensor, "_ _"], ...]  # by module: (its ranks, its d_out), scales folded in
-    columns: Int[Tensor, " columns"] | None = None  # which gate a column has; None: every module has all, in order
+    Bt: tuple[Float[Tensor, "_ _"], ...]  # by module: (ranks, d_out), with scales folded in
+    columns: Int[Tensor, " columns"] | None = None  # index of the gate; None: all, in order, for each module
 
     def __post_init__(self) -> None:
-        # once, not in every call; torch.compile does not follow a cached_property
-        self.transposed = self.A.t()  # A as the product with x takes it, a view
-        self.ranks = [len(Bt) for Bt in self.Bt]  # how many columns each module has
+        # not a cached_property, which torch.compile does not trace
+        self.transposed = self.A.t()  # a view, for the product with x
+        self.ranks = [len(Bt) for Bt in self.Bt]  # columns of each module
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupGradients:
-    """What the backward pass finds."""
+    """Result of the backward pass."""
 
-    x: Float[Tensor, "tokens d_in"] | None  # through the experts alone, in the type of x
+    x: Float[Tensor, "tokens d_in"] | None  # through the experts only, in the dtype of x
     gates: Float[Tensor, "tokens rank"] | None  # float32
-    A: tuple[Float[Tensor, "_ d_in"], ...]  # by module, of its last ranks only: those that train
+    A: tuple[Float[Tensor, "_ d_in"], ...]  # by module, of its trainable last ranks only
     Bt: tuple[Float[Tensor, "_ _"], ...]
 
 
 class Kernels(Protocol):
-    """One implementation."""
+    """Interface of an implementation."""
 
     def gates(
         self, hidden: Float[Tensor, "*tokens width"], slot_gate: Float[Tensor, "*#tokens slots"], tables: GateTables
     ) -> Float[Tensor, "*tokens rank"]:
-        """The gates of a layer, float32, without gradients.
+        """Return the gates of a layer as float32, without gradients.
 
         Args:
-            hidden: What enters the layer, in any type.
-            slot_gate: Of all slots.
-            tables: Those of the slots that are wanted; not of a static composition.
+            hidden: Input of the layer, of any floating dtype.
+            slot_gate: Gates of all slots.
+            tables: Tables of the selected slots; not those of a static composition.
         """
         ...
 
@@ -67,13 +67,13 @@ class Kernels(Protocol):
         *,
         keep: bool = False,
     ) -> tuple[list[Float[Tensor, "tokens _"]], Float[Tensor, "tokens columns"] | None]:
-        """What plain linear modules give with every expert's gated update, in whichever order is the fastest.
+        """Return the outputs of linear base modules plus the experts' gated updates.
 
         Args:
-            linears: The base modules, in the type of x.
+            linears: The base modules, in the dtype of x.
 
         Returns:
-            The outputs, in new memory, and `low`, if it is kept; see `update_`.
+            The outputs, newly allocated, and `low` if `keep`; see `update_`.
         """
         ...
 
@@ -86,17 +86,14 @@ class Kernels(Protocol):
         *,
         keep: bool = False,
     ) -> Float[Tensor, "tokens columns"] | None:
-        """Adds every expert's gated update to the outputs, in place.
+        """Add the experts' gated updates to the outputs in place.
 
         Args:
-            x: The input of the group, in the type of the outputs.
-            outputs: What the base modules computed, one for each module.
+            x: Input of the group, in the dtype of the outputs.
+            outputs: Outputs of the base modules.
             gates: float32.
-            weights: In the type of the outputs.
-            keep: Whether `low` is wanted for the backward pass.
-
-        Returns:
-            `low`, if it is kept.
+            weights: In the dtype of the outputs.
+            keep: Whether to return `low`, for the backward pass.
         """
         ...
 
@@ -109,14 +106,14 @@ class Kernels(Protocol):
         weights: GroupWeights,
         *,
         trainable: Sequence[int],
-        wants_x: bool,
-        wants_gates: bool,
+        needs_x_grad: bool,
+        needs_gates_grad: bool,
     ) -> GroupGradients:
-        """The backward pass of `update_`; frozen experts cost no weight gradient.
+        """Compute the backward pass of `update_`; frozen experts cost no weight gradient.
 
         Args:
-            trainable: How many of each module's last ranks train.
-            wants_x: Whether the gradient of x is wanted. The base modules' part of it is added by the caller.
-            wants_gates: Whether the gradient of the gates is wanted.
+            trainable: Number of trainable ranks of each module, its last ones.
+            needs_x_grad: Whether to compute the gradient of x; the caller adds that of the base modules.
+            needs_gates_grad: Whether to compute the gradient of the gates.
         """
         ...

@@ -1,4 +1,4 @@
-"""The definition, written as it is read: one module after another, no tricks. Every other path is compared with it."""
+"""Reference implementation: the definition, module by module, unoptimized. Tests compare all others with it."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,15 +14,15 @@ from .group import GroupGradients, GroupWeights, Linears
 def gates(
     hidden: Float[Tensor, "*tokens width"], slot_gate: Float[Tensor, "*#tokens slots"], tables: GateTables
 ) -> Float[Tensor, "*tokens rank"]:
-    """Slot gate times expert gate times rank gate; see `Kernels`. Autograd follows it."""
-    found = scores(hidden, tables.rows)
-    return gated_ranks(found, slot_gate, expert_gates(found, tables.same_group), tables)
+    """Return slot gate * expert gate * rank gate; see `Kernels`. Differentiable by autograd."""
+    all_scores = scores(hidden, tables.rows)
+    return gated_ranks(all_scores, slot_gate, expert_gates(all_scores, tables.same_group), tables)
 
 
 def scores(
     hidden: Float[Tensor, "*tokens width"], rows: Float[Tensor, "scores width"]
 ) -> Float[Tensor, "*tokens scores"]:
-    """What experts and ranks make of the direction of the hidden state: experts first, then ranks."""
+    """Return the scores of the normalized hidden state: those of the experts first, then those of the ranks."""
     hidden = hidden.float()
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).clamp(min=EPSILON)
     return F.linear(hidden, rows) / length
@@ -31,13 +31,13 @@ def scores(
 def expert_gates(
     scores: Float[Tensor, "*tokens scores"], same_group: Float[Tensor, "experts experts"]
 ) -> Float[Tensor, "*tokens experts"]:
-    """Softmax within each group; scores are bounded, so no maximum needs to be taken out."""
+    """Return the softmax within each group; scores are bounded, so the maximum need not be subtracted."""
     exponentials = torch.exp(scores[..., : len(same_group)])
     return exponentials / F.linear(exponentials, same_group)
 
 
 def rank_gates(scores: Float[Tensor, "*tokens scores"], experts: int) -> Float[Tensor, "*tokens rank"]:
-    """2 sigmoid(V h) with h of unit root mean square."""
+    """Return 2 sigmoid(V h), with h scaled to a root mean square of 1."""
     return 2 * torch.sigmoid(scores[..., experts:])
 
 
@@ -47,7 +47,7 @@ def gated_ranks(
     experts: Float[Tensor, "*tokens experts"],
     tables: GateTables,
 ) -> Float[Tensor, "*tokens rank"]:
-    """The product of the three gates of every rank."""
+    """Return the product of the three gates of each rank."""
     by_expert = slot_gate.index_select(-1, tables.slot_of_expert) * experts
     ranks = rank_gates(scores, len(tables.slot_of_expert))
     return by_expert.index_select(-1, tables.expert_of_rank) * ranks
@@ -61,7 +61,7 @@ def outputs(
     *,
     keep: bool = False,
 ) -> tuple[list[Float[Tensor, "tokens _"]], Float[Tensor, "tokens columns"] | None]:
-    """The base modules, then the update; see `Kernels`."""
+    """Run the base modules, then add the update; see `Kernels`."""
     found = [F.linear(x, weight, bias) for weight, bias in linears]
     return found, update_(x, found, gates, weights, keep=keep)
 
@@ -74,7 +74,7 @@ def update_(
     *,
     keep: bool = False,
 ) -> Float[Tensor, "tokens columns"] | None:
-    """y_m += B_m (g * (A_m x)); see `Kernels`. Products are summed in float32 and rounded where they are stored."""
+    """Compute y_m += B_m (g * (A_m x)); see `Kernels`. Sums are float32, rounded when stored."""
     lows = []
     for output, (A, Bt, gate) in zip(outputs, modules(weights, gates), strict=True):
         low = (x.float() @ A.float().T).to(x.dtype)
@@ -92,12 +92,12 @@ def gradients(
     weights: GroupWeights,
     *,
     trainable: Sequence[int],
-    wants_x: bool,
-    wants_gates: bool,
+    needs_x_grad: bool,
+    needs_gates_grad: bool,
 ) -> GroupGradients:
-    """The chain rule, one module after another; see `Kernels`."""
-    grad_x = torch.zeros_like(x, dtype=torch.float32) if wants_x else None
-    grad_gates = torch.zeros_like(gates) if wants_gates else None
+    """Apply the chain rule module by module; see `Kernels`."""
+    grad_x = torch.zeros_like(x, dtype=torch.float32) if needs_x_grad else None
+    grad_gates = torch.zeros_like(gates) if needs_gates_grad else None
     grads_A, grads_Bt, start = [], [], 0
     whole = torch.arange(gates.shape[1], device=gates.device)
     for grad, (A, Bt, gate), new in zip(grad_outputs, modules(weights, gates), trainable, strict=True):
@@ -122,7 +122,7 @@ def gradients(
 def modules(
     weights: GroupWeights, gates: Float[Tensor, "tokens rank"]
 ) -> Iterator[tuple[Float[Tensor, "_ d_in"], Float[Tensor, "_ _"], Float[Tensor, "tokens _"]]]:
-    """Each module's A, Bt and gates."""
+    """Yield A, Bt and gates of each module."""
     start = 0
     for Bt in weights.Bt:
         part = slice(start, start + len(Bt))

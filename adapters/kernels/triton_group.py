@@ -1,6 +1,6 @@
-"""The fused layer on a GPU: launches of the Triton kernels for a group, forward and backward.
+"""Launches of the Triton kernels for a group, forward and backward.
 
-Nothing here waits for the device or depends on values, so a whole forward pass can be captured in a CUDA graph.
+Nothing synchronizes with the device or depends on values, so a whole forward pass can be captured in a CUDA graph.
 """
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
@@ -16,10 +16,10 @@ from torch import Tensor
 from . import triton_gates
 from .group import GroupGradients, GroupWeights, Linears
 from .triton_kernels import expand_kernel, shrink_kernel
-from .triton_launch import FEW_TOKENS, IS_INTERPRETED, PROCESSORS, Tiles, choose_tiles, count_shares, share_size
+from .triton_launch import FEW_TOKENS, IS_INTERPRETED, NUM_SMS, Tiles, choose_split_k, choose_tiles, split_size
 
-MAX_MODULES = 3  # that one launch of expand serves
-gates = triton_gates.gates  # this module is the whole of `Kernels`
+MAX_MODULES = 3  # in one launch of expand
+gates = triton_gates.gates  # completes `Kernels`
 
 
 def outputs(
@@ -30,11 +30,10 @@ def outputs(
     *,
     keep: bool = False,
 ) -> tuple[list[Float[Tensor, "tokens _"]], Float[Tensor, "tokens columns"] | None]:
-    """See `Kernels`. The base's product and the experts' share their passes over memory.
+    """Run the base modules with the update, sharing passes over memory; see `Kernels`.
 
-    For few tokens one launch reads the base's weights along with A, and a second adds everything up. For many, the
-    experts' part is written first and the base's product accumulates on it: with beta = 1 it reads what it adds to
-    while it computes.
+    For few tokens, one launch multiplies by the base weights and by A, and a second adds everything up. For many, the
+    update is written first and the base product accumulates on it (beta = 1), which hides the read of the output.
     """
     Ws, biases = [weight for weight, _ in linears], [bias for _, bias in linears]
     if not len(x) or not len(weights.A):
@@ -44,12 +43,12 @@ def outputs(
     if len(x) <= FEW_TOKENS and not keep and all(weight.stride(1) == 1 for weight in Ws):
         tiles, wide = choose_tiles(len(x)), sum(map(len, Ws))
         blocks = sum(triton.cdiv(len(rows), tiles.shrink_c) for rows in (*Ws, weights.A))
-        shares = count_shares(x.shape[1], tiles.shrink_k, blocks, wanted=4 * PROCESSORS)
-        sums = torch.empty(shares, len(x), wide + len(weights.A), dtype=torch.float32, device=x.device)
+        parts = choose_split_k(x.shape[1], tiles.shrink_k, blocks, target=4 * NUM_SMS)
+        sums = torch.empty(parts, len(x), wide + len(weights.A), dtype=torch.float32, device=x.device)
         _shrink(x, weights.A, sums, gates, weights, tiles, base=Ws)
-        _expand(sums, gates, found, weights.Bt, weights, tiles, biases=biases, finish=True)
+        _expand(sums, gates, found, weights.Bt, weights, tiles, biases=biases, has_base=True)
         return found, None
-    low = _experts(x, found, gates, weights, keep=keep, add=False, biases=biases)
+    low = _run_experts(x, found, gates, weights, keep=keep, accumulate=False, biases=biases)
     for output, weight in zip(found, Ws, strict=True):
         output.addmm_(x, weight.t())
     return found, low
@@ -63,10 +62,10 @@ def update_(
     *,
     keep: bool = False,
 ) -> Float[Tensor, "tokens columns"] | None:
-    """Adds the gated updates in place; see `Kernels`."""
+    """Add the gated updates in place; see `Kernels`."""
     if not len(x) or not len(weights.A):
         return x.new_zeros(len(x), len(weights.A)) if keep else None
-    return _experts(x, outputs, gates, weights, keep=keep, add=True)
+    return _run_experts(x, outputs, gates, weights, keep=keep, accumulate=True)
 
 
 def gradients(
@@ -77,13 +76,13 @@ def gradients(
     weights: GroupWeights,
     *,
     trainable: Sequence[int],
-    wants_x: bool,
-    wants_gates: bool,
+    needs_x_grad: bool,
+    needs_gates_grad: bool,
 ) -> GroupGradients:
-    """The backward pass through the same kernels; see `Kernels`.
+    """Compute the backward pass with the same kernels; see `Kernels`.
 
     dY B is a shrink of dY, and dX = (g * dY B) A an expand into dX. The weight gradients of trainable ranks are
-    products of two long thin matrices, which the BLAS library does best.
+    products of two tall matrices, for which BLAS is fastest.
     """
     tiles = choose_tiles(len(x))
     grad_gated = torch.empty(1, *low.shape, dtype=torch.float32, device=x.device)
@@ -93,7 +92,7 @@ def gradients(
             _shrink(grad, Bt, grad_gated[:, :, start : start + len(Bt)], None, weights, tiles)
         start += len(Bt)
     grad_x = None
-    if wants_x:
+    if needs_x_grad:
         grad_x = torch.empty_like(x) if low.numel() else torch.zeros_like(x)
         if low.numel():
             _expand(grad_gated, gates, [grad_x], [weights.A], weights, tiles)
@@ -106,7 +105,7 @@ def gradients(
         grads_Bt.append((low[:, tail] * own).to(x.dtype).t() @ grad)
         start += len(Bt)
     grad_gates = None
-    if wants_gates:
+    if needs_gates_grad:
         product = grad_gated[0] * low
         if weights.columns is None:
             grad_gates = product.view(len(x), len(weights.Bt), gates.shape[1]).sum(1)
@@ -115,46 +114,46 @@ def gradients(
     return GroupGradients(x=grad_x, gates=grad_gates, A=tuple(grads_A), Bt=tuple(grads_Bt))
 
 
-def _experts(
+def _run_experts(
     x: Float[Tensor, "tokens d_in"],
     outputs: Sequence[Float[Tensor, "tokens _"]],
     gates: Float[Tensor, "tokens rank"],
     weights: GroupWeights,
     *,
     keep: bool,
-    add: bool,
+    accumulate: bool,
     biases: Sequence[Tensor | None] = (),
 ) -> Float[Tensor, "tokens columns"] | None:
-    """Adds the gated updates to the outputs, or writes them there; returns `low` if it is kept."""
+    """Add the gated updates to the outputs, or write them there; return `low` if `keep`."""
     tiles, columns = choose_tiles(len(x)), len(weights.A)
     if keep:
         low = x.new_empty(1, len(x), columns)
         _shrink(x, weights.A, low, None, weights, tiles)
     else:
         programs = triton.cdiv(len(x), tiles.shrink_m) * triton.cdiv(columns, tiles.shrink_c)
-        shares = count_shares(x.shape[1], tiles.shrink_k, programs)
-        low = torch.empty(shares, len(x), columns, dtype=torch.float32, device=x.device)
+        parts = choose_split_k(x.shape[1], tiles.shrink_k, programs)
+        low = torch.empty(parts, len(x), columns, dtype=torch.float32, device=x.device)
         _shrink(x, weights.A, low, gates, weights, tiles)
-    _expand(low, gates, outputs, weights.Bt, weights, tiles, biases=biases, add=add)
+    _expand(low, gates, outputs, weights.Bt, weights, tiles, biases=biases, accumulate=accumulate)
     return low[0] if keep else None
 
 
 def _shrink(
     x: Float[Tensor, "tokens width"],
     A: Float[Tensor, "columns width"],
-    out: Float[Tensor, "shares tokens sums"],
+    out: Float[Tensor, "parts tokens sums"],
     gates: Float[Tensor, "tokens rank"] | None,
     weights: GroupWeights,
     tiles: Tiles,
     *,
     base: Sequence[Float[Tensor, "_ width"]] = (),
 ) -> None:
-    """OUT = X A^T in shares, after X W^T of base modules; with gates, tiles of A without an open gate become zero."""
-    shares, tokens, _ = out.shape
+    """Compute partial sums of X W^T of base modules, then of X A^T; with gates, tiles of A whose gates are 0 are 0."""
+    parts, tokens, _ = out.shape
     Ws = [*base, *[A] * (MAX_MODULES - len(base))]
     features = [len(W) for W in base] + [0] * (MAX_MODULES - len(base))
     blocks = sum(triton.cdiv(size, tiles.shrink_c) for size in (*features, len(A)))
-    shrink_kernel[(triton.cdiv(tokens, tiles.shrink_m), blocks, shares)](
+    shrink_kernel[(triton.cdiv(tokens, tiles.shrink_m), blocks, parts)](
         x,
         A,
         *Ws,
@@ -165,16 +164,16 @@ def _shrink(
         x.shape[1],
         len(A),
         *features,
-        share_size(x.shape[1], tiles.shrink_k, shares),
+        split_size(x.shape[1], tiles.shrink_k, parts),
         *x.stride(),
         A.stride(0),
         *[W.stride(0) for W in Ws],
         out.stride(0),
         out.stride(1),
         0 if gates is None else gates.stride(0),
-        GATES=1 if gates is None else gates.shape[1],
-        COLUMNS=gates is not None and weights.columns is not None,
-        SKIP=gates is not None,
+        RANK=1 if gates is None else gates.shape[1],
+        HAS_COLUMNS=gates is not None and weights.columns is not None,
+        SKIP_ZEROS=gates is not None,
         UPCAST=IS_INTERPRETED,
         BLOCK_M=tiles.shrink_m,
         BLOCK_C=tiles.shrink_c,
@@ -184,7 +183,7 @@ def _shrink(
 
 
 def _expand(
-    low: Float[Tensor, "shares tokens sums"],
+    low: Float[Tensor, "parts tokens sums"],
     gates: Float[Tensor, "tokens rank"],
     outputs: Sequence[Float[Tensor, "tokens _"]],
     Bt: Sequence[Float[Tensor, "_ _"]],
@@ -192,16 +191,16 @@ def _expand(
     tiles: Tiles,
     *,
     biases: Sequence[Tensor | None] = (),
-    add: bool = False,
-    finish: bool = False,
+    accumulate: bool = False,
+    has_base: bool = False,
 ) -> None:
-    """Adds (g * LOW) B to the outputs, or writes it there, with biases and the base's sums in LOW if there are any."""
+    """Add (g * LOW) B to the outputs, or write it there, with biases and the base product's partial sums if present."""
     if len(outputs) > MAX_MODULES:
-        raise ValueError(f"{len(outputs)} modules in one group, one launch serves {MAX_MODULES}")
+        raise ValueError(f"a group can have at most {MAX_MODULES} modules, found {len(outputs)}")
     missing = MAX_MODULES - len(outputs)
     ys, bs = [*outputs, *[outputs[0]] * missing], [*Bt, *[Bt[0]] * missing]
     has_bias = any(bias is not None for bias in biases)
-    cs = ys  # of which nothing is read
+    cs = ys  # placeholders, not read
     if has_bias:
         cs = [y.new_zeros(y.shape[1]) if bias is None else bias for y, bias in zip(outputs, biases, strict=True)]
         cs += cs[:1] * missing
@@ -223,12 +222,12 @@ def _expand(
         low.stride(0),
         low.stride(1),
         gates.stride(0),
-        SHARES=low.shape[0],
-        GATES=gates.shape[1],
-        COLUMNS=weights.columns is not None,
-        ADD=add,
-        BIAS=has_bias,
-        FINISH=finish,
+        SPLIT_K=low.shape[0],
+        RANK=gates.shape[1],
+        HAS_COLUMNS=weights.columns is not None,
+        ACCUMULATE=accumulate,
+        HAS_BIAS=has_bias,
+        HAS_BASE=has_base,
         UPCAST=IS_INTERPRETED,
         BLOCK_M=tiles.expand_m,
         BLOCK_N=tiles.expand_n,

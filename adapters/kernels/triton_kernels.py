@@ -1,27 +1,27 @@
-"""Two Triton kernels, shrink and expand, from which both passes of the fused layer are made.
+"""The two Triton kernels of the fused layer's forward and backward pass: shrink and expand.
 
-    shrink   OUT[s, t, c] = sum over the s-th share of k of X[t, k] M[c, k]          M: A, or W_0, W_1, W_2 and A
+    shrink   OUT[s, t, c] = sum over the s-th part of k of X[t, k] M[c, k]           M: A, or W_0, W_1, W_2 and A
     expand   Y_m[t, n] (+)= sum over ranks r of module m of (sum over s of LOW[s, t, r]) g[t, r] B_m[r, n]
 
-Shrink may cut the long k axis into shares that different programs sum, so that one token keeps a whole GPU busy; the
-shares are added up by expand, in a fixed order: no atomics, no zeroed buffer, the same bits every time. Expand serves
-all modules of a group in one launch. It adds to what the base modules wrote; or writes what their products then add to;
-or adds up the shares of those products, which shrink makes along with A where tokens are few: two launches then.
-Where no gate of a tile is open, both skip it, decided on the device. Sums are float32.
+Shrink can split the long k axis (split-K), so that even one token occupies the whole GPU. Expand adds the partial sums
+in a fixed order: no atomics, no zeroed buffer, deterministic bits. One launch of expand serves all modules of a group.
+It accumulates on the base outputs; or writes the update, on which the base products accumulate later; or also adds the
+partial sums of the base products, which shrink computes along with those of A if tokens are few: two launches in all.
+Both kernels skip tiles whose gates are all 0, a decision made on the device. Sums are float32.
 
-The cut into shrink and expand with partial sums follows vLLM's LoRA kernels (lora_shrink, lora_expand); theirs have one
-adapter for each token, ours a gate for each rank.
+Shrink and expand with partial sums follow vLLM's LoRA kernels (lora_shrink, lora_expand), which have one adapter per
+token; here each rank has a gate.
 """
 
-# Triton is not always installed, and what it makes of a function is not what a type checker sees.
+# Triton may be missing, and type checkers do not understand jitted functions.
 # pyright: reportMissingImports=false, reportOperatorIssue=false, reportGeneralTypeIssues=false
 
 import triton.language as tl
 
-from .triton_launch import kernel
+from .triton_launch import jit
 
 
-@kernel
+@jit
 def shrink_kernel(
     x_ptr,
     a_ptr,
@@ -34,28 +34,28 @@ def shrink_kernel(
     tokens,
     width,
     columns,  # of A
-    n0,  # output features of each base module; 0: none
+    n0,  # output features of each base module; 0: no such module
     n1,
     n2,
-    share,  # of the k axis, a multiple of BLOCK_K
+    k_size,  # of each part, a multiple of BLOCK_K
     x_row,
     x_col,
     a_row,
     w0_row,
     w1_row,
     w2_row,
-    out_share,
+    out_part,
     out_row,
     gate_row,
-    GATES: tl.constexpr,  # length of the gates' axis
-    COLUMNS: tl.constexpr,  # whether there is an index of gates
-    SKIP: tl.constexpr,  # whether closed tiles are skipped
+    RANK: tl.constexpr,  # length of the gates' axis
+    HAS_COLUMNS: tl.constexpr,  # whether index_ptr has the gate of each column
+    SKIP_ZEROS: tl.constexpr,  # whether tiles whose gates are all 0 are skipped
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """X M^T, in shares; see above."""
+    """Compute partial sums of X M^T; see above."""
     block = tl.program_id(1)
     blocks0, blocks1, blocks2 = tl.cdiv(n0, BLOCK_C), tl.cdiv(n1, BLOCK_C), tl.cdiv(n2, BLOCK_C)
     wide = n0 + n1 + n2
@@ -77,19 +77,19 @@ def shrink_kernel(
     in_rows, in_cols = rows < tokens, cols < size
     long_rows = rows.to(tl.int64)
     total = tl.zeros((BLOCK_M, BLOCK_C), tl.float32)
-    is_open = True
-    if SKIP:
+    is_needed = True
+    if SKIP_ZEROS:
         in_cols_of_a = cols < columns
-        place = tl.load(index_ptr + cols, mask=in_cols_of_a, other=0) if COLUMNS else cols % GATES
+        place = tl.load(index_ptr + cols, mask=in_cols_of_a, other=0) if HAS_COLUMNS else cols % RANK
         gate = tl.load(
             gate_ptr + long_rows[:, None] * gate_row + place[None, :],
             mask=in_rows[:, None] & in_cols_of_a[None, :],
             other=0.0,
         )
-        is_open = is_base | (tl.max(tl.abs(gate)) > 0)
-    if is_open:
-        first = part * share
-        for start in range(first, tl.minimum(first + share, width), BLOCK_K):
+        is_needed = is_base | (tl.max(tl.abs(gate)) > 0)
+    if is_needed:
+        first = part * k_size
+        for start in range(first, tl.minimum(first + k_size, width), BLOCK_K):
             ks = start + tl.arange(0, BLOCK_K)
             in_ks = ks < width
             x = tl.load(
@@ -105,12 +105,12 @@ def shrink_kernel(
             if UPCAST:
                 x, m = x.to(tl.float32), m.to(tl.float32)
             total = tl.dot(x, m, total, input_precision="ieee")
-    out = out_ptr + part * out_share + long_rows[:, None] * out_row + offset + cols[None, :]
+    out = out_ptr + part * out_part + long_rows[:, None] * out_row + offset + cols[None, :]
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=in_rows[:, None] & in_cols[None, :])
 
 
-@kernel
-def expand_kernel(  # noqa: C901 - most branches are taken while it is compiled
+@jit
+def expand_kernel(  # noqa: C901 - most branches are resolved at compile time
     low_ptr,
     gate_ptr,
     index_ptr,
@@ -136,22 +136,22 @@ def expand_kernel(  # noqa: C901 - most branches are taken while it is compiled
     b0_row,
     b1_row,
     b2_row,
-    low_share,
+    low_part,
     low_row,
     gate_row,
-    SHARES: tl.constexpr,
-    GATES: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ADD: tl.constexpr,  # to what is there
-    BIAS: tl.constexpr,  # whether the modules' biases are added
-    FINISH: tl.constexpr,  # whether LOW has the shares of the base modules' products in front
+    SPLIT_K: tl.constexpr,
+    RANK: tl.constexpr,
+    HAS_COLUMNS: tl.constexpr,
+    ACCUMULATE: tl.constexpr,  # whether Y is read and added to
+    HAS_BIAS: tl.constexpr,
+    HAS_BASE: tl.constexpr,  # whether LOW starts with the partial sums of the base products
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Y_m += (g * low_m) B_m for up to three modules, or = without ADD; see above."""
-    wide = n0 + n1 + n2 if FINISH else 0
+    """Compute Y_m += (g * low_m) B_m for up to three modules, or = without ACCUMULATE; see above."""
+    wide = n0 + n1 + n2 if HAS_BASE else 0
     block = tl.program_id(1)
     blocks0, blocks1 = tl.cdiv(n0, BLOCK_N), tl.cdiv(n1, BLOCK_N)
     y_ptr, b_ptr, bias_ptr, features, ranks, y_row, b_row = y0_ptr, b0_ptr, bias0_ptr, n0, r0, y0_row, b0_row
@@ -173,13 +173,13 @@ def expand_kernel(  # noqa: C901 - most branches are taken while it is compiled
         rs = start + tl.arange(0, BLOCK_R)
         in_rs = rs < ranks
         inside = in_rows[:, None] & in_rs[None, :]
-        place = tl.load(index_ptr + offset + rs, mask=in_rs, other=0) if COLUMNS else (offset + rs) % GATES
+        place = tl.load(index_ptr + offset + rs, mask=in_rs, other=0) if HAS_COLUMNS else (offset + rs) % RANK
         gate = tl.load(gate_ptr + long_rows[:, None] * gate_row + place[None, :], mask=inside, other=0.0)
         if tl.max(tl.abs(gate)) > 0:
             low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-            for part in tl.static_range(SHARES):
+            for part in tl.static_range(SPLIT_K):
                 low += tl.load(
-                    low_ptr + part * low_share + long_rows[:, None] * low_row + wide + offset + rs[None, :],
+                    low_ptr + part * low_part + long_rows[:, None] * low_row + wide + offset + rs[None, :],
                     mask=inside,
                     other=0.0,
                 ).to(tl.float32)
@@ -192,15 +192,15 @@ def expand_kernel(  # noqa: C901 - most branches are taken while it is compiled
             total = tl.dot(gated, b, total, input_precision="ieee")
     y = y_ptr + long_rows[:, None] * y_row + cols[None, :]
     inside = in_rows[:, None] & in_cols[None, :]
-    if BIAS:
+    if HAS_BIAS:
         total += tl.load(bias_ptr + cols, mask=in_cols, other=0.0).to(tl.float32)[None, :]
-    if FINISH:
-        for part in tl.static_range(SHARES):
+    if HAS_BASE:
+        for part in tl.static_range(SPLIT_K):
             total += tl.load(
-                low_ptr + part * low_share + long_rows[:, None] * low_row + first + cols[None, :],
+                low_ptr + part * low_part + long_rows[:, None] * low_row + first + cols[None, :],
                 mask=inside,
                 other=0.0,
             )
-    if ADD:
+    if ACCUMULATE:
         total += tl.load(y, mask=inside, other=0.0).to(tl.float32)
     tl.store(y, total.to(y_ptr.dtype.element_ty), mask=inside)

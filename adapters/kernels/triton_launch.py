@@ -1,4 +1,4 @@
-"""What every launch of a Triton kernel asks: how the long axis is cut, and whether this is Triton's interpreter."""
+"""Launch parameters of the Triton kernels: tiles, split-K, and whether Triton's interpreter runs them."""
 
 # pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 
@@ -9,15 +9,15 @@ from typing import Any
 
 import triton
 
-PROCESSORS = 132  # of an H100 or H200: as many programs keep it busy
-MAX_SHARES = 16
-FEW_TOKENS = 16  # up to so many, products are bound by the weights' bytes
-IS_INTERPRETED = triton.knobs.runtime.interpret  # Triton's interpreter has no dot of bfloat16
+NUM_SMS = 132  # streaming multiprocessors of an H100 or H200
+MAX_SPLIT_K = 16
+FEW_TOKENS = 16  # up to here products are bound by the bandwidth of reading weights
+IS_INTERPRETED = triton.knobs.runtime.interpret  # Triton's interpreter has no bfloat16 dot
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How launches are cut into programs."""
+    """Tile sizes and warps of the launches."""
 
     shrink_m: int = 64
     shrink_c: int = 64
@@ -34,7 +34,7 @@ class Tiles:
 
 
 def choose_tiles(tokens: int) -> Tiles:
-    """Tiles for so many tokens: a dot has 16 rows at least, and few tokens need no more."""
+    """Return the tiles for a number of tokens; 16 rows is the minimum of a dot."""
     few = {
         "shrink_c": 32,
         "shrink_k": 128,
@@ -51,27 +51,27 @@ def choose_tiles(tokens: int) -> Tiles:
     return Tiles()
 
 
-def kernel(function: Callable) -> Any:
-    """Triton reads a function's own source, not that of what a type checker wraps around it."""
+def jit(function: Callable) -> Any:
+    """Apply `triton.jit` to a function without its wrappers: Triton reads the source, runtime type checks wrap it."""
     return triton.jit(inspect.unwrap(function))
 
 
-def count_shares(width: int, step: int, programs: int, *, wanted: int = PROCESSORS) -> int:
-    """Into how many shares a long axis is cut, so that all processors have work; a share has two steps at least.
+def choose_split_k(width: int, step: int, programs: int, *, target: int = NUM_SMS) -> int:
+    """Return the number of parts of a long axis, so that all processors are busy; each has at least two steps.
 
-    A power of two: kernels are compiled for each number of shares, and every length of a prompt would bring another.
+    It is a power of two: kernels are compiled for each number of parts, and with every prompt length it could differ.
 
     Args:
-        width: Of the axis.
-        step: How much of it one turn of the kernel's loop reads.
-        programs: Of each share.
-        wanted: Programs altogether. To be read as fast as memory allows, weights want several for each processor.
+        width: Length of the axis.
+        step: Length that one iteration of the kernel's loop reads.
+        programs: Number of programs per part.
+        target: Total number of programs. Products bound by memory bandwidth need several per processor.
     """
     steps = triton.cdiv(width, step)
-    most = max(1, min(MAX_SHARES, wanted // programs, steps // 2))
-    return 1 << (most.bit_length() - 1)
+    maximum = max(1, min(MAX_SPLIT_K, target // programs, steps // 2))
+    return 1 << (maximum.bit_length() - 1)
 
 
-def share_size(width: int, step: int, shares: int) -> int:
-    """How much of the axis a share has: whole steps."""
-    return triton.cdiv(triton.cdiv(width, step), shares) * step
+def split_size(width: int, step: int, parts: int) -> int:
+    """Return the length of each part of the axis, a multiple of `step`."""
+    return triton.cdiv(triton.cdiv(width, step), parts) * step

@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..kernels.dispatch import choose_kernels
-from ..kernels.gate_tables import EPSILON, GateTables, softmax_groups_of
+from ..kernels.gate_tables import EPSILON, GateTables, group_members
 from .gate_update import GateUpdate
 
 TEMPERATURE = 0.1  # of the expert gates; scores are cosines, so |score| <= 10
@@ -72,7 +72,7 @@ class LayerGates(nn.Module):
         same_group = group_of_expert[:, None] == group_of_expert[None, :]
         self.register_buffer("same_group", same_group.float(), persistent=False)
         self.register_buffer("slot_of_rank", slot_of_expert[expert_of_rank], persistent=False)
-        self.register_buffer("softmax_group_of_rank", softmax_groups_of(same_group)[expert_of_rank], persistent=False)
+        self.register_buffer("softmax_group_of_rank", group_members(same_group)[expert_of_rank], persistent=False)
         self.new_expert_gate = None if new_expert_gate is None else nn.Parameter(new_expert_gate)
         self.new_rank_gate = None if new_rank_gate is None else nn.Parameter(new_rank_gate)
         self._selections: dict[tuple[int, ...] | None, GateTables] = {}
@@ -126,7 +126,7 @@ class LayerGates(nn.Module):
             return self.tables()
         if slots not in self._selections:
             whole = self.tables()
-            self._selections[slots] = whole if slots is None else whole.only(slots)
+            self._selections[slots] = whole if slots is None else whole.select_slots(slots)
         return self._selections[slots]
 
     def tables(self, new_experts: Tensor | None = None, new_ranks: Tensor | None = None) -> GateTables:

@@ -58,8 +58,8 @@ class GroupUpdate(torch.autograd.Function):
             gate,
             group.weights(ctx.places, flat.dtype),
             trainable=[group.trainable[place] if has_trained else 0 for place in ctx.places],
-            wants_x=needs[2],
-            wants_gates=needs[3],
+            needs_x_grad=needs[2],
+            needs_gates_grad=needs[3],
         )
         if found.x is not None and ctx.is_inside:
             for grad, member in zip(flat_grads, members, strict=True):

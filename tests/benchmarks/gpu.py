@@ -84,7 +84,7 @@ class Group:
             outputs, low = kernels.outputs(self.x, self.linears, self.gates, self.weights, keep=True)
             found = kernels.gradients(
                 outputs, self.x, low, self.gates, self.weights,
-                trainable=[16] * len(outputs), wants_x=True, wants_gates=True,
+                trainable=[16] * len(outputs), needs_x_grad=True, needs_gates_grad=True,
             )  # fmt: skip
             grad_x, rest = found.x, 0
         for output, (weight, _) in list(zip(outputs, self.linears, strict=True))[rest:]:

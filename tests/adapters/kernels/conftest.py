@@ -1,4 +1,4 @@
-"""Cases that every implementation must pass, and the comparison with the reference."""
+"""Inputs for every implementation and the comparison with the reference."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,21 +10,21 @@ from torch import Tensor
 from lorary.adapters.kernels import reference
 from lorary.adapters.kernels.group import GroupWeights
 
-# tokens, d_in, d_out of each module, ranks of each module (None: all), rank axis
+# tokens, d_in, d_out of each module, ranks of each module (None: all), total rank
 SHAPES = {
     "one-token": (1, 24, (16,), None, 8),
     "ones": (1, 1, (1,), None, 1),
     "odd-sizes": (63, 33, (17, 65), None, 13),
     "three-modules": (100, 64, (64, 16, 16), None, 24),
     "mixed-ranks": (37, 40, (24, 48), ((0, 1, 2, 5, 6), (1, 3, 4, 5)), 7),
-    "a-module-without-some": (5, 19, (7, 9, 11), ((0, 1), (2, 3, 4), (0, 1, 2, 3, 4)), 5),
+    "partly-missing-ranks": (5, 19, (7, 9, 11), ((0, 1), (2, 3, 4), (0, 1, 2, 3, 4)), 5),
     "many-tokens": (257, 48, (130,), None, 32),
 }
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 class Case:
-    """Inputs of one call, the same for every implementation."""
+    """Random inputs of one call."""
 
     def __init__(self, shape: str, dtype: torch.dtype, *, contiguous: bool = True, empty: bool = False, seed: int = 0):
         tokens, d_in, d_outs, chosen, rank = SHAPES[shape]
@@ -34,7 +34,7 @@ class Case:
             return (torch.randn(*size, generator=generator) * scale).to(dtype)
 
         def strided(tensor: Tensor) -> Tensor:
-            """The same numbers with a gap after every row."""
+            """Return the same values, with a gap after every row if not `contiguous`."""
             return tensor if contiguous else torch.cat([tensor, tensor], dim=1)[:, : tensor.shape[1]]
 
         ranks = [rank] * len(d_outs) if chosen is None else [len(part) for part in chosen]
@@ -43,7 +43,7 @@ class Case:
         self.grads = [strided(normal(tokens, size)) for size in d_outs]
         self.linears = [(strided(normal(size, d_in, scale=d_in**-0.5)), None) for size in d_outs]
         self.gates = torch.rand(tokens, rank, generator=generator)
-        if empty:  # slots that are closed, for all and for some
+        if empty:  # gates of 0, for all tokens and for some
             self.gates[:, : rank // 2] = 0
             self.gates[: tokens // 2] = 0
         columns = None if chosen is None else torch.tensor([column for part in chosen for column in part])
@@ -85,7 +85,7 @@ def make_case() -> Callable[..., Case]:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that is not written to is not a number: a kernel that forgets a part of its output fails."""
+    """Fill uninitialized memory with NaN, so that a kernel that leaves part of its output unwritten fails."""
     empty, empty_like = torch.empty, torch.empty_like
 
     def poison(tensor: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def agrees_with_reference(relative_error: Any) -> Callable[..., None]:
-    """`agrees_with_reference(kernels, case)`: outputs and every gradient."""
+    """`agrees_with_reference(kernels, case)`: compares outputs and all gradients."""
 
     def check(kernels: Any, case: Case) -> None:
         tolerance = TOLERANCE[case.x.dtype]
@@ -135,8 +135,8 @@ def agrees_with_reference(relative_error: Any) -> Callable[..., None]:
                 case.gates,
                 case.weights,
                 trainable=case.trainable,
-                wants_x=True,
-                wants_gates=True,
+                needs_x_grad=True,
+                needs_gates_grad=True,
             )
 
         found, expected = gradients(kernels), gradients(reference)
@@ -145,9 +145,9 @@ def agrees_with_reference(relative_error: Any) -> Callable[..., None]:
         assert found.gates.dtype == torch.float32
         assert relative_error(found.gates, expected.gates) <= tolerance
         for name in ("A", "Bt"):
-            for mine, theirs, new in zip(getattr(found, name), getattr(expected, name), case.trainable, strict=True):
-                assert mine.shape[0] == new
-                # sums over tokens of products that may be zero where gates are closed
-                assert relative_error(mine, theirs, floor=1e-3) <= tolerance
+            for actual, wanted, new in zip(getattr(found, name), getattr(expected, name), case.trainable, strict=True):
+                assert actual.shape[0] == new
+                # sums over tokens, which can be all zero where gates are 0
+                assert relative_error(actual, wanted, floor=1e-3) <= tolerance
 
     return check

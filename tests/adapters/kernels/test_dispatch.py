@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""Choice of the implementation, and agreement of whole models across implementations."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from lorary.domains.errors import InputError
 CPU = torch.device("cpu")
 
 
-def test_a_cpu_takes_the_fast_path_unless_another_is_asked_for() -> None:
+def test_a_cpu_uses_eager_unless_another_is_selected() -> None:
     assert choose_kernels(CPU) is eager
 
     with use_kernels("reference"):
@@ -24,7 +24,7 @@ def test_a_cpu_takes_the_fast_path_unless_another_is_asked_for() -> None:
     assert choose_kernels(CPU) is eager
 
 
-def test_the_choice_ends_with_an_error() -> None:
+def test_the_selection_ends_if_the_context_raises() -> None:
     with pytest.raises(KeyError), use_kernels("reference"):
         raise KeyError
 
@@ -36,7 +36,7 @@ def test_unknown_kernels_are_refused() -> None:
         pass
 
 
-def test_a_gpu_takes_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_uses_triton_if_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     assert choose_kernels(torch.device("cuda")) is eager
     with pytest.raises(InputError, match="not installed"), use_kernels("triton"):
@@ -47,7 +47,7 @@ def test_a_gpu_takes_triton_where_it_is_installed(monkeypatch: pytest.MonkeyPatc
         assert choose_kernels(torch.device("cuda")).__name__.endswith("triton_group")
 
 
-def test_a_model_gives_the_same_on_triton(base: Any, compose: Any, some_ids: Any, logits: Any) -> None:
+def test_logits_match_on_triton(base: Any, compose: Any, some_ids: Any, logits: Any) -> None:
     pytest.importorskip("triton")
     composed = compose(base)
     expected = logits(composed, input_ids=some_ids(2, 5))
@@ -58,7 +58,7 @@ def test_a_model_gives_the_same_on_triton(base: Any, compose: Any, some_ids: Any
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_long_prompt_and_its_answer_are_the_same_on_triton(
+def test_generated_tokens_match_on_triton_with_either_cache(
     base: Any, compose: Any, some_ids: Any, generated: Any
 ) -> None:
     pytest.importorskip("triton")
@@ -67,13 +67,13 @@ def test_a_long_prompt_and_its_answer_are_the_same_on_triton(
 
     with use_kernels("triton"):
         found = generated(composed, **inputs)
-        kept = generated(composed, **inputs, cache_implementation="static")
+        with_static_cache = generated(composed, **inputs, cache_implementation="static")
 
     assert torch.equal(found, expected)
-    assert torch.equal(kept, expected)
+    assert torch.equal(with_static_cache, expected)
 
 
-def test_training_gives_the_same_gradients_on_triton(base: Any, compose: Any, some_ids: Any) -> None:
+def test_gradients_match_on_triton(base: Any, compose: Any, some_ids: Any) -> None:
     pytest.importorskip("triton")
 
     def gradients(name: str) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def test_training_gives_the_same_gradients_on_triton(base: Any, compose: Any, so
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_a_model_gives_the_same_on_the_reference(any_base: Any, compose: Any, some_ids: Any, logits: Any) -> None:
+def test_logits_match_on_the_reference(any_base: Any, compose: Any, some_ids: Any, logits: Any) -> None:
     composed = compose(any_base)
     expected = logits(composed, input_ids=some_ids(2))
 

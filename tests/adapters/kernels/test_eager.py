@@ -1,4 +1,4 @@
-"""The fast path against the reference."""
+"""The eager implementation against the reference."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from lorary.adapters.kernels import eager
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
-def test_outputs_and_gradients_are_those_of_the_reference(
+def test_outputs_and_gradients_match_the_reference(
     shape: str, dtype: torch.dtype, contiguous: bool, make_case: Any, agrees_with_reference: Any
 ) -> None:
     agrees_with_reference(eager, make_case(shape, dtype, contiguous=contiguous))
 
 
-def test_closed_slots_add_nothing(shape: str, make_case: Any, agrees_with_reference: Any) -> None:
+def test_gates_of_zero_add_nothing(shape: str, make_case: Any, agrees_with_reference: Any) -> None:
     agrees_with_reference(eager, make_case(shape, torch.float32, empty=True))
 
 
-def test_what_is_not_wanted_is_not_computed(make_case: Any) -> None:
+def test_gradients_that_are_not_needed_are_not_computed(make_case: Any) -> None:
     case = make_case("three-modules", torch.float32)
 
     found = eager.gradients(
@@ -30,8 +30,8 @@ def test_what_is_not_wanted_is_not_computed(make_case: Any) -> None:
         case.gates,
         case.weights,
         trainable=[0, 0, 0],
-        wants_x=False,
-        wants_gates=False,
+        needs_x_grad=False,
+        needs_gates_grad=False,
     )
 
     assert found.x is None

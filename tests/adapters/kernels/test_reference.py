@@ -10,7 +10,7 @@ from lorary.adapters.kernels import reference
 from lorary.adapters.kernels.group import GroupWeights
 
 
-def test_outputs_and_gradients_are_those_of_the_formula(shape: str, make_case: Any, relative_error: Any) -> None:
+def test_outputs_and_gradients_match_autograd_in_float64(shape: str, make_case: Any, relative_error: Any) -> None:
     case = make_case(shape, torch.float32)
     x, gates, A, *Bt = (
         tensor.double().requires_grad_() for tensor in (case.x, case.gates, case.weights.A, *case.weights.Bt)
@@ -30,24 +30,24 @@ def test_outputs_and_gradients_are_those_of_the_formula(shape: str, make_case: A
         case.gates,
         case.weights,
         trainable=case.weights.ranks,
-        wants_x=True,
-        wants_gates=True,
+        needs_x_grad=True,
+        needs_gates_grad=True,
     )
 
-    def close(mine: Any, theirs: Tensor | None) -> None:
-        assert relative_error(mine, theirs) <= 1e-5
+    def assert_close(actual: Any, wanted: Tensor | None) -> None:
+        assert relative_error(actual, wanted) <= 1e-5
 
     for output, y in zip(case.outputs, wanted, strict=True):
-        close(output, y)
-    close(found.x, x.grad)
-    close(found.gates, gates.grad)
-    close(torch.cat(found.A), A.grad)
-    for mine, theirs in zip(found.Bt, Bt, strict=True):
-        close(mine, theirs.grad)
+        assert_close(output, y)
+    assert_close(found.x, x.grad)
+    assert_close(found.gates, gates.grad)
+    assert_close(torch.cat(found.A), A.grad)
+    for grad, parameter in zip(found.Bt, Bt, strict=True):
+        assert_close(grad, parameter.grad)
 
 
 @pytest.mark.parametrize("rows", [0, 3])
-def test_no_tokens_or_some_are_the_same_to_it(rows: int, make_case: Any) -> None:
+def test_any_number_of_tokens_is_accepted(rows: int, make_case: Any) -> None:
     case = make_case("odd-sizes", torch.float32)
 
     low = reference.update_(case.x[:rows], [y[:rows] for y in case.outputs], case.gates[:rows], case.weights, keep=True)
