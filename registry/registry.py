@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from .base.load import LoadedBase
     from .compose.generate import Answer
     from .compose.route import RouteReport
-    from .hub.pull import Pulled
-    from .hub.push import Pushed
+    from .hub.pull import PullResult
+    from .hub.push import PushResult
     from .hub.remote_terms import ResolvedComposition
-    from .interop.export_plan import Exported
-    from .interop.import_adapter import ImportedAdapter
+    from .interop.export_plan import ExportResult
+    from .interop.import_adapter import ImportResult
     from .learn.add_domain import AddedDomain
     from .learn.retrain import Retrained
     from .learn.train import OnNeighbours
@@ -272,7 +272,7 @@ class Registry:
 
     def push(
         self, reference: str, destination: str | None = None, *, on_progress: OnProgress = silent, **wishes: Any
-    ) -> "Pushed":
+    ) -> "PushResult":
         """Brings a version to the Hub: one commit, the tag vN, a model card. Again, it changes nothing.
 
         Args:
@@ -296,7 +296,7 @@ class Registry:
         offline: bool = False,
         signer: Path | None = None,
         on_progress: OnProgress = silent,
-    ) -> "Pulled":
+    ) -> "PullResult":
         """Brings a pack of the Hub into the registry, proved sound, as one version. Again, it changes nothing.
 
         Args:
@@ -320,18 +320,18 @@ class Registry:
         data: "Sequence[Source]" = (),
         same_base: bool = False,
         on_progress: OnProgress = silent,
-    ) -> "ImportedAdapter":
+    ) -> "ImportResult":
         """Makes a LoRA adapter that PEFT saved a new domain, exactly; see `lorary.registry.interop.import_adapter`."""
-        from .interop.adapter_source import read_import
+        from .interop.import_plan import plan_import
 
-        what = read_import(self.store, name, str(adapter), data, base=None if same_base else self.base_record)
+        what = plan_import(self.store, name, str(adapter), data, base=None if same_base else self.base_record)
         from .interop.import_adapter import import_adapter
 
         return import_adapter(self.store, self.base, self.base_record, what, on_progress=on_progress)
 
     def export(
         self, composition: str, out: str | Path, *, to: str, static: bool = False, served_base: str | None = None
-    ) -> "Exported":
+    ) -> "ExportResult":
         """Writes `peft`, `vllm`, `merged` or `tar`, which others load, to a new place."""
         from .interop.export_plan import export_archive, static_plan
 

@@ -11,7 +11,7 @@ from ..show.numbers import brief, exact, size
 from ..show.page import Block, Cell, Page, Span, Table, cell, facts, line, table
 
 if TYPE_CHECKING:
-    from ...registry.maintenance.diff import Difference
+    from ...registry.maintenance.diff import VersionDiff
     from ...registry.store.manifest import PackManifest
 
 _SCORE_NAMES = {
@@ -41,7 +41,7 @@ def diff(a: Reference, b: Reference, store: StorePath = None, as_json: Json = Fa
     output.show(diff_page(found), command="diff", as_json=as_json)
 
 
-def diff_page(found: "Difference") -> Page:
+def diff_page(found: "VersionDiff") -> Page:
     """Both versions, side by side."""
     before, after = found.versions
     names = of.reference(before), of.reference(after)
@@ -70,7 +70,7 @@ def _experts(manifest: "PackManifest") -> str:
     return " + ".join(f"{count} of rank {rank}" for (_, rank), count in sorted(groups.items()))
 
 
-def _layer_table(found: "Difference") -> Table:
+def _layer_table(found: "VersionDiff") -> Table:
     columns = ("LAYER", "EXPERTS", "RANKS", "|dW|", "|dW| AFTER", "CHANGE")
     rows = [
         [
@@ -91,7 +91,7 @@ def _pair(before: int, after: int) -> Cell:
     return cell(text, f"{before} {after}")
 
 
-def _score_table(found: "Difference", names: tuple[str, str]) -> Table:
+def _score_table(found: "VersionDiff", names: tuple[str, str]) -> Table:
     rows = []
     for key, (before, after) in found.scores.items():
         if before is None and after is None:
@@ -111,7 +111,7 @@ def _score_table(found: "Difference", names: tuple[str, str]) -> Table:
     return table(columns, rows, right=columns[1:], tight=columns)
 
 
-def _file_table(found: "Difference") -> Table:
+def _file_table(found: "VersionDiff") -> Table:
     rows = [[cell(path), cell(Span(state, _STYLES[state]))] for path, state in found.files.items() if state != "same"]
     return table(("FILE", "STATE"), rows, tight=("STATE",))
 

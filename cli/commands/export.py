@@ -12,7 +12,7 @@ from ..show.page import Cell, Page, Part, Words, cell, facts, line, title
 from ..show.watch import watch
 
 if TYPE_CHECKING:
-    from ...registry.interop.export_plan import Exported
+    from ...registry.interop.export_plan import ExportResult
 
 Form = Literal["peft", "vllm", "merged", "tar"]
 To = Annotated[
@@ -71,7 +71,7 @@ def export(
     output.show(exported_page(exported, to), command="export", as_json=as_json)
 
 
-def exported_page(exported: "Exported", to: Form) -> Page:
+def exported_page(exported: "ExportResult", to: Form) -> Page:
     """What was written, and how to use it."""
     rows: list[tuple[str, Cell | Part]] = [("versions", cell(exported.pinned))]
     if to != "tar":

@@ -17,9 +17,9 @@ from ..show.watch import watch
 
 if TYPE_CHECKING:
     from ...registry import Registry
-    from ...registry.hub.pull import Pulled
-    from ...registry.hub.push import Pushed
-    from ...registry.hub.search import FoundPack
+    from ...registry.hub.pull import PullResult
+    from ...registry.hub.push import PushResult
+    from ...registry.hub.search import SearchResult
 
 
 def push(
@@ -73,7 +73,7 @@ def push(
         output.hint(f"\nIts model card would be:\n\n{done.card}")
 
 
-def push_page(done: "Pushed") -> Page:
+def push_page(done: "PushResult") -> Page:
     """What a push did."""
     new = [file for file in done.files if file.is_new]
     headings = {
@@ -158,7 +158,7 @@ def pull(
     output.show(pull_page(done), command="pull", as_json=as_json)
 
 
-def pull_page(done: "Pulled") -> Page:
+def pull_page(done: "PullResult") -> Page:
     """What a pull brought."""
     manifest, origin = done.manifest, done.origin
     here = of.reference(manifest)
@@ -192,7 +192,7 @@ def pull_page(done: "Pulled") -> Page:
     return Page(data=data, blocks=(title(f"{here} {state}"), facts(rows)), hints=tuple(pull_hints(done)))
 
 
-def _preservation(done: "Pulled") -> Cell:
+def _preservation(done: "PullResult") -> Cell:
     """Whether the bank that it was trained over is here."""
     shown = {
         "same": Span("the one that it was trained over is here", "good"),
@@ -202,7 +202,7 @@ def _preservation(done: "Pulled") -> Cell:
     return cell(line(shown[done.preservation]), done.preservation)
 
 
-def pull_hints(done: "Pulled") -> list[str]:
+def pull_hints(done: "PullResult") -> list[str]:
     """What a person should know of it, and can do with it."""
     manifest = done.manifest
     hints = [f"Use it: registry compose {of.reference(manifest)}"]
@@ -253,7 +253,7 @@ def search(
     output.show(search_page(found), command="search", as_json=as_json)
 
 
-def search_page(found: "list[FoundPack]") -> Page:
+def search_page(found: "list[SearchResult]") -> Page:
     """The packs that were found."""
     columns = ("REPOSITORY", "DOMAIN", "VERSION", "BASE", "BITS/BYTE", "GAIN", "DOWNLOADS", "UPDATED")
     rows = [_found_row(pack) for pack in found]
@@ -262,7 +262,7 @@ def search_page(found: "list[FoundPack]") -> Page:
     return Page(data={"packs": [asdict(pack) for pack in found]}, blocks=(listed,), hints=(hint,))
 
 
-def _found_row(pack: "FoundPack") -> list[Cell]:
+def _found_row(pack: "SearchResult") -> list[Cell]:
     gain = of.lowered(pack.bits_per_byte_of_base, pack.bits_per_byte)
     return [
         cell(pack.repo),

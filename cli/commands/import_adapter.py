@@ -13,7 +13,7 @@ from ..show.page import Cell, Page, Part, cell, facts, title
 from ..show.watch import watch
 
 if TYPE_CHECKING:
-    from ...registry.interop.import_adapter import ImportedAdapter
+    from ...registry.interop.import_adapter import ImportResult
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="What the new domain is called.", show_default=False)]
 Adapter = Annotated[
@@ -59,7 +59,7 @@ def import_adapter(
     output.show(imported_page(imported), command="import", as_json=as_json)
 
 
-def imported_page(imported: "ImportedAdapter") -> Page:
+def imported_page(imported: "ImportResult") -> Page:
     """What the import brought."""
     manifest = imported.manifest
     rows: list[tuple[str, Cell | Part | None]] = [

@@ -20,7 +20,7 @@ from ..show.watch import watch
 
 if TYPE_CHECKING:
     from ...registry.maintenance.doctor import Finding
-    from ...registry.maintenance.verify import Checked
+    from ...registry.maintenance.verify import FileCheck
     from ...registry.store.gc import Collected
 
 _STYLES = {"ok": "good", "warn": "warn", "bad": "bad", "missing": "bad"}
@@ -61,7 +61,7 @@ def verify(
         )
 
 
-def verify_page(found: "list[Checked]", *, in_full: bool) -> Page:
+def verify_page(found: "list[FileCheck]", *, in_full: bool) -> Page:
     """Each version with its files counted by state; each file where one version is asked for or a file is not whole."""
     counts: dict[str, Counter[str]] = {}
     for one in found:

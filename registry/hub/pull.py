@@ -28,7 +28,7 @@ Preservation = Literal["same", "other", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pulled:
+class PullResult:
     """What a pull brought."""
 
     manifest: PackManifest  # as it is stored here
@@ -50,7 +50,7 @@ def pull(
     name: str | None = None,
     signer: Path | None = None,
     on_progress: OnProgress,
-) -> Pulled:
+) -> PullResult:
     """Bring a version into the store; what is there already is neither fetched nor stored again.
 
     Args:
@@ -101,7 +101,7 @@ def pull(
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     note_origin(store, manifest, origin)
-    return Pulled(
+    return PullResult(
         manifest=manifest,
         origin=origin,
         is_new=stored is None,

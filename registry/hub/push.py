@@ -49,7 +49,7 @@ class Upload:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pushed:
+class PushResult:
     """What a push did, or would do."""
 
     state: State  # pushed; proposed as a pull request; there already; or only planned
@@ -81,7 +81,7 @@ def push(
     wishes: PushOptions,
     *,
     hub: Hub,
-) -> Pushed:
+) -> PushResult:
     """Bring a stored version to the Hub.
 
     Args:
@@ -139,7 +139,7 @@ class _Job:
         self.makes_repo = False
         self.has_tried = False  # whether what is there may be ours
 
-    def step(self) -> Pushed | None:
+    def step(self) -> PushResult | None:
         """Do one thing; return what was done when nothing is left.
 
         Raises:
@@ -185,7 +185,7 @@ class _Job:
         has_pack = MANIFEST_FILE in (snapshot.files or {})
         return _Remote(snapshot, self.hub.tags(self.repo), self.hub.manifest(snapshot) if has_pack else None)
 
-    def _make_repo(self) -> Pushed | None:
+    def _make_repo(self) -> PushResult | None:
         if self.wishes.create_pr:
             raise RemoteError(
                 f"There is no {self.repo} to open a pull request for.",
@@ -240,7 +240,7 @@ class _Job:
         label = f"{self.manifest.name}@{self.manifest.version}"
         return ConflictError(f"{label} cannot be pushed to {self.repo}.", cause=f"the repository {what}", fix=fix)
 
-    def _finish(self, remote: _Remote, found: tuple[str, int]) -> Pushed:
+    def _finish(self, remote: _Remote, found: tuple[str, int]) -> PushResult:
         """The pack is there: only a tag may be missing."""
         commit, version = found
         if self.wishes.sign and not self.has_tried:
@@ -256,7 +256,7 @@ class _Job:
                 fix=f"sign the next version: registry retrain {self.manifest.name}, then push it with --sign",
             )
 
-    def _tag(self, remote: _Remote, commit: str, version: int) -> Pushed:
+    def _tag(self, remote: _Remote, commit: str, version: int) -> PushResult:
         if f"v{version}" not in remote.tags:
             self.hub.tag(self.repo, f"v{version}", commit)
         origin = Origin(
@@ -293,11 +293,11 @@ class _Job:
         commit: str | None = None,
         version: int | None = None,
         pull_request: str | None = None,
-    ) -> Pushed:
+    ) -> PushResult:
         there = (remote.snapshot.files if remote else None) or {}
         files = [_upload(path, len(data), there, is_same=_same_bytes(data)) for path, data in self.own.items()]
         files += [_upload(f.path, f.size, there, is_same=self._same_file(f)) for f in self.manifest.files]
-        return Pushed(
+        return PushResult(
             state=state,
             manifest=self.manifest,
             repo=self.repo,

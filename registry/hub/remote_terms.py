@@ -14,7 +14,7 @@ from ..store.manifest import BaseRecord, PackManifest
 from ..store.store import Store
 from .client import Hub
 from .origins import Traced, traced_to
-from .pull import Pulled, pull
+from .pull import PullResult, pull
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ResolvedComposition:
     """A composition in the names of the store."""
 
     composition: str
-    pulled: tuple[Pulled, ...] = ()
+    pulled: tuple[PullResult, ...] = ()
     from_store: tuple[Traced, ...] = ()  # taken from the store without asking the Hub
 
 
@@ -42,7 +42,7 @@ def resolve_composition(
     """
     hub = Hub(on_progress=on_progress)
     terms: list[Term] = []
-    pulled: list[Pulled] = []
+    pulled: list[PullResult] = []
     from_store: list[Traced] = []
     for term in Composition.parse(composition).terms:
         ref = term.remote

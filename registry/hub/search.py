@@ -9,7 +9,7 @@ BASE_TAG: Final = "base_model:adapter:"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FoundPack:
+class SearchResult:
     """A pack on the Hub, as its model card describes it: nothing of it is verified before it is pulled."""
 
     repo: str
@@ -25,7 +25,7 @@ class FoundPack:
     is_private: bool
 
 
-def search(query: str | None, *, base: str | None, limit: int, hub: Hub) -> list[FoundPack]:
+def search(query: str | None, *, base: str | None, limit: int, hub: Hub) -> list[SearchResult]:
     """Packs on the Hub, the most downloaded first.
 
     Args:
@@ -47,12 +47,12 @@ def search(query: str | None, *, base: str | None, limit: int, hub: Hub) -> list
     return [_found(model) for model in hub.ask("the Hub", ask)]
 
 
-def _found(model: Any) -> FoundPack:
+def _found(model: Any) -> SearchResult:
     card = model.card_data.to_dict() if model.card_data else {}
     own = card.get(LIBRARY)
     own = own if isinstance(own, dict) else {}
     tagged = [tag.removeprefix(BASE_TAG) for tag in model.tags or [] if tag.startswith(BASE_TAG)]
-    return FoundPack(
+    return SearchResult(
         repo=str(model.id),
         name=_of(str, own.get("name")),
         version=_of(int, own.get("version")),

@@ -23,7 +23,7 @@ from ..pack.peft_config import VLLM_RANKS
 from ..store.blobs import hex_of, sha256_of
 from ..store.files import new_path
 from ..store.manifest import ADAPTER_TENSORS, BaseRecord
-from .export_plan import Exported, check_static
+from .export_plan import ExportResult, check_static
 from .static_adapter import adapter_files, one_rank, static_bank
 
 # largest difference of logits, as a share of the largest logit, at which a merged model is the composed one
@@ -34,7 +34,7 @@ CHECKED_TOKENS: Final = 128  # of each
 
 def export_composition(
     plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Path, *, to: str, served_base: str | None = None
-) -> Exported:
+) -> ExportResult:
     """Writes a static composition as `peft`, `vllm` or `merged`.
 
     Args:
@@ -66,7 +66,7 @@ def _served_base(record: BaseRecord, base: LoadedBase) -> str:
     return record.id if "/" in record.id else str(base.folder)
 
 
-def export_peft(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Path) -> Exported:
+def export_peft(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Path) -> ExportResult:
     """A folder for `PeftModel.from_pretrained`.
 
     Raises:
@@ -78,10 +78,10 @@ def export_peft(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Path
     _write_folder(out, files)
     rank = max(layer.rank for layer in bank.layers.values())
     command = f"PeftModel.from_pretrained(base_model, {str(out.resolve())!r})"
-    return Exported(out=out, pinned=_pinned(plan), command=command, facts={"rank": rank})
+    return ExportResult(out=out, pinned=_pinned(plan), command=command, facts={"rank": rank})
 
 
-def export_vllm(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Path, *, served_base: str) -> Exported:
+def export_vllm(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Path, *, served_base: str) -> ExportResult:
     """A folder as vLLM takes it: one rank for all modules, alpha equal to it, and the base's name as it is served.
 
     The version is in the name under which it is served, because vLLM keeps what it once loaded under a name.
@@ -110,7 +110,7 @@ def export_vllm(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Path
     name = served_name(plan, files[ADAPTER_TENSORS])
     words = ["vllm", "serve", served_base, "--enable-lora", "--max-lora-rank", str(most)]
     command = shlex.join([*words, "--lora-modules", f"{name}={out.resolve()}"])
-    return Exported(
+    return ExportResult(
         out=out, pinned=_pinned(plan), command=command, facts={"served_name": name, "rank": rank, "max_rank": most}
     )
 
@@ -124,7 +124,7 @@ def served_name(plan: Plan, tensors: bytes) -> str:
 
 
 @torch.inference_mode()
-def export_merged(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Path) -> Exported:
+def export_merged(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Path) -> ExportResult:
     """An ordinary checkpoint of transformers, in the numbers in which the base is loaded.
 
     It is loaded again, and its logits on general text are compared with the composed model's, before it gets its name.
@@ -147,7 +147,7 @@ def export_merged(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Pa
         difference = _check_same_logits(expected, found, base.model.dtype, plan)
     command = f"AutoModelForCausalLM.from_pretrained({str(out.resolve())!r})"
     numbers = str(base.model.dtype).removeprefix("torch.")
-    return Exported(
+    return ExportResult(
         out=out, pinned=_pinned(plan), command=command, facts={"numbers": numbers, "difference": difference}
     )
 

@@ -24,7 +24,7 @@ REASONS: Final = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exported:
+class ExportResult:
     """What was written."""
 
     out: Path
@@ -65,7 +65,7 @@ def check_static(plan: Plan, *, to: str) -> None:
         )
 
 
-def export_archive(store: Store, manifest: PackManifest, out: Path) -> Exported:
+def export_archive(store: Store, manifest: PackManifest, out: Path) -> ExportResult:
     """The pack of a version as a tar archive: the same bytes whenever and wherever it is written.
 
     Raises:
@@ -79,4 +79,6 @@ def export_archive(store: Store, manifest: PackManifest, out: Path) -> Exported:
             member.size, member.mode = len(data), 0o644  # its times and owners are 0 and nobody
             archive.addfile(member, io.BytesIO(data))
     pinned = f"{manifest.name}@{manifest.version}"
-    return Exported(out=out, pinned=pinned, command=shlex.join(["tar", "xf", str(out)]), facts={"files": len(files)})
+    return ExportResult(
+        out=out, pinned=pinned, command=shlex.join(["tar", "xf", str(out)]), facts={"files": len(files)}
+    )

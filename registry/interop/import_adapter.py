@@ -30,12 +30,12 @@ from ..store.files import make_folder, write_atomic
 from ..store.manifest import ADAPTER_TENSORS, BaseRecord, PackManifest
 from ..store.store import Store
 from ..store.strict_json import canonical_json
-from .adapter_source import Import
+from .import_plan import ImportPlan
 from .peft_tensors import bank_of_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportedAdapter:
+class ImportResult:
     """What importing an adapter brought."""
 
     manifest: PackManifest
@@ -45,8 +45,8 @@ class ImportedAdapter:
 
 
 def import_adapter(
-    store: Store, base: LoadedBase, record: BaseRecord, what: Import, *, on_progress: OnProgress
-) -> ImportedAdapter:
+    store: Store, base: LoadedBase, record: BaseRecord, what: ImportPlan, *, on_progress: OnProgress
+) -> ImportResult:
     """Makes an adapter the bank of a new domain, measures it, and stores version 1.
 
     Raises:
@@ -82,10 +82,10 @@ def import_adapter(
     )
     written = pack_files(pack, layout=base.layout, base_id=record.id, revision=record.revision)
     manifest = store.commit(draft, written, first_only=True)
-    return ImportedAdapter(manifest=manifest, scores=scores, drift=drift, neighbours=index.neighbours(pack.prototypes))
+    return ImportResult(manifest=manifest, scores=scores, drift=drift, neighbours=index.neighbours(pack.prototypes))
 
 
-def _measured_pack(bank: ExpertBank, what: Import, ground: Ground) -> DomainPack:
+def _measured_pack(bank: ExpertBank, what: ImportPlan, ground: Ground) -> DomainPack:
     """The bank with all that a domain's text says; features are read where KP's are, so that they can be compared."""
     tokenizer = ground.base.tokenizer
     blocks = pack_blocks([encode(example, tokenizer) for example in what.data.train], TrainingConfig().block)
@@ -99,7 +99,7 @@ def _measured_pack(bank: ExpertBank, what: Import, ground: Ground) -> DomainPack
     )
 
 
-def _import_record(what: Import) -> dict[str, Any]:
+def _import_record(what: ImportPlan) -> dict[str, Any]:
     """Where the adapter came from, for the manifest; of a folder only its name, the rest is nobody else's business."""
     files, config = what.files, what.config
     return {
@@ -112,7 +112,7 @@ def _import_record(what: Import) -> dict[str, Any]:
     }
 
 
-def _remember_sources(store: Store, what: Import) -> str:
+def _remember_sources(store: Store, what: ImportPlan) -> str:
     """Notes, for this machine only, where the data was read, so that held-out text is found again; the run's name."""
     identity: Mapping[str, Any] = {"data": what.data.record["digest"], **what.files.digests}
     run = store.runs / f"{what.name}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:12]}"

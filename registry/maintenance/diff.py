@@ -25,7 +25,7 @@ Pair = tuple[Tensor, Tensor]  # A (rank, d_in) and B (d_out, rank) with scale an
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerDifference:
+class LayerDiff:
     """One decoder layer in both versions."""
 
     layer: int
@@ -36,11 +36,11 @@ class LayerDifference:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class VersionDiff:
     """Two versions, in the order in which they were named."""
 
     versions: tuple[PackManifest, PackManifest]
-    layers: tuple[LayerDifference, ...]
+    layers: tuple[LayerDiff, ...]
     statistics: dict[str, tuple[float, float]]
     feature_cosine: float  # of the mean features: how like the texts are
     scores: dict[str, tuple[float | None, float | None]]  # bits per byte
@@ -62,7 +62,7 @@ class Difference:
         }
 
 
-def compare_versions(store: Store, before: PackManifest, after: PackManifest) -> Difference:
+def compare_versions(store: Store, before: PackManifest, after: PackManifest) -> VersionDiff:
     """Reads both packs and compares them.
 
     Raises:
@@ -73,7 +73,7 @@ def compare_versions(store: Store, before: PackManifest, after: PackManifest) ->
     check_same_base(wanted=after.base, found=before.base, what=what)
     packs = read_pack(store, before), read_pack(store, after)
     means = [pack.statistics.feature_mean for pack in packs]
-    return Difference(
+    return VersionDiff(
         versions=(before, after),
         layers=_layers(packs[0].bank, packs[1].bank),
         statistics=_statistics(*packs),
@@ -83,13 +83,13 @@ def compare_versions(store: Store, before: PackManifest, after: PackManifest) ->
     )
 
 
-def _layers(before: ExpertBank, after: ExpertBank) -> tuple[LayerDifference, ...]:
+def _layers(before: ExpertBank, after: ExpertBank) -> tuple[LayerDiff, ...]:
     found = []
     for index in sorted(before.layers.keys() | after.layers.keys()):
         layers = [bank.layers.get(index) for bank in (before, after)]
         old, new = _pairs(before, index), _pairs(after, index)
         found.append(
-            LayerDifference(
+            LayerDiff(
                 layer=index,
                 experts=tuple(len(layer.experts) if layer else 0 for layer in layers),  # type: ignore[arg-type]
                 ranks=tuple(layer.rank if layer else 0 for layer in layers),  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ PACK = "(pack)"  # stands for all files together, where they are proved to belon
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
+class FileCheck:
     """What was found of one file."""
 
     name: str
@@ -30,7 +30,7 @@ class Checked:
         return self.name if self.version is None else f"{self.name}@{self.version}"
 
 
-def verify_version(store: Store, name: str, version: int, *, deep: bool = False) -> Iterator[Checked]:
+def verify_version(store: Store, name: str, version: int, *, deep: bool = False) -> Iterator[FileCheck]:
     """Every file of a version, its manifest first; with `deep` also whether the strict reader takes the pack.
 
     Each file is read once more from the disk, whatever was read before.
@@ -38,19 +38,19 @@ def verify_version(store: Store, name: str, version: int, *, deep: bool = False)
     try:
         manifest = store.manifest(name, version)
     except (LoraryError, OSError) as error:
-        yield Checked(name=name, version=version, path=MANIFEST_FILE, state="bad", problem=_problem(error))
+        yield FileCheck(name=name, version=version, path=MANIFEST_FILE, state="bad", problem=_problem(error))
         return
-    yield Checked(name=name, version=version, path=MANIFEST_FILE, state="ok", size=len(manifest.to_json()))
+    yield FileCheck(name=name, version=version, path=MANIFEST_FILE, state="ok", size=len(manifest.to_json()))
     is_whole = True
     for file in manifest.files:
         state, problem = _state(store, file.sha256, size=file.size)
         is_whole &= state == "ok"
-        yield Checked(name=name, version=version, path=file.path, state=state, size=file.size, problem=problem)
+        yield FileCheck(name=name, version=version, path=file.path, state=state, size=file.size, problem=problem)
     if deep and is_whole:
         yield _proved(store, manifest)
 
 
-def verify_store(store: Store, *, deep: bool = False) -> Iterator[Checked]:
+def verify_store(store: Store, *, deep: bool = False) -> Iterator[FileCheck]:
     """The same of every version that is not removed, and whether every alias means a version."""
     for name in store.domains():
         for version in store.versions(name):
@@ -69,7 +69,7 @@ def _state(store: Store, digest: str, *, size: int) -> tuple[State, str]:
     return ("ok", "") if found == size else ("bad", f"it has {found} bytes, the manifest says {size}")
 
 
-def _proved(store: Store, manifest: PackManifest) -> Checked:
+def _proved(store: Store, manifest: PackManifest) -> FileCheck:
     from ..pack.check_pack import check_pack
 
     state: State = "ok"
@@ -78,20 +78,20 @@ def _proved(store: Store, manifest: PackManifest) -> Checked:
         check_pack(store, manifest)
     except LoraryError as error:
         state, problem = "bad", _problem(error)
-    return Checked(name=manifest.name, version=manifest.version, path=PACK, state=state, problem=problem)
+    return FileCheck(name=manifest.name, version=manifest.version, path=PACK, state=state, problem=problem)
 
 
-def _aliases(store: Store, name: str) -> Iterator[Checked]:
+def _aliases(store: Store, name: str) -> Iterator[FileCheck]:
     numbers = DomainFolder(store.path, name).numbers()
     try:
         aliases = store.aliases(name)
     except (IntegrityError, OSError) as error:
-        yield Checked(name=name, version=None, path="aliases", state="bad", problem=_problem(error))
+        yield FileCheck(name=name, version=None, path="aliases", state="bad", problem=_problem(error))
         return
     for alias, version in aliases.items():
         if version not in numbers:
             problem = f"it means version {version}, which was never stored"
-            yield Checked(name=name, version=None, path=f"aliases/{alias}", state="bad", problem=problem)
+            yield FileCheck(name=name, version=None, path=f"aliases/{alias}", state="bad", problem=problem)
 
 
 def _problem(error: Exception) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from lorary.adapters.layer.attach import fixed_slots, routing_of
 from lorary.domains.errors import ConflictError, IncompatibleError, InputError, IntegrityError, NotFoundError
 from lorary.registry import Registry
-from lorary.registry.interop.adapter_source import read_import
+from lorary.registry.interop.import_plan import plan_import
 from lorary.registry.pack.check_pack import check_pack
 
 CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
@@ -212,7 +212,7 @@ def test_an_adapter_on_the_hub_is_read_at_one_commit(
     registry = Registry.open(kp_store)
     _upload(changed(base_model_name_or_path=registry.base_record.id), inside)
 
-    found = read_import(
+    found = plan_import(
         registry.store, "sailing", f"acme/mine/{inside}".rstrip("/"), [texts["sailing"]], base=registry.base_record
     ).files
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lorary.registry import Registry
-from lorary.registry.maintenance.verify import Checked, verify_store, verify_version
+from lorary.registry.maintenance.verify import FileCheck, verify_store, verify_version
 from lorary.registry.store.strict_json import canonical_json, parse_json
 
 OWN = "router/router.safetensors"  # a file that no other version shares
@@ -119,4 +119,4 @@ def test_removed_versions_are_not_missed(registry: Registry) -> None:
     registry.store.remove("cooking@1")
 
     assert "cooking" not in {one.name for one in verify_store(registry.store)}
-    assert Checked(name="a", version=1, path="x", state="ok").reference == "a@1"
+    assert FileCheck(name="a", version=1, path="x", state="ok").reference == "a@1"

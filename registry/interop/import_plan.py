@@ -41,7 +41,7 @@ class AdapterFiles:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Import:
+class ImportPlan:
     """An adapter that becomes a domain."""
 
     name: str
@@ -51,7 +51,7 @@ class Import:
     config: AdapterConfig
 
 
-def read_import(store: Store, name: str, source: str, data: Sequence[Source], *, base: BaseRecord | None) -> Import:
+def plan_import(store: Store, name: str, source: str, data: Sequence[Source], *, base: BaseRecord | None) -> ImportPlan:
     """The adapter and the text for a new domain.
 
     Args:
@@ -74,7 +74,7 @@ def read_import(store: Store, name: str, source: str, data: Sequence[Source], *,
     spec = replace(spec_of(name, data), license=UNKNOWN_LICENSE)
     if base is not None:
         _check_base(files, config, base)
-    return Import(name=name, spec=spec, data=read_domain_data(spec, data), files=files, config=config)
+    return ImportPlan(name=name, spec=spec, data=read_domain_data(spec, data), files=files, config=config)
 
 
 def _check_base(files: AdapterFiles, config: AdapterConfig, record: BaseRecord) -> None:
