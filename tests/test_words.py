@@ -61,7 +61,6 @@ NOT_YET_CLEAN: set[str] = {
     "domains/scoring",
     "domains/statistics",
     "registry",
-    "registry/compose",
     "registry/hub",
     "registry/interop",
     "registry/learn",

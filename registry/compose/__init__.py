@@ -1,1 +1,1 @@
-"""From a composition such as `medicine+legal` to a model, a route, and an answer."""
+"""Compositions such as `medicine+legal`: planning, building, caching and saving them, routing and generating."""

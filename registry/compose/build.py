@@ -1,4 +1,4 @@
-"""Builds the model of a planned composition: reads and verifies its packs, stacks and attaches their banks."""
+"""Build the model of a planned composition: read and verify its packs, stack their banks and attach them."""
 
 import math
 from collections.abc import Sequence
@@ -16,51 +16,64 @@ from ..base.load import LoadedBase, check_fit
 from ..pack.check_pack import check_pack
 from ..pack.pack import DomainPack, Routable, read_pack
 from ..store.store import Store
-from .cache import KeptComposition, StackCache
+from .cache import CachedComposition, CompositionCache
 from .plan import Plan
 from .saved import is_saved_composition, saved_pack
 
 
 def compose_model(store: Store, plan: Plan, base: LoadedBase) -> PreTrainedModel:
-    """An ordinary transformers model: the base with the planned slots attached.
+    """Return the base model with the planned slots attached, as an ordinary transformers model.
 
-    What was put together once is kept in the store's cache; composing it again reads one file.
+    The stacked tensors are cached in the store, so composing the same plan again reads one file. The model has its plan
+    as `model.composition`.
 
     Raises:
         IntegrityError: A file of a pack differs from its digest.
     """
-    cache, dtype = StackCache(store.cache), base.model.dtype
-    kept = cache.get(plan, dtype)
-    if kept is None:
+    cache, dtype = CompositionCache(store.cache), base.model.dtype
+    cached = cache.get(plan, dtype)
+    if cached is None:
         packs = read_packs(store, plan)
-        stack = _stack(plan, packs, base).stacked(dtype)
-        router = None if plan.static else build_router(packs, _shares(plan), width=base.layout.width)
-        kept = KeptComposition(stack, router)
-        cache.put(plan, dtype, kept)
-    return attach(base.model, kept.stack, router=kept.router, fixed=_shares(plan) if plan.static else None)
+        stack = _stack_banks(plan, packs, base).stacked(dtype)
+        router = None if plan.static else build_router(packs, _priors(plan), width=base.layout.width)
+        cached = CachedComposition(stack, router)
+        cache.put(plan, dtype, cached)
+    model = attach(base.model, cached.stack, router=cached.router, fixed=_priors(plan) if plan.static else None)
+    return _with_plan(model, plan)
 
 
 def compose_saved(folder: Path, plan: Plan, base: LoadedBase) -> PreTrainedModel:
-    """The model of a saved composition, read from its own folder."""
+    """Return the model of a saved composition, read from its folder."""
     return compose_packs(plan, read_saved_packs(folder, plan), base)
 
 
+def compose_packs(plan: Plan, packs: list[DomainPack], base: LoadedBase) -> PreTrainedModel:
+    """Return the model of a plan from packs in memory, in the order of the plan's slots.
+
+    Raises:
+        IntegrityError: A pack does not fit the base model.
+    """
+    stack, priors = _stack_banks(plan, packs, base), _priors(plan)
+    router = None if plan.static else build_router(packs, priors, width=base.layout.width)
+    return _with_plan(attach(base.model, stack, router=router, fixed=priors if plan.static else None), plan)
+
+
 def packs_of(store: Store, composition: str, plan: Plan) -> list[DomainPack]:
-    """The packs of a plan, wherever its composition is: in the store, or in a folder of its own."""
+    """Return the packs of a plan, from the store or from the folder of a saved composition."""
     is_saved = is_saved_composition(composition)
     return read_saved_packs(Path(composition), plan) if is_saved else read_packs(store, plan)
 
 
 def read_packs(store: Store, plan: Plan) -> list[DomainPack]:
-    """The packs of a plan, in the order of its slots."""
+    """Return the packs of a plan from the store, in the order of its slots."""
     return [read_pack(store, slot.manifest) for slot in plan.slots]
 
 
 def read_saved_packs(folder: Path, plan: Plan) -> list[DomainPack]:
-    """The packs of a saved composition's plan, from its own folder; nobody vouches for it, so they are proved.
+    """Return the packs of a saved composition, which are checked like packs from an untrusted source.
 
     Raises:
-        IntegrityError: One of them is not what it says, or has other files beside its own.
+        IntegrityError: A pack contradicts its manifest, or its folder contains other files.
     """
     packs = []
     for slot in plan.slots:
@@ -70,64 +83,62 @@ def read_saved_packs(folder: Path, plan: Plan) -> list[DomainPack]:
     return packs
 
 
-def compose_packs(plan: Plan, packs: list[DomainPack], base: LoadedBase) -> PreTrainedModel:
-    """The same from packs in memory, in the order of the plan's slots.
+def build_router(packs: Sequence[Routable], priors: torch.Tensor, *, width: int) -> DomainRouter:
+    """Return the router of these slots, computed from the statistics of their packs.
+
+    Experts below the feature layer change the hidden state that the router reads there. Compositions with such experts
+    (imported adapters often start at layer 0) are routed by token evidence alone.
+
+    Args:
+        packs: The KP slot first.
+        priors: Prior of each slot, (slots,).
+        width: Hidden size of the base model.
 
     Raises:
-        IntegrityError: A pack does not fit the base model.
+        IntegrityError: The statistics of the packs are not comparable.
     """
-    stack, shares = _stack(plan, packs, base), _shares(plan)
-    if plan.static:
-        return attach(base.model, stack, router=None, fixed=shares)
-    return attach(base.model, stack, router=build_router(packs, shares, width=base.layout.width))
+    _check_same_features(packs)
+    temperatures = joint_temperatures(packs[1:])
+    if min(pack.first_layer for pack in packs) < packs[0].feature_layer:
+        temperatures = replace(temperatures, hidden=0.0)
+    return DomainRouter([pack.statistics for pack in packs], prior=priors, temperatures=temperatures, width=width)
 
 
-def _stack(plan: Plan, packs: list[DomainPack], base: LoadedBase) -> Stack:
+def joint_temperatures(packs: Sequence[Routable]) -> Temperatures:
+    """Return the mean temperatures of several domains (geometric for tokens), independent of their order."""
+    if not packs:
+        return Temperatures()
+    tokens = math.exp(math.fsum(math.log(pack.temperatures.token) for pack in packs) / len(packs))
+    return Temperatures(token=tokens, hidden=math.fsum(pack.temperatures.hidden for pack in packs) / len(packs))
+
+
+def _stack_banks(plan: Plan, packs: list[DomainPack], base: LoadedBase) -> Stack:
     for slot, pack in zip(plan.slots, packs, strict=True):
         check_fit(pack, base, source=f"{slot.name}@{slot.manifest.version}")
     names = tuple(slot.name for slot in plan.slots)
     return Stack(names=names, banks=tuple(pack.bank for pack in packs), static=plan.static)
 
 
-def _shares(plan: Plan) -> torch.Tensor:
+def _priors(plan: Plan) -> torch.Tensor:
     return torch.tensor([slot.prior for slot in plan.slots])
 
 
-def build_router(packs: Sequence[Routable], shares: torch.Tensor, *, width: int) -> DomainRouter:
-    """The router of these slots, from their statistics alone; the KP slot is first.
-
-    Experts below the feature layer change the hidden state that is read there. A composition that has some (adapters
-    made elsewhere often start in layer 0) routes by token evidence only.
-
-    Raises:
-        IntegrityError: Statistics of these packs are not of one kind.
-    """
-    _check_same_features(packs)
-    temperatures = joint_temperatures(packs[1:])
-    if min(pack.first_layer for pack in packs) < packs[0].feature_layer:
-        temperatures = replace(temperatures, hidden=0.0)
-    return DomainRouter([pack.statistics for pack in packs], prior=shares, temperatures=temperatures, width=width)
+def _with_plan(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    model.composition = plan  # type: ignore[assignment]
+    return model
 
 
 def _check_same_features(packs: Sequence[Routable]) -> None:
-    """Statistics are comparable only if they count the same tokens and describe the input of the same layer."""
-    expected = _kind_of_statistics(packs[0])
+    """Raise unless all statistics count the same tokens and describe the input of the same layer."""
+    expected = _feature_shape(packs[0])
     for pack in packs:
-        found = _kind_of_statistics(pack)
+        found = _feature_shape(pack)
         if found != expected:
             raise IntegrityError(
                 "The packs cannot be routed together.",
-                cause=f"(tokens, features, feature layer) is {found} and {expected}",
+                cause=f"(tokens, features, feature layer) is {found} in one pack and {expected} in another",
             )
 
 
-def _kind_of_statistics(pack: Routable) -> tuple[int, int, int]:
+def _feature_shape(pack: Routable) -> tuple[int, int, int]:
     return len(pack.statistics.token_counts), len(pack.statistics.feature_sum), pack.feature_layer
-
-
-def joint_temperatures(packs: Sequence[Routable]) -> Temperatures:
-    """The temperatures of several domains together: their means (geometric for tokens), the same in any order."""
-    if not packs:
-        return Temperatures()
-    tokens = math.exp(math.fsum(math.log(pack.temperatures.token) for pack in packs) / len(packs))
-    return Temperatures(token=tokens, hidden=math.fsum(pack.temperatures.hidden for pack in packs) / len(packs))

@@ -1,6 +1,7 @@
-"""Answers from a composed model, with the route that each token took."""
+"""Generate text with a composed model, and record the slot gates of every token."""
 
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import torch
@@ -9,18 +10,34 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...adapters.layer.attach import Routing, routing_of
 from ...domains.base_model import max_positions
 from ...domains.errors import InputError
+from .notebook import html_table
+
+SHOWN_CHARACTERS = 80  # of the text, in `repr`
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """A continuation of a prompt."""
+    """Continuation of a prompt, with its route."""
 
     text: str
     prompt_tokens: int
     new_tokens: int
     slots: tuple[str, ...]
     route: dict[str, float]  # mean slot gate over the new tokens
-    tokens: tuple[tuple[str, tuple[float, ...]], ...]  # every token, prompt included, with its slot gates
+    tokens: tuple[tuple[str, tuple[float, ...]], ...]  # every token of prompt and answer, with its slot gates
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= SHOWN_CHARACTERS else f"{self.text[: SHOWN_CHARACTERS - 3]}..."
+        route = ", ".join(f"{name}: {gate:.3f}" for name, gate in self.route.items())
+        return f"Answer({text!r}, new_tokens={self.new_tokens}, route={{{route}}})"
+
+    def _repr_html_(self) -> str:
+        table = html_table(
+            f"Mean slot gate of {self.new_tokens} new tokens",
+            ("slot", "slot gate"),
+            [(name, f"{gate:.3f}") for name, gate in self.route.items()],
+        )
+        return f'<pre style="white-space: pre-wrap">{escape(self.text)}</pre>{table}'
 
 
 def generate(
@@ -33,30 +50,30 @@ def generate(
     seed: int = 0,
     chat: bool = False,
 ) -> Answer:
-    """Continues a prompt.
+    """Continue a prompt.
 
     Args:
         model: A composed model.
-        tokenizer: Its base's tokenizer.
+        tokenizer: The tokenizer of its base model.
         prompt: Plain text.
-        max_new_tokens: At most so many tokens are written.
-        temperature: 0 takes the likeliest token; above, samples.
-        seed: For sampling.
-        chat: Put the prompt through the tokenizer's chat template as a user's turn.
+        max_new_tokens: Maximum number of new tokens.
+        temperature: 0 decodes greedily; a higher value samples.
+        seed: Random seed of sampling.
+        chat: Apply the tokenizer's chat template to the prompt as a user's turn.
 
     Raises:
-        InputError: The prompt is empty of tokens, too long, or the tokenizer has no chat template.
+        InputError: The prompt has no tokens or is too long, or the tokenizer has no chat template.
     """
     text = _chat_text(tokenizer, prompt) if chat else prompt
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(next(model.parameters()).device)
     length = inputs["input_ids"].shape[1]
-    longest = max_positions(model)
+    context = max_positions(model)
     if length == 0:
         raise InputError("The prompt has no tokens.", fix="give some text")
-    if longest is not None and length + max_new_tokens > longest:
+    if context is not None and length + max_new_tokens > context:
         raise InputError(
             "The prompt is too long.",
-            cause=f"{length} tokens and {max_new_tokens} new ones, the base model reads {longest}",
+            cause=f"{length} tokens and {max_new_tokens} new ones exceed the base model's context of {context}",
             fix="shorten it, or lower --max-new-tokens",
         )
     routing = routing_of(model)
@@ -80,7 +97,7 @@ def generate(
     new = output[length:]
     names = routing.stack.names
     mean = gates[length - 1 :].mean(0).tolist()
-    # the last token was written but not read, so its gates are those under which it was written
+    # the last token is never an input: it gets the gates of the position that predicted it
     gates = torch.cat([gates, gates[-1:].expand(len(output) - len(gates), -1)])
     pieces = [str(tokenizer.decode([token])) for token in output[: len(gates)].tolist()]
     return Answer(
@@ -94,7 +111,7 @@ def generate(
 
 
 def _constant_gates(routing: Routing, tokens: int) -> torch.Tensor:
-    """The slot gates of a merged composition, which runs no router: the same for every token."""
+    """Return the slot gates of a merged composition, which runs no router: the same for every token."""
     assert routing.fixed is not None
     return routing.fixed.expand(tokens, -1)
 

@@ -1,7 +1,6 @@
-"""From a composition's text to a model: resolve versions, verify, stack, attach.
+"""Plan a composition: resolve its versions and priors from manifests, without torch and without reading tensors.
 
-The plan of a composition needs manifests only; the model needs the packs it names and nothing else, so its cost depends
-on what is composed, never on what is stored.
+The cost of planning depends on the packs that are composed, not on the number of packs in the store.
 """
 
 import math
@@ -11,6 +10,7 @@ from ...adapters.composition import GENERAL, Composition
 from ...domains.errors import IntegrityError, NotFoundError
 from ..store.manifest import BaseRecord, PackManifest, check_same_base
 from ..store.store import Store
+from .notebook import html_table
 
 KP_PRIOR = 0.6  # KP's share of the prior: an empty prompt and unknown text behave like base + KP (docs/log.md)
 
@@ -20,17 +20,26 @@ class Slot:
     """One slot of a planned composition."""
 
     manifest: PackManifest
-    prior: float  # share of the slot gate before any evidence, or the fixed gate of a static composition
+    prior: float  # slot gate before any evidence, or the constant slot gate of a static composition
 
     @property
     def name(self) -> str:
         """The domain's name."""
         return self.manifest.name
 
+    @property
+    def ranks_per_layer(self) -> tuple[int, ...]:
+        """Sum of the ranks of this slot's experts in each decoder layer."""
+        ranks = [0] * len(self.manifest.allocation["counts"])
+        for expert in self.manifest.experts:
+            for layer in expert.layers:
+                ranks[layer] += expert.rank
+        return tuple(ranks)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a composition will be: slots with versions, and the base they all belong to."""
+    """Resolved composition: slots with their versions and priors. A composed model has it as `model.composition`."""
 
     composition: Composition
     slots: tuple[Slot, ...]  # the KP slot first
@@ -44,53 +53,73 @@ class Plan:
 
     @property
     def pinned(self) -> str:
-        """The composition with every version spelled out."""
+        """The composition with the version of every slot."""
         return "+".join(f"{slot.name}@{slot.manifest.version}" for slot in self.slots)
 
     @property
     def experts_per_layer(self) -> tuple[int, ...]:
-        """Experts of all slots in each decoder layer."""
+        """Number of experts of all slots in each decoder layer."""
         counts = [slot.manifest.allocation["counts"] for slot in self.slots]
         return tuple(sum(layer) for layer in zip(*counts, strict=True))
 
     @property
     def ranks_per_layer(self) -> tuple[int, ...]:
         """Length of the rank axis in each decoder layer."""
-        depth = len(self.experts_per_layer)
-        ranks = [0] * depth
-        for slot in self.slots:
-            for expert in slot.manifest.experts:
-                for layer in expert.layers:
-                    ranks[layer] += expert.rank
-        return tuple(ranks)
+        return tuple(sum(layer) for layer in zip(*(slot.ranks_per_layer for slot in self.slots), strict=True))
 
     @property
     def parameters(self) -> int:
-        """Expert parameters of all slots."""
+        """Number of expert parameters of all slots."""
         return sum(expert.parameters for slot in self.slots for expert in slot.manifest.experts)
+
+    def __repr__(self) -> str:
+        slots = ", ".join(f"{slot.name}@{slot.manifest.version}: {slot.prior:.3g}" for slot in self.slots)
+        kind = "static" if self.static else "routed"
+        return f"Plan({str(self.composition)!r}, {kind}, slots={{{slots}}}, parameters={self.parameters:_})"
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[object, ...]] = [
+            (
+                slot.name,
+                slot.manifest.version,
+                f"{slot.prior:.3g}",
+                _per_layer(slot.manifest.allocation["counts"]),
+                _per_layer(slot.ranks_per_layer),
+                f"{sum(expert.parameters for expert in slot.manifest.experts):,}",
+            )
+            for slot in self.slots
+        ]
+        layers = _per_layer(self.experts_per_layer), _per_layer(self.ranks_per_layer)
+        rows.append(("all slots", "", "", *layers, f"{self.parameters:,}"))
+        prior = "constant gate" if self.static else "prior"
+        headings = ("slot", "version", prior, "experts per layer", "ranks per layer", "parameters")
+        return html_table(f"{'Static' if self.static else 'Routed'} composition {self.composition}", headings, rows)
 
 
 def plan_composition(store: Store, text: str, *, base: BaseRecord, static: bool = False) -> Plan:
-    """Resolves a composition against a store.
+    """Resolve a composition against a store.
 
     Raises:
-        InputError: The text breaks the grammar.
-        NotFoundError: A domain, version or alias does not exist, or there is no KP bank yet.
+        InputError: `text` violates the grammar.
+        NotFoundError: A domain, version or alias does not exist, or the KP bank is missing.
         IncompatibleError: A pack belongs to another base model.
     """
     composition = Composition.parse(text)
-    manifests = [_general(store, composition)]
+    manifests = [_general_manifest(store, composition)]
     manifests += [store.manifest(term.name, term.selector) for term in composition.terms if term.name != GENERAL]
     for manifest in manifests:
         check_same_base(wanted=manifest.base, found=base, what=f"{manifest.name}@{manifest.version}")
     weights = {term.name: term.weight for term in composition.terms}
-    shares = fixed_shares(weights) if static else prior_shares(weights)
-    slots = tuple(Slot(manifest=m, prior=shares[m.name]) for m in manifests)
+    priors = constant_gates(weights) if static else prior_shares(weights)
+    slots = tuple(Slot(manifest=m, prior=priors[m.name]) for m in manifests)
     return Plan(composition=composition, slots=slots, static=static)
 
 
 def prior_shares(weights: dict[str, float | None]) -> dict[str, float]:
-    """The prior of each slot: KP has `KP_PRIOR` unless it is weighted; domains share the rest by weight."""
+    """Return the prior of each slot, which sum to 1.
+
+    KP has `KP_PRIOR` unless it has a weight; domains share the rest in proportion to their weights (default 1).
+    """
     domains = {name: 1.0 if weight is None else weight for name, weight in weights.items() if name != GENERAL}
     total = sum(domains.values())
     general = weights.get(GENERAL) or total * KP_PRIOR / (1 - KP_PRIOR) or 1.0
@@ -98,18 +127,18 @@ def prior_shares(weights: dict[str, float | None]) -> dict[str, float]:
     return {GENERAL: general / whole} | {name: weight / whole for name, weight in domains.items()}
 
 
-def fixed_shares(weights: dict[str, float | None]) -> dict[str, float]:
-    """The constant slot gates: the weights as given; slots without a weight share what is left to 1 alike.
+def constant_gates(weights: dict[str, float | None]) -> dict[str, float]:
+    """Return the slot gates of a static composition: the weights, or an equal share of what they leave of 1.
 
-    KP gets none of it unless it is named.
+    KP's gate is 0 unless it is named.
     """
     given = {name: weight for name, weight in weights.items() if weight is not None}
-    unnamed = [name for name, weight in weights.items() if weight is None]
-    rest = max(0.0, 1.0 - math.fsum(given.values())) / len(unnamed) if unnamed else 0.0
+    unweighted = [name for name, weight in weights.items() if weight is None]
+    rest = max(0.0, 1.0 - math.fsum(given.values())) / len(unweighted) if unweighted else 0.0
     return {GENERAL: 0.0} | {name: given.get(name, rest) for name in weights}
 
 
-def _general(store: Store, composition: Composition) -> PackManifest:
+def _general_manifest(store: Store, composition: Composition) -> PackManifest:
     selector: str | None = next((term.selector for term in composition.terms if term.name == GENERAL), None)
     try:
         return store.manifest(GENERAL, selector)
@@ -121,3 +150,18 @@ def _general(store: Store, composition: Composition) -> PackManifest:
             cause="init was interrupted before the knowledge-preservation bank was stored",
             fix="run registry init again; it resumes",
         ) from error
+
+
+def _per_layer(values: tuple[int, ...] | list[int]) -> str:
+    """Join values, with runs of equal ones shortened.
+
+    >>> _per_layer([0, 2, 2, 2, 4])
+    '0, 3 x 2, 4'
+    """
+    runs: list[tuple[int, int]] = []  # length, value
+    for value in values:
+        if runs and runs[-1][1] == value:
+            runs[-1] = (runs[-1][0] + 1, value)
+        else:
+            runs.append((1, value))
+    return ", ".join(f"{length} x {value}" if length > 1 else str(value) for length, value in runs)

@@ -1,4 +1,4 @@
-"""Where a text would go: its slot gates, and the stored domains that its features are nearest to."""
+"""Report the routing of a text: its slot gates, and its similarity to the prototypes of each domain."""
 
 from dataclasses import dataclass
 
@@ -13,23 +13,36 @@ from ...domains.statistics.statistics import causal_means, feature_projection, h
 from ..base.load import LoadedBase
 from ..pack.pack import DomainPack
 from .build import compose_packs
+from .notebook import html_table
 from .plan import Plan
 
 
 @dataclass(frozen=True, kw_only=True)
 class RouteReport:
-    """How a text is routed."""
+    """Routing of one text."""
 
     gates: dict[str, float]  # slot gates after the whole text, largest first
-    margin: float  # largest minus second largest
-    taken_by: str  # the slot with the largest gate; general means that the base and KP answer
+    margin: float  # largest slot gate minus the second largest
+    taken_by: str  # slot with the largest gate; general means that the base model and KP answer
     tokens: int
-    similarity: dict[str, float]  # cosine of the text's features to each domain's nearest prototype
+    similarity: dict[str, float]  # cosine of the text's features and each domain's nearest prototype
+
+    def __repr__(self) -> str:
+        gates = ", ".join(f"{name}: {gate:.3f}" for name, gate in self.gates.items())
+        return f"RouteReport(taken_by={self.taken_by!r}, margin={self.margin:.3f}, gates={{{gates}}})"
+
+    def _repr_html_(self) -> str:
+        caption = f"Taken by {self.taken_by}, margin {self.margin:.3f}, {self.tokens} tokens"
+        similarity = {name: f"{value:.2f}" for name, value in self.similarity.items()}
+        rows = [(name, f"{gate:.3f}", similarity.get(name, "")) for name, gate in self.gates.items()]
+        return html_table(caption, ("slot", "slot gate", "similarity"), rows)
 
 
 @torch.inference_mode()
 def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str) -> RouteReport:
-    """Routes a text in a composition of these packs, one for each slot.
+    """Route a text in a composition of these packs, one for each slot.
+
+    A text longer than the base model's context is truncated.
 
     Raises:
         InputError: The text has no tokens, or the composition is static.
@@ -57,6 +70,7 @@ def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str)
 
 
 def _similarity(plan: Plan, packs: list[DomainPack], base: LoadedBase, ids: torch.Tensor) -> dict[str, float]:
+    """Return the cosine of a text's mean features and each domain's nearest prototype, nearest domain first."""
     mask = torch.ones_like(ids, dtype=torch.bool)
     hidden = hidden_states_at(base.model, base.layout, packs[0].feature_layer, input_ids=ids)
     features = hidden_features(hidden.cpu(), feature_projection(base.layout.width))

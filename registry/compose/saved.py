@@ -1,9 +1,9 @@
-"""A saved composition: a folder that holds a planned composition with everything it needs but the base model.
+"""Save a composition as a folder that contains everything but the base model, and open it again.
 
-    composition.json                         slots with versions and priors, the base it needs, digests of the manifests
+    composition.json                         slots with versions and priors, base model, digests of the manifests
     packs/<name>/lorary.json + files         each pack, complete
 
-It opens without the registry it came from, is verified like a store, and gives the same logits.
+It opens without the registry that it came from, is verified like a store, and gives the same logits.
 """
 
 import os
@@ -28,7 +28,7 @@ COMPOSITION_FILE = "composition.json"
 
 @dataclass(frozen=True, kw_only=True)
 class SavedSlot:
-    """What composition.json says of one slot."""
+    """Entry of one slot in composition.json."""
 
     name: str
     prior: float
@@ -43,7 +43,7 @@ class SavedSlot:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedRecord:
-    """What composition.json says."""
+    """Content of composition.json."""
 
     schema: str
     composition: str
@@ -63,16 +63,16 @@ class SavedRecord:
 
 
 def save_composition(store: Store, plan: Plan, out: Path) -> Path:
-    """Writes the folder; composition.json comes last, so its existence means that the rest is there.
+    """Write a plan and its packs to a folder; composition.json comes last, so its presence marks a complete folder.
 
     Raises:
-        ConflictError: The folder holds something already.
+        ConflictError: The folder is not empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConflictError(
             f"{out} is not empty.",
             cause="a composition is never written over other files",
-            fix="name another place: --out DIR",
+            fix="choose another folder: --out DIR",
         )
     slots = []
     for slot in plan.slots:
@@ -96,10 +96,12 @@ def save_composition(store: Store, plan: Plan, out: Path) -> Path:
 
 
 def is_saved_composition(text: str) -> bool:
-    """Whether this is the path of a saved composition; a bare name is always a domain's, so write ./name.
+    """Return whether `text` is the path of a saved composition.
+
+    A bare name is always a domain's; write ./name for a folder.
 
     Raises:
-        NotFoundError: It is a path, and no saved composition is there.
+        NotFoundError: It is a path without a saved composition.
     """
     if "://" in text or not ("/" in text or os.sep in text):
         return False
@@ -113,12 +115,12 @@ def is_saved_composition(text: str) -> bool:
 
 
 def open_plan(folder: Path, *, base: BaseRecord) -> Plan:
-    """The plan of a saved composition.
+    """Return the plan of a saved composition.
 
     Raises:
-        NotFoundError: There is none in the folder.
+        NotFoundError: The folder has no saved composition.
         IntegrityError: A manifest was changed.
-        IncompatibleError: It needs another base model, or a newer program wrote it.
+        IncompatibleError: It belongs to another base model, or was written by a newer version of lorary.
     """
     record = _read_record(folder)
     slots = []
@@ -135,7 +137,7 @@ def open_plan(folder: Path, *, base: BaseRecord) -> Plan:
 
 
 def saved_pack(folder: Path, name: str) -> PackFolder:
-    """The pack of one slot of a saved composition."""
+    """Return the pack of one slot of a saved composition."""
     return PackFolder(folder / "packs" / name)
 
 

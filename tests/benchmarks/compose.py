@@ -23,7 +23,7 @@ from timing import report
 
 from lorary.domains.base_model import find_layout
 from lorary.registry.compose.build import compose_model
-from lorary.registry.compose.cache import StackCache
+from lorary.registry.compose.cache import CompositionCache
 from lorary.registry.compose.plan import plan_composition
 from lorary.registry.pack.pack import DomainPack, expert_records, pack_files
 from lorary.registry.store.blobs import sha256_of
@@ -120,7 +120,7 @@ def main() -> None:
 
             shutil.rmtree(store.cache / "compositions", ignore_errors=True)
             cold = seconds(compose, rounds=1)
-            file = StackCache(store.cache).path(plan_composition(store, text, base=BASE), torch.float32)
+            file = CompositionCache(store.cache).path(plan_composition(store, text, base=BASE), torch.float32)
             warm, read = [], []
             for _ in range(3):  # taken in turns
                 warm.append(seconds(compose, rounds=7))

@@ -1,4 +1,4 @@
-"""Composed models: exact, in any order, and unchanged by whatever is added later."""
+"""Composed models: exact, in any order, and unchanged by later additions."""
 
 import math
 from dataclasses import replace
@@ -59,7 +59,7 @@ def test_a_static_gate_of_zero_leaves_the_domain_out(whole: Registry, logits_of:
     )
 
 
-def test_composed_models_see_nothing_of_each_other(whole: Registry, logits_of: Any) -> None:
+def test_composed_models_do_not_affect_each_other(whole: Registry, logits_of: Any) -> None:
     first = whole.compose("cooking")
     before = logits_of(first)
 
@@ -82,7 +82,7 @@ def test_the_slot_gates_sum_to_one_and_prefer_general_before_any_text(whole: Reg
 
     gate = routing_of(model).slot_gate
     assert gate is not None
-    # gates under the threshold are closed, nothing is given to the others
+    # gates below the threshold become 0; the others are not renormalised
     torch.testing.assert_close(gate.sum(-1), torch.ones(gate.shape[:2]), atol=3 * SLOT_THRESHOLD, rtol=0)
 
 
@@ -92,12 +92,24 @@ def test_no_composed_tensor_needs_a_gradient(whole: Registry) -> None:
     assert not any(tensor.requires_grad for tensor in [*model.parameters(), *model.buffers()])
 
 
+@pytest.mark.parametrize("static", [False, True])
+def test_a_composed_model_has_its_plan(static: bool, whole: Registry, tmp_path: Path) -> None:
+    model: Any = whole.compose("cooking", static=static)
+    again: Any = whole.compose("cooking", static=static)  # from the cache
+    saved: Any = whole.compose(str(whole.save("cooking", tmp_path / "out", static=static)))
+
+    plan = whole.plan("cooking", static=static)
+    assert model.composition == again.composition == saved.composition == plan
+    assert "cooking@1" in repr(model.composition)
+    assert not hasattr(whole.base.model, "composition")
+
+
 @pytest.fixture
 def packs(whole: Registry) -> list[DomainPack]:
     return [read_pack(whole.store, whole.manifest(name)) for name in ("general", "cooking", "sailing")]
 
 
-def test_the_router_of_a_subset_is_as_if_the_rest_were_not_there(packs: list[DomainPack], whole: Registry) -> None:
+def test_the_router_of_a_subset_does_not_depend_on_other_domains(packs: list[DomainPack], whole: Registry) -> None:
     composed = routing_of(whole.compose("sailing")).router
     shares = torch.tensor(list(prior_shares({"general": None, "sailing": None}).values()))
     alone = build_router([packs[0], packs[2]], shares, width=32)
@@ -106,7 +118,7 @@ def test_the_router_of_a_subset_is_as_if_the_rest_were_not_there(packs: list[Dom
     assert digest_of_tensors(composed.named_buffers()) == digest_of_tensors(alone.named_buffers())
 
 
-def test_joint_tempers_are_means_in_any_order(packs: list[DomainPack]) -> None:
+def test_joint_temperatures_are_means_in_any_order(packs: list[DomainPack]) -> None:
 
     first = replace(packs[1], temperatures=Temperatures(token=0.1, hidden=0.5))
     second = replace(packs[2], temperatures=Temperatures(token=0.4, hidden=0.1))
@@ -118,13 +130,13 @@ def test_joint_tempers_are_means_in_any_order(packs: list[DomainPack]) -> None:
     assert joint_temperatures([]) == Temperatures()
 
 
-def test_packs_whose_features_are_of_another_layer_are_not_routed_together(packs: list[DomainPack]) -> None:
+def test_packs_with_different_feature_layers_are_not_routed_together(packs: list[DomainPack]) -> None:
 
     with pytest.raises(IntegrityError, match="together"):
         build_router([packs[0], replace(packs[1], feature_layer=2)], torch.ones(2), width=32)
 
 
-def test_experts_below_the_feature_layer_leave_routing_to_the_tokens(packs: list[DomainPack]) -> None:
+def test_experts_below_the_feature_layer_disable_hidden_evidence(packs: list[DomainPack]) -> None:
     low = ExpertBank(layers={0: packs[2].bank.layers[packs[2].bank.first_layer]})
     shares = torch.tensor([0.7, 0.1, 0.2])
 

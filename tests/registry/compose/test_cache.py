@@ -1,4 +1,4 @@
-"""Kept compositions: the same model from one file, never a stale or damaged one."""
+"""Cached compositions: the same model from one file, never a stale or damaged one."""
 
 import logging
 import os
@@ -11,10 +11,10 @@ import torch
 from lorary.registry import Registry
 from lorary.registry.compose import cache as module
 from lorary.registry.compose.build import compose_model
-from lorary.registry.compose.cache import StackCache
+from lorary.registry.compose.cache import CompositionCache
 
 
-def kept_files(registry: Registry) -> list[Path]:
+def cached_files(registry: Registry) -> list[Path]:
     return sorted((registry.store.cache / "compositions").glob("*"))
 
 
@@ -33,10 +33,10 @@ def test_a_composition_from_the_cache_is_the_same_without_its_packs(
     again = Registry.open(registry.store.path).compose("cooking+sailing", static=static)
 
     assert torch.equal(logits_of(again), logits_of(first))
-    assert len(kept_files(registry)) == 1
+    assert len(cached_files(registry)) == 1
 
 
-def test_every_part_of_a_router_is_kept(both_store: Path, fresh_copy: Any) -> None:
+def test_every_part_of_a_router_is_cached(both_store: Path, fresh_copy: Any) -> None:
     registry = fresh_copy(both_store)
     first, again = (registry.compose("cooking+sailing").routing.router for _ in range(2))
 
@@ -48,9 +48,9 @@ def test_every_part_of_a_router_is_kept(both_store: Path, fresh_copy: Any) -> No
         assert torch.equal(again.tensors()[name], tensor)
 
 
-def test_what_decides_the_content_decides_the_file(both_store: Path, fresh_copy: Any) -> None:
+def test_everything_that_determines_the_content_is_part_of_the_key(both_store: Path, fresh_copy: Any) -> None:
     registry = fresh_copy(both_store)
-    cache = StackCache(registry.store.cache)
+    cache = CompositionCache(registry.store.cache)
     plans = [registry.plan(text) for text in ("cooking", "cooking+sailing", "cooking:0.9+sailing:0.1")]
     plans.append(registry.plan("cooking+sailing", static=True))
 
@@ -61,12 +61,12 @@ def test_what_decides_the_content_decides_the_file(both_store: Path, fresh_copy:
 
 
 @pytest.mark.parametrize("place", [0.02, 0.5, 0.97], ids=["header", "middle", "end"])
-def test_a_damaged_file_is_noticed_dropped_and_made_anew(
+def test_a_damaged_file_is_detected_deleted_and_rebuilt(
     place: float, both_store: Path, fresh_copy: Any, logits_of: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     registry = fresh_copy(both_store)
     expected = logits_of(registry.compose("cooking"))
-    (file,) = kept_files(registry)
+    (file,) = cached_files(registry)
     good = file.read_bytes()
     bad = bytearray(good)
     bad[int(len(bad) * place)] ^= 4
@@ -77,19 +77,19 @@ def test_a_damaged_file_is_noticed_dropped_and_made_anew(
 
     assert "damaged" in caplog.text
     assert torch.equal(logits_of(again), expected)
-    assert kept_files(registry)[0].read_bytes() == good
+    assert cached_files(registry)[0].read_bytes() == good
 
 
-def test_a_truncated_file_is_made_anew(both_store: Path, fresh_copy: Any, logits_of: Any) -> None:
+def test_a_truncated_file_is_rebuilt(both_store: Path, fresh_copy: Any, logits_of: Any) -> None:
     registry = fresh_copy(both_store)
     expected = logits_of(registry.compose("cooking"))
-    (file,) = kept_files(registry)
+    (file,) = cached_files(registry)
     file.write_bytes(file.read_bytes()[:-100])
 
     assert torch.equal(logits_of(registry.compose("cooking")), expected)
 
 
-def test_a_new_version_is_never_served_by_the_file_of_the_old_one(
+def test_a_new_version_never_uses_the_file_of_the_old_one(
     both_store: Path, fresh_copy: Any, rewrite: Any, logits_of: Any
 ) -> None:
     registry = fresh_copy(both_store)
@@ -105,10 +105,10 @@ def test_a_new_version_is_never_served_by_the_file_of_the_old_one(
     rewrite(registry.store, "cooking", path, louder)
 
     assert not torch.equal(logits_of(registry.compose("cooking")), before)
-    assert len(kept_files(registry)) == 2
+    assert len(cached_files(registry)) == 2
 
 
-def test_a_store_that_cannot_be_written_to_composes_without_keeping(
+def test_a_read_only_store_composes_without_caching(
     both_store: Path, fresh_copy: Any, logits_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = fresh_copy(both_store)
@@ -117,32 +117,34 @@ def test_a_store_that_cannot_be_written_to_composes_without_keeping(
 
     model = compose_model(registry.store, registry.plan("cooking"), registry.base)
 
-    assert kept_files(registry) == []
+    assert cached_files(registry) == []
     assert logits_of(model).isfinite().all()
 
 
-def test_the_least_recently_used_go_first(both_store: Path, fresh_copy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_files_are_evicted_first(
+    both_store: Path, fresh_copy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "MAX_FILES", 2)
     registry = fresh_copy(both_store)
-    cache = StackCache(registry.store.cache)
+    cache = CompositionCache(registry.store.cache)
     for age, text in enumerate(("cooking", "sailing")):
         registry.compose(text)
         os.utime(cache.path(registry.plan(text), torch.float32), (age, age))
-    registry.compose("cooking")  # used again
+    registry.compose("cooking")  # the most recently used one
 
     registry.compose("cooking+sailing")
 
     left = [cache.path(registry.plan(text), torch.float32) for text in ("cooking", "cooking+sailing")]
-    assert kept_files(registry) == sorted(left)
+    assert cached_files(registry) == sorted(left)
 
 
-def test_another_process_may_drop_files_meanwhile(
+def test_another_process_may_evict_files_meanwhile(
     both_store: Path, fresh_copy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = fresh_copy(both_store)
     registry.compose("cooking")
     folder = registry.store.cache / "compositions"
-    (folder / "gone.safetensors").symlink_to(folder / "gone")  # listed, and not there when it is looked at
+    (folder / "gone.safetensors").symlink_to(folder / "gone")  # listed, but missing when its status is read
 
     def touch(path: Path) -> None:
         raise FileNotFoundError(path)
@@ -152,10 +154,10 @@ def test_another_process_may_drop_files_meanwhile(
     registry.compose("cooking")
     registry.compose("sailing")
 
-    assert len(kept_files(registry)) == 3
+    assert len(cached_files(registry)) == 3
 
 
-def test_another_way_to_route_is_another_file(
+def test_another_routing_method_is_another_file(
     both_store: Path, fresh_copy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = fresh_copy(both_store)
@@ -164,13 +166,13 @@ def test_another_way_to_route_is_another_file(
 
     registry.compose("cooking")
 
-    assert len(kept_files(registry)) == 2
+    assert len(cached_files(registry)) == 2
 
 
 def test_the_cache_may_be_deleted_at_any_time(both_store: Path, fresh_copy: Any, logits_of: Any) -> None:
     registry = fresh_copy(both_store)
     model = registry.compose("cooking")
-    (file,) = kept_files(registry)
+    (file,) = cached_files(registry)
     twin = registry.compose("cooking")
 
     file.unlink()

@@ -1,4 +1,4 @@
-"""Routing drift, measured from statistics alone."""
+"""Routing drift, computed from statistics alone."""
 
 import math
 from dataclasses import fields, replace
@@ -20,7 +20,7 @@ def packs(whole: Registry) -> dict[str, DomainPack]:
     return {name: read_pack(whole.store, whole.manifest(name)) for name in ("general", "cooking", "sailing")}
 
 
-def test_the_first_domain_drifts_nobody(packs: dict[str, DomainPack]) -> None:
+def test_the_first_domain_causes_no_drift(packs: dict[str, DomainPack]) -> None:
     assert measure_drift(packs["general"], {}, packs["cooking"], width=WIDTH) == Drift(0.0, 0, 0.0, 0)
 
 
@@ -30,7 +30,7 @@ def test_a_distinct_domain_takes_no_text_away(packs: dict[str, DomainPack]) -> N
     assert drift.domains == 1
     assert drift.top1_flips == 0
     assert 0 <= drift.newcomer_share < 0.5
-    assert math.copysign(1, drift.mean_kl) == 1  # and so never -0.0
+    assert math.copysign(1, drift.mean_kl) == 1  # never -0.0
 
 
 def test_a_copy_of_a_domain_takes_half_of_its_text(packs: dict[str, DomainPack]) -> None:
@@ -55,7 +55,7 @@ def test_a_copy_of_the_general_bank_does_not_win_over_it(packs: dict[str, Domain
     assert drift.newcomer_share > 0.1
 
 
-def test_drift_grows_with_what_the_newcomer_takes(packs: dict[str, DomainPack]) -> None:
+def test_drift_grows_with_the_similarity_of_the_new_domain(packs: dict[str, DomainPack]) -> None:
     others = {"cooking": packs["cooking"]}
     mixed = replace(packs["sailing"], statistics=packs["sailing"].statistics + packs["cooking"].statistics)
 
@@ -76,7 +76,7 @@ def test_the_order_of_the_older_domains_does_not_matter(packs: dict[str, DomainP
     )
 
 
-def test_it_needs_neither_text_nor_experts(packs: dict[str, DomainPack]) -> None:
+def test_drift_needs_neither_text_nor_experts(packs: dict[str, DomainPack]) -> None:
     bare = {
         name: replace(
             pack,

@@ -1,4 +1,4 @@
-"""Answers of composed models: the text, and the route of every token."""
+"""Generation with composed models: the text, and the slot gates of every token."""
 
 import copy
 from typing import Any
@@ -11,7 +11,7 @@ from lorary.adapters.layer.attach import routing_of
 from lorary.adapters.layer.merge import merge_experts
 from lorary.domains.errors import InputError
 from lorary.registry import Registry
-from lorary.registry.compose.generate import generate
+from lorary.registry.compose.generate import Answer, generate
 
 
 @pytest.fixture(scope="module")
@@ -19,14 +19,14 @@ def model(whole: Registry) -> Any:
     return whole.compose("cooking+sailing")
 
 
-def test_an_answer_says_how_each_token_was_routed(whole: Registry, model: Any) -> None:
+def test_an_answer_has_the_slot_gates_of_each_token(whole: Registry, model: Any) -> None:
     answer = whole.generate(model, "butter and flour", max_new_tokens=5)
 
     assert answer.slots == ("general", "cooking", "sailing")
     assert answer.prompt_tokens == len(whole.tokenizer("butter and flour")["input_ids"])
     assert 1 <= answer.new_tokens <= 5
     assert len(answer.tokens) == answer.prompt_tokens + answer.new_tokens
-    assert answer.tokens[-1][1] == answer.tokens[-2][1]  # the last one was never read: its gates are those before it
+    assert answer.tokens[-1][1] == answer.tokens[-2][1]  # the last one is never an input: it has the gates before it
     assert "".join(piece for piece, _ in answer.tokens).startswith("<|begin|>butter and flour")
     for _, gates in answer.tokens:
         assert sum(gates) == pytest.approx(1, abs=SLOT_THRESHOLD * 3)
@@ -45,7 +45,7 @@ def test_greedy_answers_are_those_of_transformers(whole: Registry, model: Any) -
     assert answer.text == whole.tokenizer.decode(expected, skip_special_tokens=True)
 
 
-def test_the_gates_of_decoding_are_those_of_reading_the_whole(whole: Registry, model: Any) -> None:
+def test_the_gates_of_decoding_are_those_of_one_forward_pass(whole: Registry, model: Any) -> None:
     answer = whole.generate(model, "mast and flour", max_new_tokens=6)
     ids = torch.tensor([_ids(answer, whole)])
 
@@ -57,7 +57,7 @@ def test_the_gates_of_decoding_are_those_of_reading_the_whole(whole: Registry, m
     torch.testing.assert_close(torch.tensor([g for _, g in answer.tokens[:-1]]), gate[0, :-1])
 
 
-def test_a_merged_composition_answers_and_says_its_constant_gates(whole: Registry) -> None:
+def test_a_merged_composition_answers_with_its_constant_gates(whole: Registry) -> None:
     static: Any = whole.compose("cooking:0.75+sailing:0.25", static=True)
     expected = whole.generate(static, "mast and flour", max_new_tokens=4)
 
@@ -69,14 +69,14 @@ def test_a_merged_composition_answers_and_says_its_constant_gates(whole: Registr
 
 
 def _ids(answer: Any, whole: Registry) -> list[int]:
-    """The prompt again, and the new tokens as the model chose them."""
+    """Token ids of the prompt and of the new tokens."""
     model: Any = whole.compose("cooking+sailing")
     inputs = whole.tokenizer("mast and flour", return_tensors="pt")
     with model.reading_prompts():
         return model.generate(**inputs, max_new_tokens=answer.new_tokens, do_sample=False)[0].tolist()
 
 
-def test_a_seed_gives_the_same_answer_and_another_seed_another(whole: Registry, model: Any) -> None:
+def test_the_seed_determines_the_answer(whole: Registry, model: Any) -> None:
     def text(seed: int) -> str:
         return whole.generate(model, "keel", max_new_tokens=12, temperature=1.5, seed=seed).text
 
@@ -84,7 +84,7 @@ def test_a_seed_gives_the_same_answer_and_another_seed_another(whole: Registry, 
     assert len({text(seed) for seed in range(4)}) > 1
 
 
-def test_the_random_state_of_the_caller_is_left_alone(whole: Registry, model: Any) -> None:
+def test_the_global_random_state_is_not_changed(whole: Registry, model: Any) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -94,7 +94,7 @@ def test_the_random_state_of_the_caller_is_left_alone(whole: Registry, model: An
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_chat_goes_through_the_template(whole: Registry, model: Any) -> None:
+def test_a_chat_uses_the_template(whole: Registry, model: Any) -> None:
     plain = whole.generate(model, "keel", max_new_tokens=1)
     chat = whole.generate(model, "keel", max_new_tokens=1, chat=True)
 
@@ -119,7 +119,7 @@ def test_a_prompt_that_is_too_long_is_refused(whole: Registry, model: Any) -> No
     assert routing_of(model).trace is None
 
 
-def test_the_base_model_is_not_a_composed_one(whole: Registry) -> None:
+def test_the_bare_base_model_is_refused(whole: Registry) -> None:
     with pytest.raises(InputError, match="not composed"):
         whole.generate(whole.base.model, "keel")
 
@@ -128,3 +128,22 @@ def test_a_static_composition_answers_with_its_constant_gates(whole: Registry) -
     answer = whole.generate(whole.compose("cooking:0.25+sailing:0.5", static=True), "keel", max_new_tokens=3)
 
     assert answer.route == pytest.approx({"general": 0.0, "cooking": 0.25, "sailing": 0.5})
+
+
+def test_an_answer_is_shown_short_and_escaped() -> None:
+    answer = Answer(
+        text="<img src=x onerror=alert(1)>" + "a" * 200,
+        prompt_tokens=1,
+        new_tokens=2,
+        slots=("general", "<i>"),
+        route={"general": 0.25, "<i>": 0.75},
+        tokens=(),
+    )
+
+    assert len(repr(answer)) < 200
+    assert repr(answer).endswith("...', new_tokens=2, route={general: 0.250, <i>: 0.750})")
+    page = answer._repr_html_()
+    assert "<img" not in page
+    assert "<i>" not in page
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert "<td>&lt;i&gt;</td><td>0.750</td>" in page

@@ -1,4 +1,4 @@
-"""Where a text goes: gates, margin and the nearest prototypes."""
+"""Routing of a text: slot gates, margin, and similarity to prototypes."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from lorary.domains.data.corpus import read_examples
 from lorary.domains.errors import InputError
 from lorary.registry import Registry
 from lorary.registry.compose.build import read_packs
-from lorary.registry.compose.route import route_text
+from lorary.registry.compose.route import RouteReport, route_text
 
 
 @pytest.mark.parametrize("name", ["cooking", "sailing"])
@@ -41,14 +41,14 @@ def test_similarities_are_cosines_of_the_domains(whole: Registry) -> None:
     assert all(-1.001 <= value <= 1.001 for value in similarity.values())
 
 
-def test_only_the_domains_of_the_composition_take_part(whole: Registry) -> None:
+def test_only_the_domains_of_the_composition_are_routed_to(whole: Registry) -> None:
     report = whole.route("mast and keel", "cooking")
 
     assert set(report.gates) == {"general", "cooking"}
     assert set(report.similarity) == {"cooking"}
 
 
-def test_a_registry_without_domains_leaves_everything_to_general(kp_store: Path) -> None:
+def test_without_domains_everything_is_routed_to_general(kp_store: Path) -> None:
     report = Registry.open(kp_store).route("mast and keel")
 
     assert report.gates == {"general": 1.0}
@@ -68,7 +68,7 @@ def test_a_static_composition_is_refused(whole: Registry) -> None:
         route_text(plan, read_packs(whole.store, plan), whole.base, "mast")
 
 
-def test_a_text_longer_than_the_model_reads_is_cut(whole: Registry) -> None:
+def test_a_text_beyond_the_context_is_truncated(whole: Registry) -> None:
     assert whole.route("mast " * 2000).tokens == 512
 
 
@@ -82,3 +82,19 @@ def test_a_saved_composition_routes_without_the_packs_of_the_store(
     folder = whole.save("cooking+sailing", tmp_path / "out")
 
     assert Registry.open(kp_store).route("mast and keel", str(folder)) == whole.route("mast and keel")
+
+
+def test_a_report_shows_its_gates_and_escapes_names() -> None:
+    report = RouteReport(
+        gates={"<b>law</b>": 0.75, "general": 0.25},
+        margin=0.5,
+        taken_by="<b>law</b>",
+        tokens=3,
+        similarity={"<b>law</b>": 0.5},
+    )
+
+    assert repr(report) == "RouteReport(taken_by='<b>law</b>', margin=0.500, gates={<b>law</b>: 0.750, general: 0.250})"
+    page = report._repr_html_()
+    assert "<b>" not in page
+    assert "<td>&lt;b&gt;law&lt;/b&gt;</td><td>0.750</td><td>0.50</td>" in page
+    assert "<td>general</td><td>0.250</td><td></td>" in page

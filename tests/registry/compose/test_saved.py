@@ -1,4 +1,4 @@
-"""Saved compositions: a folder that opens anywhere, verified, with the same logits."""
+"""Saved compositions: a verified folder that opens anywhere and gives the same logits."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def saved_once(whole: Registry, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.fixture
 def saved(saved_once: Path, tmp_path: Path) -> Path:
-    """A saved composition that may be changed."""
+    """A copy of a saved composition for tests that modify it."""
     return Path(shutil.copytree(saved_once, tmp_path / "saved"))
 
 
@@ -35,7 +35,7 @@ def test_the_logits_are_the_same_bit_for_bit(static: bool, whole: Registry, tmp_
     assert torch.equal(logits_of(whole.compose(str(folder))), logits_of(whole.compose(text, static=static)))
 
 
-def test_it_opens_without_the_packs_of_the_store(saved: Path, kp_store: Path, whole: Registry, logits_of: Any) -> None:
+def test_it_opens_without_the_packs_in_the_store(saved: Path, kp_store: Path, whole: Registry, logits_of: Any) -> None:
     other = Registry.open(kp_store)
 
     assert torch.equal(logits_of(other.compose(str(saved))), logits_of(whole.compose("cooking+sailing:3")))
@@ -57,7 +57,7 @@ def test_it_holds_every_file_of_its_packs_and_nothing_else(saved: Path, whole: R
     assert {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()} == expected
 
 
-def test_nothing_is_written_over_other_files(saved: Path, whole: Registry) -> None:
+def test_other_files_are_never_overwritten(saved: Path, whole: Registry) -> None:
     with pytest.raises(ConflictError) as caught:
         whole.save("cooking", saved)
 
@@ -135,7 +135,7 @@ def test_an_altered_prior_is_refused(prior: Any, saved: Path, whole: Registry) -
         whole.compose(str(saved))
 
 
-def test_a_description_that_is_no_object_is_refused(saved: Path, whole: Registry) -> None:
+def test_a_description_that_is_not_an_object_is_refused(saved: Path, whole: Registry) -> None:
     (saved / "composition.json").write_text("[]", encoding="utf-8")
 
     with pytest.raises(LoraryError):
@@ -166,12 +166,12 @@ def test_it_is_refused_over_another_base(
     assert caught.value.exit_code == 6
 
 
-# --- whoever alters a folder can make the digests agree ---
+# --- an attacker can make all digests in a folder agree ---
 
 
 @pytest.fixture
 def reseal() -> Callable[..., None]:
-    """`reseal(folder, "cooking", pack)` puts an altered pack into a saved composition; all digests agree."""
+    """Return a function that replaces a pack in a saved composition and updates all digests."""
 
     def put(folder: Path, name: str, pack: Any) -> None:
         manifest = pack.write_to(folder / "packs" / name)
@@ -184,7 +184,7 @@ def reseal() -> Callable[..., None]:
     return put
 
 
-def test_a_pack_that_was_altered_and_sealed_again_is_refused(
+def test_an_altered_pack_with_matching_digests_is_refused(
     saved: Path, whole: Registry, loose: Any, reseal: Any
 ) -> None:
     pack = loose("cooking")
@@ -196,13 +196,15 @@ def test_a_pack_that_was_altered_and_sealed_again_is_refused(
         whole.compose(str(saved))
 
 
-def test_a_pack_that_is_sealed_again_unchanged_composes(saved: Path, whole: Registry, loose: Any, reseal: Any) -> None:
+def test_an_unaltered_pack_with_matching_digests_composes(
+    saved: Path, whole: Registry, loose: Any, reseal: Any
+) -> None:
     reseal(saved, "cooking", loose("cooking"))
 
     assert whole.compose(str(saved))
 
 
-def test_a_pack_for_a_deeper_model_is_refused_by_its_plan(
+def test_a_pack_for_a_deeper_model_is_refused_when_planning(
     saved: Path, whole: Registry, loose: Any, reseal: Any
 ) -> None:
     reseal(saved, "cooking", loose("cooking").with_manifest(lambda m: m["allocation"]["counts"].append(0)))
@@ -211,7 +213,7 @@ def test_a_pack_for_a_deeper_model_is_refused_by_its_plan(
         whole.plan(str(saved))
 
 
-def test_another_version_than_was_pinned_is_refused(saved: Path, whole: Registry, loose: Any, reseal: Any) -> None:
+def test_another_version_than_the_pinned_one_is_refused(saved: Path, whole: Registry, loose: Any, reseal: Any) -> None:
     reseal(saved, "cooking", loose("cooking").with_manifest(lambda m: m.update(version=2)))
 
     with pytest.raises(IntegrityError, match="was changed"):
@@ -219,7 +221,7 @@ def test_another_version_than_was_pinned_is_refused(saved: Path, whole: Registry
 
 
 @pytest.mark.parametrize("place", ["packs/cooking", "packs/cooking/experts/e0"])
-def test_a_file_beside_those_of_a_pack_is_refused(place: str, saved: Path, whole: Registry) -> None:
+def test_an_extra_file_in_a_pack_is_refused(place: str, saved: Path, whole: Registry) -> None:
     (saved / place / "adapter_model.bin").write_bytes(b"")
 
     with pytest.raises(IntegrityError, match="more than its manifest names"):
