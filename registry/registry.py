@@ -1,20 +1,23 @@
-"""Registry: the front door. One object for everything a person does with a registry.
+"""Registry: everything that can be done with a registry, as methods of one object.
 
-    r = Registry.open()
-    model = r.compose("medicine+general")      # an ordinary transformers model
-    print(r.generate(model, "What is anaemia?").text)
+    registry = Registry.open()
+    model = registry.compose("medicine+legal")      # a transformers model
+    print(registry.generate(model, "What is anaemia?").text)
 
-Opening one, listing and showing read manifests only; torch is imported when a model is first needed.
+Each command of the command line is a method of the same name (`import` is `import_adapter`, `report` is `retention`).
+Opening, listing and showing read manifests only; torch is imported when a model is first needed.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..adapters.composition import GENERAL, parse_reference
+from ..domains.data.corpus import Source
 from ..domains.errors import ConflictError, IntegrityError
 from ..domains.progress import OnProgress, silent
 from .base.find import POCKET, find_base
@@ -28,30 +31,45 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ..adapters.config import BankConfig, TrainingConfig
-    from ..domains.data.corpus import Source
     from .base.load import LoadedBase
     from .compose.generate import Answer
     from .compose.route import RouteReport
     from .hub.pull import PullResult
     from .hub.push import PushResult
     from .hub.remote_terms import ResolvedComposition
+    from .hub.search import SearchResult
     from .interop.export_plan import ExportResult
     from .interop.import_adapter import ImportResult
-    from .learn.add_domain import AddedDomain
-    from .learn.retrain import Retrained
-    from .learn.train import OnNeighbours
+    from .learn.add_domain import AddedDomain, OnNeighbours
+    from .learn.retrain import RetrainedDomain
+    from .maintenance.diff import VersionDiff
+    from .maintenance.doctor import Finding
+    from .maintenance.log import LogEntry
+    from .maintenance.verify import FileCheck
     from .measure.evaluate import DomainScores
     from .measure.report import RetentionReport
+    from .store.gc import Collected
+
+Manifests = list[PackManifest]  # inside the class, `list` is the method
+Data = Source | Sequence[Source]
 
 
 class Registry:
-    """A store and the base model it belongs to."""
+    """A store of expert banks and the base model that they belong to.
+
+    Args:
+        store: The store.
+        device: Where the base model is loaded: cpu, cuda, cuda:1 or mps.
+        dtype: The dtype in which it is loaded; `auto` keeps that of its files.
+    """
 
     def __init__(self, store: Store, *, device: str = "cpu", dtype: str = "auto"):
         self.store = store
         self.device = device
         self.dtype = dtype
         self._base: LoadedBase | None = None
+
+    # --- create and open ---
 
     @classmethod
     def init(
@@ -60,23 +78,25 @@ class Registry:
         *,
         base: str = POCKET,
         revision: str | None = None,
-        data: "Sequence[Source]" = (),
+        data: Data = (),
         bank: "BankConfig | None" = None,
         training: "TrainingConfig | None" = None,
         device: str = "cpu",
         dtype: str = "auto",
         on_progress: OnProgress = silent,
     ) -> "Registry":
-        """Creates a registry for a base model and trains its KP bank; resumes if that was interrupted.
+        """Create a registry for a base model and train its KP bank; resume if that was interrupted.
 
         Args:
-            path: Its folder; found like `open` finds it if not given.
+            path: The registry's folder; by default the one that `open` would use.
             base: `pocket`, a folder, or a Hub id.
-            revision: A commit of the Hub model.
-            data: General text for the KP bank; the bundled corpus if not given.
+            revision: Commit of the Hub model.
+            data: General text for the KP bank; the bundled corpus by default.
+            bank: Shape of the experts.
+            training: How they are trained.
 
         Raises:
-            ConflictError: There is a complete registry already, or an unfinished one for another base.
+            ConflictError: There is a complete registry already, or an unfinished one for another base model.
         """
         folder = find_base(base, revision=revision)
         root = locate_store(path, os.environ, Path.cwd())
@@ -92,30 +112,53 @@ class Registry:
             if store.versions(GENERAL) or store.settings != settings:
                 raise
         registry = cls(store, device=device, dtype=dtype)
+        from ..adapters.config import BankConfig, TrainingConfig
         from .learn.add_domain import train_preservation
 
         train_preservation(
-            store, registry.base, record, data=data, bank=bank, training=training, on_progress=on_progress
+            store,
+            registry.base,
+            record,
+            data=_sources(data),
+            bank=bank or BankConfig(),
+            training=training or TrainingConfig(),
+            on_progress=on_progress,
         )
         return registry
 
     @classmethod
     def open(cls, path: str | Path | None = None, *, device: str = "cpu", dtype: str = "auto") -> "Registry":
-        """The registry in a folder: as asked, $LORARY_STORE, the nearest `.lorary` above, or the user's own.
+        """Open the registry in `path`, `$LORARY_STORE`, the nearest `.lorary` above, or the user's data folder.
 
         Raises:
             NotFoundError: There is none.
         """
         return cls(Store.open(locate_store(path, os.environ, Path.cwd())), device=device, dtype=dtype)
 
+    def __repr__(self) -> str:
+        domains = ", ".join(f"{name}@{self.store.manifest(name).version}" for name in self.store.domains())
+        return f"Registry({str(self.store.path)!r}, base={self.base_record.id!r}, domains=[{domains}])"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td>{escape(m.name)}</td><td>{m.version}</td><td>{escape(m.role)}</td><td>{len(m.experts)}</td>"
+            f"<td>{_decimals(m.evaluation.get('base'))}</td><td>{_decimals(m.evaluation.get('routed'))}</td></tr>"
+            for m in self.list()
+        )
+        head = "".join(f"<th>{text}</th>" for text in _HEADINGS)
+        caption = f"Registry {escape(str(self.store.path))}, base model {escape(self.base_record.id)}"
+        return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+    # --- the base model ---
+
     @property
     def base_record(self) -> BaseRecord:
-        """The base model that this registry was made for."""
+        """Fingerprint of the base model that the registry was made for."""
         return BaseRecord(**self.store.settings["base"])
 
     @property
     def base(self) -> "LoadedBase":
-        """The base model, loaded on first use, after its files were checked against the fingerprint.
+        """The base model, loaded on first use, after its files are checked against the fingerprint.
 
         Raises:
             IncompatibleError: The files are not those that the registry was made for.
@@ -131,101 +174,148 @@ class Registry:
         """The base model's tokenizer."""
         return self.base.tokenizer
 
-    def domains(self) -> list[PackManifest]:
-        """The latest version of every stored domain, KP's first."""
-        manifests = [self.store.manifest(name) for name in self.store.domains()]
-        return sorted(manifests, key=lambda manifest: (manifest.name != GENERAL, manifest.name))
+    # --- what is stored ---
 
-    def manifest(self, reference: str) -> PackManifest:
-        """The manifest that `name`, `name@2` or `name@alias` means.
+    def show(self, reference: str) -> PackManifest:
+        """Return the manifest of `name`, `name@2` or `name@alias`.
 
         Raises:
             NotFoundError: There is no such domain or version.
         """
         return self.store.manifest(*parse_reference(reference))
 
+    def manifest(self, reference: str) -> PackManifest:
+        """Return what `show` returns."""
+        return self.show(reference)
+
+    def domains(self) -> Manifests:
+        """Return what `list` returns."""
+        return self.list()
+
+    def log(self, name: str | None = None) -> "Sequence[LogEntry]":
+        """Return every version of a domain, or of all, newest first; removed and held-back versions included.
+
+        Raises:
+            NotFoundError: There is no such domain.
+        """
+        from .maintenance.log import version_log
+
+        return version_log(self.store, name)
+
+    def diff(self, before: str, after: str) -> "VersionDiff":
+        """Compare two versions: experts and the size of their updates by layer, statistics, scores, files.
+
+        Raises:
+            IncompatibleError: They belong to different base models.
+        """
+        manifests = self.show(before), self.show(after)
+        from .maintenance.diff import compare_versions
+
+        return compare_versions(self.store, *manifests)
+
+    def alias(self, reference: str, alias: str | None = None, *, remove: bool = False) -> dict[str, int]:
+        """Point an alias at a version, or remove it; return the domain's aliases with their versions.
+
+        Args:
+            reference: `name`, `name@2` or `name@alias`.
+            alias: The alias to set or remove; without one nothing changes.
+            remove: Remove the alias instead of setting it.
+
+        Raises:
+            InputError: The alias breaks the grammar.
+            NotFoundError: There is no such version, or no such alias to remove.
+        """
+        manifest = self.show(reference)
+        if alias is not None and remove:
+            self.store.drop_alias(manifest.name, alias)
+        elif alias is not None:
+            self.store.set_alias(manifest.name, alias, manifest.version)
+        return self.store.aliases(manifest.name)
+
     def remove(self, reference: str) -> PackManifest:
-        """Remove a version; see `lorary.registry.store.store.Store.remove`."""
+        """Remove a version; `restore` undoes it until `gc` deletes its files. Its number is never used again.
+
+        Raises:
+            ConflictError: It is the KP bank.
+        """
         return self.store.remove(reference)
 
     def restore(self, reference: str) -> PackManifest:
-        """Restore a removed version; see `lorary.registry.store.store.Store.restore`."""
-        return self.store.restore(reference)
-
-    def resolve_composition(self, composition: str, *, on_progress: OnProgress = silent) -> "ResolvedComposition":
-        """A composition in the names of this registry: what it names on the Hub, hf://owner/repo@v2, is pulled."""
-        from .hub.remote_terms import ResolvedComposition, has_remote_terms, resolve_composition
-
-        if not has_remote_terms(composition):
-            return ResolvedComposition(composition)
-        return resolve_composition(self.store, self.base_record, composition, on_progress=on_progress)
-
-    def plan(self, composition: str, *, static: bool = False) -> Plan:
-        """What a composition will be; reads manifests only, and pulls what is named on the Hub.
-
-        Takes a saved composition's folder as well.
-        """
-        composition = self.resolve_composition(composition).composition
-        if is_saved_composition(composition):
-            return open_plan(Path(composition), base=self.base_record)
-        return plan_composition(self.store, composition, base=self.base_record, static=static)
-
-    def compose(self, composition: str, *, static: bool = False) -> "PreTrainedModel":
-        """An ordinary transformers model: the base with the composition's experts in one fused layer.
-
-        Models composed by one registry share the base in memory and see nothing of each other.
-
-        Args:
-            composition: `medicine+general`, `medicine@2:0.7+legal:0.3`, or a saved composition's folder.
-            static: Constant gates instead of routing.
+        """Restore a removed version; a name alone means the version that was removed last.
 
         Raises:
-            NotFoundError, IncompatibleError, IntegrityError, InputError: See `plan` and the verification of packs.
+            NotFoundError: There is no such version, or its files are deleted.
         """
-        from .compose.build import compose_model, compose_saved
+        return self.store.restore(reference)
 
-        composition = self.resolve_composition(composition).composition
-        plan = self.plan(composition, static=static)
-        if is_saved_composition(composition):
-            return compose_saved(Path(composition), plan, self.base)
-        return compose_model(self.store, plan, self.base)
+    def verify(self, reference: str | None = None, *, deep: bool = False) -> "Sequence[FileCheck]":
+        """Read every stored file of a version, or of all, and compare it with its digest; return one entry a file.
 
-    def save(self, composition: str, out: str | Path, *, static: bool = False) -> Path:
-        """Saves a composition, complete but for the base model, into a new folder."""
-        composition = self.resolve_composition(composition).composition
-        plan = plan_composition(self.store, composition, base=self.base_record, static=static)
-        return save_composition(self.store, plan, Path(out))
+        Args:
+            deep: Also check each pack as strictly as one that is pulled; reads all tensors.
+        """
+        from .maintenance.verify import verify_store, verify_version
+
+        if reference is None:
+            return [*verify_store(self.store, deep=deep)]
+        manifest = self.show(reference)
+        return [*verify_version(self.store, manifest.name, manifest.version, deep=deep)]
+
+    def gc(self, *, older_than_s: float = 24 * 3600, dry_run: bool = False) -> "Collected":
+        """Delete what no version needs: blobs of removed versions, leftovers of crashes and of refused pulls.
+
+        Args:
+            older_than_s: Keep what was touched within this many seconds.
+            dry_run: Report what would be deleted, and delete nothing.
+        """
+        from .store.gc import collect_garbage
+
+        return collect_garbage(self.store, grace_s=older_than_s, dry_run=dry_run)
+
+    @staticmethod
+    def doctor(path: str | Path | None = None) -> "Sequence[Finding]":
+        """Examine the installation, and the registry that `open` would open."""
+        from .maintenance.doctor import examine
+
+        return examine(locate_store(path, os.environ, Path.cwd()))
+
+    # --- learn ---
 
     def add_domain(
         self,
         name: str,
         *,
-        data: "Sequence[Source]" = (),
+        data: Data = (),
         bank: "BankConfig | None" = None,
         training: "TrainingConfig | None" = None,
         on_neighbours: "OnNeighbours" = lambda _neighbours: None,
         on_progress: OnProgress = silent,
     ) -> "AddedDomain":
-        """Trains new experts for a domain, everything else frozen and proved so, and stores them as version 1.
+        """Train new experts for a domain, prove everything else unchanged, and store them as version 1.
 
         Args:
             name: A built-in domain, or any name together with `data`.
-            data: Files, or `hf:` data sets.
-            on_neighbours: Told which stored domains are like this one, nearest first, before training begins.
+            data: A path, `hf:` data set, list of rows or `datasets.Dataset`, or a list of these.
+            bank: Shape of the experts.
+            training: How they are trained.
+            on_neighbours: Called before training with the stored domains, nearest first.
 
         Raises:
-            LoraryError: See `lorary.registry.learn.add_domain.add_domain`; nothing is stored then.
+            InputError: The name or the data cannot be used.
+            NotFoundError: No data was given and no built-in domain has this name.
+            ConflictError: The domain exists.
+            IntegrityError: Something frozen changed; nothing is stored.
         """
         from ..adapters.config import BankConfig, TrainingConfig
         from .learn.add_domain import add_domain
 
-        with self._base_in_doubt():
+        with self._drop_base_on_failed_proof():
             return add_domain(
                 self.store,
                 self.base,
                 self.base_record,
                 name,
-                data=data,
+                data=_sources(data),
                 bank=bank or BankConfig(),
                 training=training or TrainingConfig(),
                 on_neighbours=on_neighbours,
@@ -236,56 +326,241 @@ class Registry:
         self,
         reference: str,
         *,
-        data: "Sequence[Source]",
+        data: Data,
+        mode: Literal["extend", "continue", "fresh"] = "extend",
+        bank: Mapping[str, Any] | None = None,
         training: "TrainingConfig | None" = None,
+        gate_data: Data = (),
+        tolerance: float | None = None,
         on_progress: OnProgress = silent,
-        **options: Any,
-    ) -> "Retrained":
-        """Trains the next version of a domain on new text; `latest` moves to it unless the gate holds it back.
+    ) -> "RetrainedDomain":
+        """Train the next version of a domain on new text; `latest` moves to it if the acceptance check holds.
 
         Args:
             reference: The parent: a domain's latest version, or `name@2`.
-            data: Files, or `hf:` data sets, of the new text alone.
-            options: `mode`, `bank`, `gate_data`, `tolerance`: see `lorary.registry.learn.retrain_plan.plan_retraining`.
+            data: The new text alone, in the forms that `add_domain` takes.
+            mode: `extend` adds experts beside the parent's, which stay frozen; `continue` trains a copy of the
+                parent's; `fresh` starts over.
+            bank: Fields of `BankConfig` in which the new experts differ from the parent's.
+            training: How they are trained.
+            gate_data: Text for the acceptance check, instead of the parent's held-out text.
+            tolerance: Share by which bits per byte may rise on that text; 0.005 by default.
 
         Raises:
-            LoraryError: See `lorary.registry.learn.retrain.retrain`; nothing is stored then.
+            InputError: A setting or the data cannot be used, or the parent's held-out text is not on this machine.
+            IntegrityError: Something frozen changed; nothing is stored.
         """
         from .learn.retrain_plan import plan_retraining
 
-        plan = plan_retraining(self.store, self.manifest(reference), data, **options)
+        plan = plan_retraining(
+            self.store,
+            self.show(reference),
+            _sources(data),
+            mode=mode,
+            bank=bank,
+            gate_data=_sources(gate_data),
+            tolerance=tolerance,
+        )
         from ..adapters.config import TrainingConfig
         from .learn.retrain import retrain
 
         settings = training or TrainingConfig()
-        with self._base_in_doubt():
+        with self._drop_base_on_failed_proof():
             return retrain(self.store, self.base, self.base_record, plan, training=settings, on_progress=on_progress)
 
     @contextmanager
-    def _base_in_doubt(self) -> Iterator[None]:
-        """After a broken proof the base in memory may be what changed: it is read and checked anew on the next use."""
+    def _drop_base_on_failed_proof(self) -> Iterator[None]:
+        """After a failed proof, the base model in memory may be what changed: load and check it again on next use."""
         try:
             yield
         except IntegrityError:
             self._base = None
             raise
 
+    # --- compose and use ---
+
+    def resolve_composition(self, composition: str, *, on_progress: OnProgress = silent) -> "ResolvedComposition":
+        """Return a composition in this registry's names; packs it names on the Hub are pulled."""
+        from .hub.remote_terms import ResolvedComposition, has_remote_terms, resolve_composition
+
+        if not has_remote_terms(composition):
+            return ResolvedComposition(composition)
+        return resolve_composition(self.store, self.base_record, composition, on_progress=on_progress)
+
+    def plan(self, composition: str, *, static: bool = False) -> Plan:
+        """Plan a composition from manifests alone; packs that it names on the Hub are pulled.
+
+        Args:
+            composition: As for `compose`.
+            static: Constant slot weights instead of routing.
+        """
+        return self._plan(self.resolve_composition(composition).composition, static=static)
+
+    def _plan(self, composition: str, *, static: bool = False) -> Plan:
+        if is_saved_composition(composition):
+            return open_plan(Path(composition), base=self.base_record)
+        return plan_composition(self.store, composition, base=self.base_record, static=static)
+
+    def compose(self, composition: str, *, static: bool = False) -> "PreTrainedModel":
+        """Return a transformers model: the base with the composition's experts in one fused layer.
+
+        Models composed by one registry share the base's parameters and are otherwise independent.
+
+        Args:
+            composition: `medicine+general`, `medicine@2:0.7+legal:0.3`, or a saved composition's folder.
+            static: Constant slot weights instead of routing.
+
+        Raises:
+            InputError: The composition breaks the grammar.
+            NotFoundError: A domain or version does not exist.
+            IncompatibleError: A pack belongs to another base model.
+            IntegrityError: A pack is damaged.
+        """
+        from .compose.build import compose_model, compose_saved
+
+        composition = self.resolve_composition(composition).composition
+        plan = self._plan(composition, static=static)
+        if is_saved_composition(composition):
+            return compose_saved(Path(composition), plan, self.base)
+        return compose_model(self.store, plan, self.base)
+
+    def save(self, composition: str, out: str | Path, *, static: bool = False) -> Path:
+        """Save a composition, complete except for the base model, into a new folder."""
+        composition = self.resolve_composition(composition).composition
+        plan = plan_composition(self.store, composition, base=self.base_record, static=static)
+        return save_composition(self.store, plan, Path(out))
+
+    def generate(
+        self,
+        model: "PreTrainedModel",
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        seed: int = 0,
+        chat: bool = False,
+    ) -> "Answer":
+        """Return the model's continuation of a prompt, with the route of each token.
+
+        Args:
+            model: A composed model.
+            max_new_tokens: Maximum number of new tokens.
+            temperature: 0 decodes greedily; above, samples.
+            seed: For sampling.
+            chat: Render the prompt with the tokenizer's chat template, as a user's turn.
+
+        Raises:
+            InputError: The prompt has no tokens, is too long, or the tokenizer has no chat template.
+        """
+        from .compose.generate import generate
+
+        return generate(
+            model,
+            self.tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+            chat=chat,
+        )
+
+    def route(self, text: str, composition: str | None = None) -> "RouteReport":
+        """Return which domain a text is routed to, with margin and nearest prototypes; all domains by default."""
+        from .compose.build import packs_of
+        from .compose.route import route_text
+
+        composition = composition or "+".join([GENERAL, *(n for n in self.store.domains() if n != GENERAL)])
+        composition = self.resolve_composition(composition).composition
+        plan = self._plan(composition)
+        return route_text(plan, packs_of(self.store, composition, plan), self.base, text)
+
+    # --- measure ---
+
+    def evaluate(
+        self,
+        composition: str,
+        *,
+        data: Data = (),
+        questions: bool = True,
+        on_progress: OnProgress = silent,
+    ) -> "dict[str, DomainScores]":
+        """Score every domain of a composition on its held-out text: base model, own experts alone, routed.
+
+        Args:
+            data: Held-out text of the composition's only domain, instead of what was held out when it was added.
+            questions: Also answer the questions of domains that have some.
+        """
+        from .measure.evaluate import evaluate_composition
+
+        composition = self.resolve_composition(composition).composition
+        plan, model = self._plan(composition), self.compose(composition)
+        return evaluate_composition(
+            self.store, plan, model, self.base, data=_sources(data), with_questions=questions, on_progress=on_progress
+        )
+
+    def retention(
+        self,
+        domains: Sequence[str] = (),
+        *,
+        questions: bool = True,
+        max_bytes: int | None = None,
+        on_progress: OnProgress = silent,
+    ) -> "RetentionReport":
+        """Measure how well each domain is retained after each step of adding the next.
+
+        Args:
+            domains: References in the order of addition; by default the latest version of every domain.
+            questions: Also answer the questions of domains that have some.
+            max_bytes: Maximum number of bytes of text per domain.
+
+        Raises:
+            InputError: There is no domain, one is named twice, or held-out text is not on this machine.
+            NotFoundError: There is no such domain or version.
+        """
+        from .measure.reporting import report_retention
+
+        return report_retention(
+            self.store,
+            lambda: self.base,
+            self.base_record,
+            domains,
+            machine={"device": self.device, "dtype": self.dtype},
+            questions=questions,
+            max_bytes=max_bytes,
+            on_progress=on_progress,
+        )
+
+    # --- exchange ---
+
     def push(
-        self, reference: str, destination: str | None = None, *, on_progress: OnProgress = silent, **wishes: Any
+        self,
+        reference: str,
+        destination: str | None = None,
+        *,
+        private: bool = False,
+        create_pr: bool = False,
+        dry_run: bool = False,
+        message: str | None = None,
+        sign: Path | None = None,
+        on_progress: OnProgress = silent,
     ) -> "PushResult":
-        """Brings a version to the Hub: one commit, the tag vN, a model card. Again, it changes nothing.
+        """Push a version to the Hub: one commit, the tag vN, a model card. A repeated push changes nothing.
 
         Args:
             reference: `name`, `name@2` or `name@alias`.
-            destination: owner/repo, an owner, or nothing: your own lorary-NAME.
-            on_progress: Told when the Hub lets us wait.
-            **wishes: private, create_pr, dry_run, message, sign; see `lorary.registry.hub.push.PushOptions`.
+            destination: owner/repo, an owner, or None: the user's own lorary-NAME.
+            private: Create the repository as a private one.
+            create_pr: Open a pull request instead.
+            dry_run: Report what would be pushed, and push nothing.
+            message: Commit message.
+            sign: Private key to sign the pack with.
+            on_progress: Called while the Hub asks for a delay.
         """
         from .hub.client import Hub
         from .hub.push import PushOptions, push
 
-        hub = Hub(on_progress=on_progress)
-        return push(self.store, self.manifest(reference), destination, PushOptions(**wishes), hub=hub)
+        options = PushOptions(private=private, create_pr=create_pr, dry_run=dry_run, message=message, sign=sign)
+        return push(self.store, self.show(reference), destination, options, hub=Hub(on_progress=on_progress))
 
     def pull(
         self,
@@ -297,14 +572,14 @@ class Registry:
         signer: Path | None = None,
         on_progress: OnProgress = silent,
     ) -> "PullResult":
-        """Brings a pack of the Hub into the registry, proved sound, as one version. Again, it changes nothing.
+        """Pull a pack from the Hub, check it, and store it as one version. A repeated pull changes nothing.
 
         Args:
-            source: hf://owner/repo@revision; prefix and revision may be missing.
+            source: hf://owner/repo@revision; prefix and revision are optional.
             revision: A branch, tag or commit, if `source` has none.
-            name: The domain that it becomes, if not of its own name.
-            offline: Whether only the Hub's cache on this machine is read.
-            signer: The public key of whoever must have signed it.
+            name: Name of the domain here, if not the pack's own.
+            offline: Read only the Hub's cache on this machine.
+            signer: Public key that must have signed the pack.
         """
         from .hub.client import Hub
         from .hub.pull import parse_source, pull
@@ -312,80 +587,94 @@ class Registry:
         ref, hub = parse_source(source, revision), Hub(offline=offline, on_progress=on_progress)
         return pull(self.store, self.base_record, ref, hub=hub, name=name, signer=signer, on_progress=on_progress)
 
+    @staticmethod
+    def search(
+        query: str | None = None, *, base: str | None = None, limit: int = 20, on_progress: OnProgress = silent
+    ) -> "Sequence[SearchResult]":
+        """Search the Hub for packs, most downloaded first; what is found is verified only when it is pulled.
+
+        Args:
+            query: Words in the name of the repository.
+            base: Hub id of the base model.
+            limit: Maximum number of packs.
+        """
+        from .hub.client import Hub
+        from .hub.search import search
+
+        return search(query, base=base, limit=limit, hub=Hub(on_progress=on_progress))
+
     def import_adapter(
         self,
         name: str,
         adapter: str | Path,
         *,
-        data: "Sequence[Source]" = (),
+        data: Data = (),
         same_base: bool = False,
         on_progress: OnProgress = silent,
     ) -> "ImportResult":
-        """Makes a LoRA adapter that PEFT saved a new domain, exactly; see `lorary.registry.interop.import_adapter`."""
-        from .interop.import_plan import plan_import
+        """Import a LoRA adapter saved by PEFT as a new domain that computes exactly what the adapter computes.
 
-        what = plan_import(self.store, name, str(adapter), data, base=None if same_base else self.base_record)
+        Args:
+            name: Name of the domain.
+            adapter: A folder, or owner/repo on the Hub.
+            data: Text of the domain, by which the router will recognize it.
+            same_base: The base model that the adapter names is this registry's under another name.
+
+        Raises:
+            IncompatibleError: The adapter belongs to another base model, or is more than B A for linear modules.
+        """
+        from .interop.import_plan import read_import
+
+        base = None if same_base else self.base_record
+        what = read_import(self.store, name, str(adapter), _sources(data), base=base)
         from .interop.import_adapter import import_adapter
 
         return import_adapter(self.store, self.base, self.base_record, what, on_progress=on_progress)
 
     def export(
-        self, composition: str, out: str | Path, *, to: str, static: bool = False, served_base: str | None = None
+        self,
+        composition: str,
+        out: str | Path,
+        *,
+        to: Literal["peft", "vllm", "merged", "tar"],
+        static: bool = False,
+        served_base: str | None = None,
     ) -> "ExportResult":
-        """Writes `peft`, `vllm`, `merged` or `tar`, which others load, to a new place."""
+        """Export for other tools: an adapter for PEFT or vLLM, a merged checkpoint, or a pack as a tar archive.
+
+        Args:
+            composition: As for `compose`; for `tar` the reference of one version.
+            out: A path that does not exist.
+            to: The format.
+            static: Constant slot weights instead of routing, which no export can have.
+            served_base: The base model's name in the vLLM server.
+        """
         from .interop.export_plan import export_archive, static_plan
 
         if to == "tar":
-            return export_archive(self.store, self.manifest(composition), Path(out))
+            return export_archive(self.store, self.show(composition), Path(out))
         composition = self.resolve_composition(composition).composition
-        plan = static_plan(self.plan, composition, static=static, to=to)
+        plan = static_plan(self._plan, composition, static=static, to=to)
         from .compose.build import packs_of
         from .interop.export import export_composition
 
         packs = packs_of(self.store, composition, plan)
         return export_composition(plan, packs, self.base, Path(out), to=to, served_base=served_base)
 
-    def generate(self, model: "PreTrainedModel", prompt: str, **options: Any) -> "Answer":
-        """The model's continuation of a prompt, with the route it took."""
-        from .compose.generate import generate
+    # last: below it, `list` in annotations would mean this method
 
-        return generate(model, self.tokenizer, prompt, **options)
+    def list(self) -> Manifests:
+        """Return the manifest of every domain's latest version, KP's first."""
+        manifests = [self.store.manifest(name) for name in self.store.domains()]
+        return sorted(manifests, key=lambda manifest: (manifest.name != GENERAL, manifest.name))
 
-    def route(self, text: str, composition: str | None = None) -> "RouteReport":
-        """Which domain would take a text, with margin and nearest prototypes; among all domains if none are named."""
-        from .compose.build import packs_of
-        from .compose.route import route_text
 
-        composition = composition or "+".join([GENERAL, *(n for n in self.store.domains() if n != GENERAL)])
-        composition = self.resolve_composition(composition).composition
-        plan = self.plan(composition)
-        return route_text(plan, packs_of(self.store, composition, plan), self.base, text)
+_HEADINGS = ("domain", "version", "role", "experts", "base bits/byte", "routed bits/byte")
 
-    def evaluate(
-        self,
-        composition: str,
-        *,
-        data: "Sequence[Source]" = (),
-        questions: bool = True,
-        on_progress: OnProgress = silent,
-    ) -> "dict[str, DomainScores]":
-        """Scores every domain of a composition on its held-out text: base, own experts alone, routed.
 
-        Args:
-            data: Held-out text of the composition's only domain, instead of what was held out when it was added.
-            questions: Whether the questions of built-in domains are answered too.
-        """
-        from .measure.evaluate import evaluate_composition
+def _decimals(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
 
-        composition = self.resolve_composition(composition).composition
-        plan, model = self.plan(composition), self.compose(composition)
-        return evaluate_composition(
-            self.store, plan, model, self.base, data=data, with_questions=questions, on_progress=on_progress
-        )
 
-    def retention(self, domains: Sequence[str] = (), **options: Any) -> "RetentionReport":
-        """What became of each domain after each step; see `lorary.registry.measure.reporting.report_retention`."""
-        from .measure.reporting import report_retention
-
-        machine = {"device": self.device, "dtype": self.dtype}
-        return report_retention(self.store, lambda: self.base, self.base_record, domains, machine=machine, **options)
+def _sources(data: Data) -> Sequence[Source]:
+    return [data] if isinstance(data, str | Path) else data  # type: ignore[return-value]

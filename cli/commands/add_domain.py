@@ -82,7 +82,7 @@ def added_page(added: "AddedDomain", data: list[str]) -> Page:
         ("resumed", f"from step {added.resumed_from}" if added.resumed_from else None),
         ("loss", of.loss(manifest)),
         ("neighbours", of.neighbours(added.neighbours)),
-        ("warm start", f"from the experts of {added.lender}" if added.lender else None),
+        ("warm start", f"from the experts of {added.copied_from}" if added.copied_from else None),
         ("routing drift", of.drift(manifest)),
         ("frozen", of.proof(manifest)),
     ]
@@ -122,7 +122,7 @@ def _data(added: "AddedDomain", data: list[str]) -> dict[str, object]:
         "drift": asdict(added.drift),
         "neighbours": [of.neighbour_record(near) for near in added.neighbours],
         "near_duplicate": _twin_data(twin, data) if twin else None,
-        "warm_start": added.lender,
+        "warm_start": added.copied_from,
         "resumed_from": added.resumed_from,
         "losses": manifest.train["losses"],
         "seconds": manifest.train["seconds"],

@@ -27,7 +27,7 @@ from ..show.page import Cell, Page, Part, Span, cell, facts, line, title
 from ..show.watch import watch
 
 if TYPE_CHECKING:
-    from ...registry.learn.retrain import Retrained
+    from ...registry.learn.retrain import RetrainedDomain
     from ...registry.learn.retrain_plan import RetrainingPlan
 
 
@@ -94,7 +94,7 @@ def retrain(
             ref, data=sources(data), training=training.config(), on_progress=watching.on_progress, **options
         )
     output.show(retrained_page(done), command="retrain", as_json=as_json)
-    if not done.gate.holds:
+    if not done.acceptance.holds:
         raise held_back(done)
 
 
@@ -111,9 +111,9 @@ def plan_text(plan: "RetrainingPlan") -> str:
     return f"Retraining {name} with {text}\n{how[plan.mode]}; {judged}"
 
 
-def retrained_page(done: "Retrained") -> Page:
+def retrained_page(done: "RetrainedDomain") -> Page:
     """What the retraining brought."""
-    manifest, gate = done.manifest, done.gate
+    manifest, gate = done.manifest, done.acceptance
     verdict = Span("latest moves to it" if gate.holds else "held back", "good" if gate.holds else "bad")
     judged = line(
         f"{bits(gate.parent)} -> {bits(gate.new)} bits per byte on {size(gate.bytes)} of the parent's held-out text, ",
@@ -143,9 +143,9 @@ def _kept(inherited: dict[str, Any]) -> Cell:
     return cell(Span(text, "good"), f"{text}, {inherited['digest']}")
 
 
-def held_back(done: "Retrained") -> GateFailedError:
+def held_back(done: "RetrainedDomain") -> GateFailedError:
     """The error of a version that did not pass."""
-    gate, name = done.gate, of.reference(done.manifest)
+    gate, name = done.acceptance, of.reference(done.manifest)
     most, found = percent(gate.tolerance, digits=2), percent(gate.change, digits=2)
     return GateFailedError(
         f"{name} is stored and held back: {done.manifest.name} still means {of.reference(done.parent)}.",
@@ -155,14 +155,14 @@ def held_back(done: "Retrained") -> GateFailedError:
     )
 
 
-def _data(done: "Retrained") -> dict[str, object]:
+def _data(done: "RetrainedDomain") -> dict[str, object]:
     manifest = done.manifest
     return {
         **of.record(manifest),
         "parent": done.parent.version,
         "mode": manifest.lineage["mode"],
-        "held_back": not done.gate.holds,
-        "gate": done.gate.as_json(),
+        "held_back": not done.acceptance.holds,
+        "gate": done.acceptance.as_json(),
         "is_repeated": done.is_repeated,
         "resumed_from": done.resumed_from,
         "scores": manifest.evaluation,

@@ -4,29 +4,19 @@ Nothing is trained. The domain's text gives what an adapter lacks: statistics an
 the domain; scores and routing drift, as for a domain that was learned here.
 """
 
-import hashlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ...adapters.bank import ExpertBank
 from ...adapters.config import TrainingConfig
-from ...adapters.router.router import Temperatures
-from ...domains.data.blocks import encode, pack_blocks
 from ...domains.progress import OnProgress
-from ...domains.statistics.prototypes import Neighbour, PrototypeIndex
+from ...domains.statistics.prototypes import Neighbour
 from ..base.load import LoadedBase
-from ..compose.drift import Drift, measure_drift
-from ..learn.add_domain import other_domains
-from ..learn.context import Ground, measure_over
-from ..learn.run import tool_record
+from ..compose.drift import Drift
+from ..learn.run import TrainingRun
 from ..measure.evaluate import DomainScores, score_new_domain
 from ..measure.held_out import general_examples
-from ..pack.pack import DomainPack, expert_records, pack_files, read_routing
 from ..pack.tensor_file import load_tensors
-from ..store.files import make_folder, write_atomic
 from ..store.manifest import ADAPTER_TENSORS, BaseRecord, PackManifest
 from ..store.store import Store
 from ..store.strict_json import canonical_json
@@ -47,56 +37,37 @@ class ImportResult:
 def import_adapter(
     store: Store, base: LoadedBase, record: BaseRecord, what: ImportPlan, *, on_progress: OnProgress
 ) -> ImportResult:
-    """Makes an adapter the bank of a new domain, measures it, and stores version 1.
+    """Make an adapter the bank of a new domain, measure it, and store version 1.
 
     Raises:
         IncompatibleError: The adapter does not fit the base model, or is more than an expert can be.
         IntegrityError: Its tensors are damaged or do not fit its config.
-        ConflictError: Somebody else added a domain of this name meanwhile.
+        ConflictError: Another process added a domain of this name meanwhile.
     """
     files, data = what.files, what.data
     tensors = load_tensors(files.tensors, source=f"{files.source}: {ADAPTER_TENSORS}")
     bank = bank_of_adapter(tensors, what.config, base.model, base.layout, source=files.source)
-    ground = Ground.of(store, base, record, on_progress)
-    preservation = ground.preservation
-    others = {m.name: read_routing(store, m) for m in other_domains(store, record)}
-    pack = _measured_pack(bank, what, ground)
-    index = PrototypeIndex(list(others), [other.prototypes for other in others.values()])
-    drift = measure_drift(preservation, others, pack, width=base.layout.width)
-    general = general_examples()
-    scores = score_new_domain(base, preservation, pack, what.name, data.held_out, general, on_progress=on_progress)
-    draft = PackManifest(
-        name=what.name,
-        role="domain",
-        description=what.spec.description,
-        license=what.spec.license,
-        base=record,
-        experts=expert_records(bank),
-        allocation={"schedule": "imported", "counts": list(bank.counts(base.layout.count))},
-        lineage={"parent": None, "preservation": ground.lineage},
-        train={"run": _remember_sources(store, what), "data": data.record, "imported": _import_record(what)},
-        evaluation=scores.as_json(),
-        proof={"drift": asdict(drift)},
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        tool=tool_record(),
+    run = TrainingRun(
+        store,
+        base,
+        record,
+        what.spec,
+        data,
+        bank=None,
+        training=TrainingConfig(),
+        identity=canonical_json({"data": data.record["digest"], **files.digests}),
+        on_progress=on_progress,
     )
-    written = pack_files(pack, layout=base.layout, base_id=record.id, revision=record.revision)
-    manifest = store.commit(draft, written, first_only=True)
-    return ImportResult(manifest=manifest, scores=scores, drift=drift, neighbours=index.neighbours(pack.prototypes))
-
-
-def _measured_pack(bank: ExpertBank, what: ImportPlan, ground: Ground) -> DomainPack:
-    """The bank with all that a domain's text says; features are read where KP's are, so that they can be compared."""
-    tokenizer = ground.base.tokenizer
-    blocks = pack_blocks([encode(example, tokenizer) for example in what.data.train], TrainingConfig().block)
-    statistics, prototypes = measure_over(ground, what.name, blocks)
-    return DomainPack(
-        bank=bank,
-        statistics=statistics,
-        prototypes=prototypes,
-        temperatures=Temperatures(),
-        feature_layer=ground.preservation.feature_layer,
+    run.prepare()
+    run.finish(bank)
+    drift = run.drift()
+    scores = score_new_domain(
+        base, run.kp, run.pack, what.name, data.held_out, general_examples(), on_progress=on_progress
     )
+    manifest = run.commit(
+        scores, train={"imported": _import_record(what)}, schedule="imported", proof={"drift": asdict(drift)}
+    )
+    return ImportResult(manifest=manifest, scores=scores, drift=drift, neighbours=run.neighbours())
 
 
 def _import_record(what: ImportPlan) -> dict[str, Any]:
@@ -110,13 +81,3 @@ def _import_record(what: ImportPlan) -> dict[str, Any]:
         "alpha": config.alpha,
         "peft_version": config.peft_version,
     }
-
-
-def _remember_sources(store: Store, what: ImportPlan) -> str:
-    """Notes, for this machine only, where the data was read, so that held-out text is found again; the run's name."""
-    identity: Mapping[str, Any] = {"data": what.data.record["digest"], **what.files.digests}
-    run = store.runs / f"{what.name}-{hashlib.sha256(canonical_json(identity)).hexdigest()[:12]}"
-    make_folder(run)
-    document = {"name": what.name, "sources": what.data.sources, "state": "done", "version": 1}
-    write_atomic(run / "run.json", canonical_json(document))
-    return run.name

@@ -1,4 +1,4 @@
-"""The gate between a retrained version and the alias `latest`.
+"""The acceptance check between a retrained version and the alias `latest`.
 
 In the composition of KP and the domain, the new version must predict the parent's held-out text as well as the parent
 does, within a tolerance:
@@ -17,12 +17,12 @@ from ...domains.scoring.language import score_language
 from ..measure.evaluate import with_preservation
 from ..measure.held_out import MAX_SCORED_BYTES
 from ..pack.pack import DomainPack
-from .context import Ground
+from .run import TrainingRun
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gate:
-    """How parent and new version predict the same text; bits per byte, lower is better."""
+class AcceptanceCheck:
+    """Scores of parent and new version on the same text; bits per byte, lower is better."""
 
     parent: float
     new: float
@@ -37,35 +37,35 @@ class Gate:
 
     @property
     def change(self) -> float:
-        """By what share the new version is worse; below 0 where it is better."""
+        """Relative change of bits per byte from the parent; negative where the new version is better."""
         return self.new / self.parent - 1
 
     def as_json(self) -> dict[str, Any]:
-        """For a manifest."""
+        """Return what the manifest records."""
         return asdict(self) | {"metric": "bits per byte", "holds": self.holds}
 
     @classmethod
-    def from_json(cls, found: dict[str, Any], *, tolerance: float) -> "Gate":
-        """The scores in a manifest, under a tolerance of one's own."""
+    def from_json(cls, found: dict[str, Any], *, tolerance: float) -> "AcceptanceCheck":
+        """Read the scores in a manifest, to be judged with another tolerance."""
         return cls(**{key: found[key] for key in ("parent", "new", "bytes", "data")}, tolerance=tolerance)
 
 
-def measure_gate(
-    ground: Ground, parent: DomainPack, new: DomainPack, name: str, texts: Sequence[Example], *, tolerance: float
-) -> Gate:
-    """Scores both versions on the same text."""
+def check_acceptance(
+    run: TrainingRun, parent: DomainPack, texts: Sequence[Example], *, tolerance: float
+) -> AcceptanceCheck:
+    """Score parent and new version on the same text."""
     scores = {}
-    for what, pack in (("parent", parent), ("new", new)):
+    for what, pack in (("parent", parent), ("new", run.pack)):
         scores[what] = score_language(
-            with_preservation(ground.base, ground.preservation, pack, name),
-            ground.base.tokenizer,
+            with_preservation(run.base, run.kp, pack, run.name),
+            run.base.tokenizer,
             texts,
             max_bytes=MAX_SCORED_BYTES,
-            on_progress=lambda done, total, what=what: ground.on_progress(
-                Progress(f"gate: the {what} version", done, total)
+            on_progress=lambda done, total, what=what: run.on_progress(
+                Progress(f"acceptance check: the {what} version", done, total)
             ),
         )
-    return Gate(
+    return AcceptanceCheck(
         parent=round(scores["parent"].bits_per_byte, 5),
         new=round(scores["new"].bits_per_byte, 5),
         bytes=scores["new"].bytes,

@@ -1,6 +1,6 @@
-"""The two use cases that write to a registry: training the KP bank, and adding a domain."""
+"""Train the KP bank of a new registry, and add a domain to one."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from ...adapters.composition import GENERAL
@@ -10,33 +10,32 @@ from ...domains.errors import ConflictError
 from ...domains.progress import OnProgress
 from ...domains.statistics.prototypes import Neighbour, near_duplicate
 from ..base.load import LoadedBase
-from ..compose.drift import Drift, measure_drift
+from ..compose.drift import Drift
 from ..measure.evaluate import DomainScores, score_new_domain, score_preservation
 from ..measure.held_out import check_new_name, general_examples, read_domain_data, spec_of
-from ..pack.pack import read_pack, read_routing
-from ..store.manifest import BaseRecord, PackManifest, check_same_base
+from ..store.manifest import BaseRecord, PackManifest
 from ..store.store import Store
-from .context import Ground
-from .run import draft_of, new_lesson, store_version
-from .train import OnNeighbours, learn_domain, learn_preservation
+from .run import TrainingRun
 
 PRESERVATION_RATE = 0.03  # KP's learning rate as a share of a domain's: it is to keep what the base knows (docs/log.md)
+
+OnNeighbours = Callable[[list[Neighbour]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AddedDomain:
-    """What adding a domain brought."""
+    """Result of adding a domain."""
 
     manifest: PackManifest
     scores: DomainScores
     drift: Drift
     neighbours: list[Neighbour]  # nearest first
-    lender: str | None
+    copied_from: str | None  # the domain whose experts the bank was initialized with
     resumed_from: int  # step
 
     @property
     def near_duplicate(self) -> Neighbour | None:
-        """The older domain that is probably the same, if there is one."""
+        """The stored domain whose text is nearly the same, if there is one."""
         return near_duplicate(self.neighbours)
 
 
@@ -46,16 +45,15 @@ def train_preservation(
     record: BaseRecord,
     *,
     data: Sequence[Source],
-    bank: BankConfig | None = None,
-    training: TrainingConfig | None = None,
+    bank: BankConfig,
+    training: TrainingConfig,
     on_progress: OnProgress,
 ) -> PackManifest:
-    """Trains the KP bank on general text and stores it; it is frozen for good.
+    """Train the KP bank on general text and store it; it is frozen from then on.
 
     Raises:
-        ConflictError: There is one already.
+        ConflictError: The registry has a KP bank already.
     """
-    bank, training = bank or BankConfig(), training or TrainingConfig()
     spec = spec_of(GENERAL, data)
     if store.versions(GENERAL):
         raise ConflictError(
@@ -65,11 +63,11 @@ def train_preservation(
     if training.learning_rate is None:
         rate = PRESERVATION_RATE * (training.for_width(base.layout.width).learning_rate or 0.0)
         training = replace(training, learning_rate=rate)
-    lesson = new_lesson(store, GENERAL, found, record, bank, training)
-    learned = learn_preservation(lesson, base=base, store=store, on_progress=on_progress)
-    scores = score_preservation(base, learned.pack, found.held_out, on_progress=on_progress)
-    draft = draft_of(spec, "preservation", record, learned, found, lesson, scores.as_json(), base)
-    return store_version(store, draft, learned.pack, base, lesson)
+    run = TrainingRun(store, base, record, spec, found, bank=bank, training=training, on_progress=on_progress)
+    run.prepare()
+    run.initialize()
+    run.train()
+    return run.commit(score_preservation(base, run.pack, found.held_out, on_progress=on_progress))
 
 
 def add_domain(
@@ -84,15 +82,15 @@ def add_domain(
     on_neighbours: OnNeighbours,
     on_progress: OnProgress,
 ) -> AddedDomain:
-    """Adds a domain: trains only new experts, proves the rest frozen, measures, and stores one immutable version.
+    """Train new experts for a domain, prove the rest frozen, measure, and store one immutable version.
 
-    Of the other domains only what they route by is read, and the bank of one that lends its experts.
+    Of the other domains only their routing data is read, and the bank of the nearest if its experts are copied.
 
     Args:
-        on_neighbours: Told which stored domains are like this one, nearest first, before training begins.
+        on_neighbours: Called before training with the stored domains, nearest first.
 
     Raises:
-        InputError: The name or the data is off.
+        InputError: The name or the data cannot be used.
         NotFoundError: No data was given and no built-in domain has this name.
         ConflictError: The domain exists.
         IntegrityError: Something frozen changed; nothing is stored.
@@ -100,42 +98,19 @@ def add_domain(
     check_new_name(store, name)
     spec = spec_of(name, data)
     found = read_domain_data(spec, data)
-    ground = Ground.of(store, base, record, on_progress)
-    manifests = {manifest.name: manifest for manifest in other_domains(store, record)}
-    others = {other: read_routing(store, manifest) for other, manifest in manifests.items()}
-    lesson = new_lesson(store, name, found, record, bank, training.for_width(base.layout.width))
-    learned = learn_domain(
-        lesson,
-        ground,
-        others=others,
-        lend_bank=lambda lender: read_pack(store, manifests[lender]).bank,
-        on_neighbours=on_neighbours,
-    )
-    drift = measure_drift(ground.preservation, others, learned.pack, width=base.layout.width)
-    scores = score_new_domain(
-        base, ground.preservation, learned.pack, name, found.held_out, general_examples(), on_progress=on_progress
-    )
-    draft = draft_of(spec, "domain", record, learned, found, lesson, scores.as_json(), base)
-    draft.proof["drift"] = asdict(drift)
-    draft.lineage["preservation"] = ground.lineage
-    manifest = store_version(store, draft, learned.pack, base, lesson)
+    run = TrainingRun(store, base, record, spec, found, bank=bank, training=training, on_progress=on_progress)
+    run.prepare()
+    neighbours = run.neighbours()
+    on_neighbours(neighbours)
+    run.initialize(neighbours)
+    run.train()
+    drift = run.drift()
+    scores = score_new_domain(base, run.kp, run.pack, name, found.held_out, general_examples(), on_progress=on_progress)
     return AddedDomain(
-        manifest=manifest,
+        manifest=run.commit(scores, proof={"drift": asdict(drift)}),
         scores=scores,
         drift=drift,
-        neighbours=learned.neighbours,
-        lender=learned.lender,
-        resumed_from=learned.figures["resumed_from"],
+        neighbours=neighbours,
+        copied_from=run.copied_from,
+        resumed_from=run.resumed_from,
     )
-
-
-def other_domains(store: Store, record: BaseRecord) -> list[PackManifest]:
-    """The latest version of every domain but KP.
-
-    Raises:
-        IncompatibleError: One belongs to another base model.
-    """
-    manifests = [store.manifest(name) for name in store.domains() if name != GENERAL]
-    for manifest in manifests:
-        check_same_base(wanted=manifest.base, found=record, what=f"{manifest.name}@{manifest.version}")
-    return manifests

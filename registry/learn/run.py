@@ -1,93 +1,426 @@
-"""From a lesson to a stored version: the run that is resumed, the manifest's draft, the commit."""
+"""TrainingRun: one bank from its data to a stored version.
+
+    run = TrainingRun(store, base, record, spec, data, bank=bank, training=training, on_progress=on_progress)
+    run.prepare()             # checks, token blocks, statistics, prototypes
+    run.initialize()          # the bank before training; the use case may copy or replace it
+    run.train()               # between two sets of digests
+    run.commit(evaluation)    # one immutable version
+
+`init`, `add-domain`, `retrain` and `import` differ only in what they do between these steps. A bank is trained on the
+base model and the knowledge-preservation (KP) bank alone, under the gates that the router of {KP, domain} computes, and
+never on top of other domains' experts, so every subset of domains is composed of what was trained. The KP bank itself
+is trained alone, with slot gate 1.
+"""
 
 import hashlib
 import json
 import platform
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from ...adapters.allocation import expert_free_layers
+from ...adapters.bank import ExpertBank, extend_bank, new_bank
+from ...adapters.composition import GENERAL
 from ...adapters.config import BankConfig, TrainingConfig
+from ...adapters.layer.attach import attach
+from ...adapters.layer.stack import Stack
+from ...adapters.router.router import DomainRouter, Temperatures
 from ...adapters.training.train import discard_checkpoints
+from ...adapters.training.warm_start import (
+    MIN_SIMILARITY,
+    activation_weights,
+    can_copy_experts,
+    copy_experts,
+    seed_expert_gates,
+)
+from ...domains.base_model import target_modules
+from ...domains.data.blocks import Blocks, encode, pack_blocks
 from ...domains.data.spec import DomainSpec
+from ...domains.errors import InputError
+from ...domains.progress import OnProgress, Progress
+from ...domains.statistics.prototypes import Neighbour, PrototypeIndex, make_prototypes
+from ...domains.statistics.statistics import DomainStatistics, measure_statistics
 from ..base.load import LoadedBase
+from ..compose.drift import Drift, measure_drift
+from ..compose.plan import KP_PRIOR, plan_composition
+from ..measure.evaluate import DomainScores
 from ..measure.held_out import DomainData
-from ..pack.pack import DomainPack, expert_records, pack_files
+from ..pack.pack import DomainPack, RoutingData, expert_records, pack_files, read_pack, read_routing
 from ..store.files import make_folder, write_atomic
-from ..store.manifest import BaseRecord, PackManifest
+from ..store.manifest import BaseRecord, PackManifest, check_same_base
 from ..store.store import LATEST, Store
 from ..store.strict_json import canonical_json
-from .train import Learned, Lesson
+from .train import train_frozen
 
 TOOL = "lorary"
 
 
-def new_lesson(
-    store: Store,
-    name: str,
-    found: DomainData,
-    record: BaseRecord,
-    bank: BankConfig,
-    training: TrainingConfig,
-    *,
-    origin: tuple[str, ...] = (),
-) -> Lesson:
-    """The same command on the same data means the same run folder: an interrupted run is found again and resumed.
+class TrainingRun:
+    """A bank on its way from data to a stored version.
 
-    Args:
-        origin: What else the result depends on: how and from which version a domain is retrained.
+    The run owns what its steps share: the folder with checkpoints, the settings, the base model and the KP bank under
+    the new experts, and the result. The same command on the same data gets the same folder, so an interrupted run is
+    found and resumed.
+
+    Attributes:
+        folder: The run's folder: a record of the data's location and the checkpoints.
+        preservation: The KP pack; None while the KP bank itself is trained.
+        blocks: Token blocks of the training text.
+        statistics: Statistics of the text that the version stands for.
+        prototypes: Prototypes of that text.
+        bank: The bank to be trained.
+        frozen: Older generations of the domain's experts, which stay as they are.
+        copied_from: The domain whose experts the bank was initialized with.
+        pack: The result.
+        proof: The frozen proof of the training.
+        figures: Steps, tokens, losses and seconds of the training.
     """
-    identity = [name, found.record["digest"], record.weights, asdict(bank), asdict(training), *origin]
-    run = store.runs / f"{name}-{hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]}"
-    make_folder(run)
-    write_atomic(run / "run.json", canonical_json({"name": name, "sources": found.sources, "state": "running"}))
-    return Lesson(name=name, train=found.train, bank=bank, training=training, run=run)
 
+    def __init__(
+        self,
+        store: Store,
+        base: LoadedBase,
+        record: BaseRecord,
+        spec: DomainSpec,
+        data: DomainData,
+        *,
+        bank: BankConfig | None,
+        training: TrainingConfig,
+        on_progress: OnProgress,
+        origin: tuple[str, ...] = (),
+        identity: bytes | None = None,
+    ):
+        """Choose the folder; nothing is written before `prepare`.
 
-def draft_of(
-    spec: DomainSpec,
-    role: str,
-    record: BaseRecord,
-    learned: Learned,
-    found: DomainData,
-    lesson: Lesson,
-    evaluation: dict[str, Any],
-    base: LoadedBase,
-) -> PackManifest:
-    """What the manifest will say, but for the files and the version."""
-    bank = asdict(lesson.bank)
-    figures = dict(learned.figures)
-    train = {
-        "run": lesson.run.name,
-        "data": found.record,
-        "bank": bank | {"targets": None if lesson.bank.targets is None else list(lesson.bank.targets)},
-        "settings": asdict(lesson.training),
-        "losses": figures["losses"],
-        "tokens": figures["tokens"],
-        "steps": figures["steps"],
-        "warm_start": learned.lender,
-        "seconds": figures["seconds"],
-    }
-    return PackManifest(
-        name=lesson.name,
-        role=role,
-        description=spec.description,
-        license=spec.license,
-        base=record,
-        experts=expert_records(learned.pack.bank),
-        allocation={"schedule": lesson.bank.schedule, "counts": list(learned.pack.bank.counts(base.layout.count))},
-        lineage={"parent": None, "preservation": None},
-        train=train,
-        evaluation=evaluation,
-        proof=learned.proof,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        tool=tool_record(),
-    )
+        Args:
+            bank: Settings of the new experts; None if the bank is not trained here.
+            origin: What else the result depends on: how and from which version a domain is retrained.
+            identity: Bytes that identify the run, if it is not settings and data that do.
+        """
+        self.store, self.base, self.record = store, base, record
+        self.spec, self.name, self.data = spec, spec.name, data
+        self.bank_config = bank
+        self.training = training.for_width(base.layout.width)
+        self.on_progress = on_progress
+        self.frozen: ExpertBank | None = None
+        self.copied_from: str | None = None
+        self.proof: dict[str, Any] = {}
+        self.figures: dict[str, Any] = {}
+        self.blocks: Blocks
+        self.statistics: DomainStatistics
+        self.prototypes: Tensor
+        self.bank: ExpertBank
+        self.pack: DomainPack
+        self.folder = store.runs / f"{self.name}-{hashlib.sha256(identity or self._identity(origin)).hexdigest()[:12]}"
+        self.preservation: DomainPack | None = None
+        self._preservation_manifest: PackManifest | None = None
+        if self.name != GENERAL:
+            self._preservation_manifest = plan_composition(store, GENERAL, base=record).slots[0].manifest
+            self.preservation = read_pack(store, self._preservation_manifest)
+
+    def _identity(self, origin: tuple[str, ...]) -> bytes:
+        assert self.bank_config is not None
+        settings = [asdict(self.bank_config), asdict(self.training)]
+        parts = [self.name, self.data.record["digest"], self.record.weights, *settings, *origin]
+        return json.dumps(parts, sort_keys=True).encode()
+
+    @property
+    def kp(self) -> DomainPack:
+        """The KP pack under a domain's experts."""
+        assert self.preservation is not None, "the KP bank has none under it"
+        return self.preservation
+
+    @property
+    def width(self) -> int:
+        """Width of the base model's hidden state."""
+        return self.base.layout.width
+
+    @property
+    def feature_layer(self) -> int:
+        """The decoder layer whose input the router reads: the first that carries KP's experts."""
+        if self.preservation is not None:
+            return self.preservation.feature_layer
+        assert self.bank_config is not None
+        return expert_free_layers(self.base.layout.count, self.bank_config.expert_free)
+
+    # --- the other domains of the store ---
+
+    @cached_property
+    def others(self) -> dict[str, PackManifest]:
+        """The latest version of every other domain but KP, by name.
+
+        Raises:
+            IncompatibleError: One belongs to another base model.
+        """
+        names = [name for name in self.store.domains() if name not in (GENERAL, self.name)]
+        manifests = {name: self.store.manifest(name) for name in names}
+        for manifest in manifests.values():
+            check_same_base(wanted=manifest.base, found=self.record, what=f"{manifest.name}@{manifest.version}")
+        return manifests
+
+    @cached_property
+    def routing_of_others(self) -> dict[str, RoutingData]:
+        """What the other domains route by; their experts are not read."""
+        return {name: read_routing(self.store, manifest) for name, manifest in self.others.items()}
+
+    def neighbours(self) -> list[Neighbour]:
+        """Return the other domains by similarity of their prototypes, nearest first."""
+        others = self.routing_of_others
+        index = PrototypeIndex(list(others), [other.prototypes for other in others.values()])
+        return index.neighbours(self.prototypes)
+
+    def drift(self, *, parent: DomainPack | None = None) -> Drift:
+        """Measure how the routing of the other domains' text changes.
+
+        Args:
+            parent: The version that the new one replaces.
+        """
+        return measure_drift(self.kp, self.routing_of_others, self.pack, width=self.width, parent=parent)
+
+    # --- prepare ---
+
+    def prepare(self, *, new_experts: bool = True) -> None:
+        """Check the settings against the base model, then measure the text.
+
+        Args:
+            new_experts: Whether experts are added in the layers that the settings name.
+
+        Raises:
+            InputError: The base model has no room for such experts or blocks, or they would precede the layer whose
+                input the router reads.
+        """
+        if self.preservation is not None:
+            _ = self.others  # refuses domains of another base model before anything is measured
+        make_folder(self.folder)
+        self._write_record({"state": "running"})
+        if self.bank_config is not None:
+            self._check_settings(self.bank_config)
+            if new_experts and self.preservation is not None:
+                self._check_first_layer(self.bank_config, self.preservation)
+        tokenizer = self.base.tokenizer
+        self.blocks = pack_blocks([encode(example, tokenizer) for example in self.data.train], self.training.block)
+        statistics, means = measure_statistics(
+            self.base.model,
+            self.base.layout,
+            self.blocks,
+            layer=self.feature_layer,
+            on_batch=lambda done, total: self.on_progress(Progress(f"reading {self.name}", done, total)),
+        )
+        self.statistics = statistics.without_rare_tokens()
+        general = self.statistics if self.preservation is None else self.preservation.statistics
+        self.prototypes = make_prototypes(means, general.feature_mean)
+
+    def initialize(self, neighbours: Sequence[Neighbour] = (), *, beside: ExpertBank | None = None) -> None:
+        """Make a new bank: a copy of the nearest domain's experts if that is close, else fresh ones.
+
+        Fresh experts have a random A, B zero, and gates at the centroids of the text's activations.
+
+        Args:
+            neighbours: Stored domains, nearest first.
+            beside: Experts of the domain that stay frozen; the new ones are the next generation.
+        """
+        assert self.bank_config is not None
+        weights = None
+        if self.bank_config.schedule == "data":
+            first = expert_free_layers(self.base.layout.count, self.bank_config.expert_free)
+            weights = activation_weights(self.base.model, self.blocks, first_layer=first)
+        self.frozen = beside
+        self.bank = new_bank(
+            self.base.model,
+            self.base.layout,
+            self.bank_config,
+            generator=torch.Generator().manual_seed(self.training.seed),
+            weights=weights,
+            older=beside.experts if beside else (),
+        )
+        nearest = neighbours[0] if neighbours else None
+        if nearest and nearest.similarity >= MIN_SIMILARITY:
+            donor = read_pack(self.store, self.others[nearest.name]).bank
+            if can_copy_experts(donor, self.bank):
+                copy_experts(donor, self.bank)
+                self.copied_from = nearest.name
+                return
+        seed_expert_gates(self.bank, self.base.model, self.blocks)
+
+    def _check_settings(self, bank: BankConfig) -> None:
+        """Refuse what the base model has no room for.
+
+        Raises:
+            InputError: Names the setting, both values, and one that fits.
+        """
+        longest = getattr(self.base.model.config.get_text_config(), "max_position_embeddings", None)
+        if bank.rank > self.width:
+            raise InputError(
+                f"Experts of rank {bank.rank:,} are wider than the base model.",
+                cause=f"its hidden size is {self.width:,}: a higher rank adds nothing",
+                fix=f"choose --rank {self.width} or less",
+            )
+        if longest is not None and self.training.block > longest:
+            raise InputError(
+                f"Blocks of {self.training.block:,} tokens are longer than the base model reads.",
+                cause=f"it reads {longest:,} tokens",
+                fix=f"choose --block {longest} or less",
+            )
+        target_modules(self.base.model, self.base.layout, bank.targets)
+
+    def _check_first_layer(self, bank: BankConfig, preservation: DomainPack) -> None:
+        """Refuse experts before the layer whose input the router reads: they would change what it reads.
+
+        Raises:
+            InputError: There would be some.
+        """
+        first = expert_free_layers(self.base.layout.count, bank.expert_free)
+        if first < preservation.feature_layer:
+            raise InputError(
+                f"expert_free is too small: {bank.expert_free}.",
+                cause=f"experts would begin in layer {first}, those of KP begin in layer {preservation.feature_layer}",
+                fix=f"choose at least {preservation.feature_layer / self.base.layout.count:g}",
+            )
+
+    # --- train ---
+
+    def train(self) -> None:
+        """Train the bank in the composition of KP and its domain, and prove that nothing else changed.
+
+        Raises:
+            IntegrityError: Something frozen was trainable or has changed, or the loss is not finite. Nothing is stored.
+        """
+        if self.preservation is None:
+            stack = Stack(names=(self.name,), banks=(self.bank,), trainable=True)
+            composed = attach(self.base.model, stack, router=None, fixed=torch.ones(1))
+        else:
+            banks = (self.preservation.bank, *filter(None, [self.frozen]), self.bank)
+            router = DomainRouter(
+                [self.preservation.statistics, self.statistics],
+                prior=torch.tensor([KP_PRIOR, 1 - KP_PRIOR]),
+                temperatures=Temperatures(),
+                width=self.width,
+            )
+            stack = Stack(names=(GENERAL, self.name), banks=banks, trainable=True)
+            composed = attach(self.base.model, stack, router=router)
+        trained, self.proof, self.figures = train_frozen(
+            composed,
+            self.blocks,
+            self.training,
+            base=self.base.model,
+            store=self.store,
+            folder=self.folder,
+            stage=f"training {self.name}",
+            on_progress=self.on_progress,
+        )
+        self.finish(extend_bank(self.frozen, trained) if self.frozen else trained)
+
+    def finish(self, bank: ExpertBank) -> None:
+        """Set the result: the bank, with the text's statistics and prototypes."""
+        self.pack = DomainPack(
+            bank=bank,
+            statistics=self.statistics,
+            prototypes=self.prototypes,
+            temperatures=Temperatures(),
+            feature_layer=self.feature_layer,
+        )
+
+    # --- commit ---
+
+    @property
+    def resumed_from(self) -> int:
+        """The step of the checkpoint that training was resumed from; 0 if there was none."""
+        return self.figures["resumed_from"]
+
+    def stored_version(self) -> PackManifest | None:
+        """Return the version that this very run stored before, unless it was removed."""
+        versions = (self.store.manifest(self.name, number) for number in reversed(self.store.versions(self.name)))
+        return next((manifest for manifest in versions if manifest.train.get("run") == self.folder.name), None)
+
+    def commit(
+        self,
+        scores: DomainScores,
+        *,
+        train: Mapping[str, Any] | None = None,
+        schedule: str | None = None,
+        evaluation: Mapping[str, Any] | None = None,
+        lineage: Mapping[str, Any] | None = None,
+        proof: Mapping[str, Any] | None = None,
+        first_only: bool = True,
+        alias: str | None = LATEST,
+    ) -> PackManifest:
+        """Store the version, then discard the run's checkpoints.
+
+        Args:
+            scores: On the held-out set.
+            train: What the manifest records about the origin of a bank that was not trained here.
+            schedule: The allocation schedule to record, if not that of the settings.
+            evaluation: What the manifest records beside the scores.
+            lineage: What it records beside the KP version.
+            proof: What it records beside the frozen proof.
+            first_only: Refuse if the domain has a version already.
+            alias: The alias that moves to the new version; None holds it back.
+
+        Raises:
+            ConflictError: `first_only`, and another process stored a version first.
+        """
+        bank = self.pack.bank
+        draft = PackManifest(
+            name=self.name,
+            role="preservation" if self.preservation is None else "domain",
+            description=self.spec.description,
+            license=self.spec.license,
+            base=self.record,
+            experts=expert_records(bank),
+            allocation={
+                "schedule": schedule or (self.bank_config and self.bank_config.schedule),
+                "counts": list(bank.counts(self.base.layout.count)),
+            },
+            lineage={"parent": None, "preservation": self._lineage(), **(lineage or {})},
+            train={
+                "run": self.folder.name,
+                "data": self.data.record,
+                **(train or self._train_record()),
+            },
+            evaluation={**scores.as_json(), **(evaluation or {})},
+            proof={**self.proof, **(proof or {})},
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            tool=tool_record(),
+        )
+        files = pack_files(self.pack, layout=self.base.layout, base_id=self.record.id, revision=self.record.revision)
+        manifest = self.store.commit(draft, files, first_only=first_only, alias=alias)
+        self._write_record({"state": "done", "version": manifest.version})
+        discard_checkpoints(self.folder)
+        return manifest
+
+    def _train_record(self) -> dict[str, Any]:
+        assert self.bank_config is not None
+        bank = asdict(self.bank_config)
+        targets = self.bank_config.targets
+        return {
+            "bank": bank | {"targets": None if targets is None else list(targets)},
+            "settings": asdict(self.training),
+            "losses": self.figures["losses"],
+            "tokens": self.figures["tokens"],
+            "steps": self.figures["steps"],
+            "warm_start": self.copied_from,
+            "seconds": self.figures["seconds"],
+        }
+
+    def _lineage(self) -> dict[str, Any] | None:
+        manifest = self._preservation_manifest
+        return None if manifest is None else {"version": manifest.version, "digest": manifest.digest}
+
+    def _write_record(self, state: Mapping[str, Any]) -> None:
+        """Record, for this machine only, where the data was read, so that its held-out rows can be found again."""
+        record = {"name": self.name, "sources": self.data.sources, **state}
+        write_atomic(self.folder / "run.json", canonical_json(record))
 
 
 def tool_record() -> dict[str, str]:
-    """The programs that make a version."""
+    """Return the versions of the programs that make a version."""
     return {
         "name": TOOL,
         "version": version(TOOL),
@@ -95,31 +428,3 @@ def tool_record() -> dict[str, str]:
         "transformers": version("transformers"),
         "python": platform.python_version(),
     }
-
-
-def store_version(
-    store: Store,
-    draft: PackManifest,
-    pack: DomainPack,
-    base: LoadedBase,
-    lesson: Lesson,
-    *,
-    first_only: bool = True,
-    alias: str | None = LATEST,
-) -> PackManifest:
-    """Stores the version; its run's checkpoints are of no more use afterwards.
-
-    Args:
-        first_only: Whether a domain that has a version is left as it is.
-        alias: The alias that moves to the new version; None holds it back.
-
-    Raises:
-        ConflictError: `first_only`, and somebody else was faster.
-    """
-    files = pack_files(pack, layout=base.layout, base_id=draft.base.id, revision=draft.base.revision)
-    manifest = store.commit(draft, files, first_only=first_only, alias=alias)
-    run = json.loads((lesson.run / "run.json").read_text(encoding="utf-8"))
-    done = run | {"state": "done", "version": manifest.version}
-    write_atomic(lesson.run / "run.json", canonical_json(done))
-    discard_checkpoints(lesson.run)
-    return manifest

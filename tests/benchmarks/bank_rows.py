@@ -15,6 +15,7 @@ import torch
 from streams import Domain, read_stream
 from transformers import PreTrainedModel
 
+from lorary.adapters.allocation import expert_free_layers
 from lorary.adapters.bank import ExpertBank, new_bank
 from lorary.adapters.config import BankConfig, TrainingConfig
 from lorary.adapters.layer.attach import attach, trained_bank
@@ -30,7 +31,6 @@ from lorary.domains.statistics.prototypes import PrototypeIndex, make_prototypes
 from lorary.domains.statistics.statistics import measure_statistics
 from lorary.registry.base.find import POCKET, find_base
 from lorary.registry.base.load import LoadedBase
-from lorary.registry.learn.train import feature_layer
 
 # 64 ranks over 8 layers; alpha stays, so scale times expert gate is the same for any number of experts
 SHAPES: dict[str, dict[str, Any]] = {
@@ -117,7 +117,7 @@ def _lenders_text(
 def _similarity(blocks: Blocks, others: Blocks, base: LoadedBase, arguments: argparse.Namespace) -> float:
     """Of two texts by their prototypes around the mean of general text, as `add-domain` measures it."""
     general = _blocks(list(read_examples([arguments.data / "general" / "lm.train.jsonl"])), base, arguments)
-    layer = feature_layer(BankConfig(), base)
+    layer = expert_free_layers(base.layout.count, BankConfig().expert_free)
     centre = measure_statistics(base.model, base.layout, general, layer=layer)[0].feature_mean
     prototypes = [
         make_prototypes(measure_statistics(base.model, base.layout, each, layer=layer)[1], centre)
@@ -131,7 +131,7 @@ def _blocks(examples: Sequence[Example], base: LoadedBase, arguments: argparse.N
 
 
 def _fresh(base: LoadedBase, config: BankConfig, blocks: Blocks, seed: int) -> ExpertBank:
-    first = feature_layer(config, base)
+    first = expert_free_layers(base.layout.count, config.expert_free)
     weights = activation_weights(base.model, blocks, first_layer=first) if config.schedule == "data" else None
     generator = torch.Generator().manual_seed(seed)
     return new_bank(base.model, base.layout, config, generator=generator, weights=weights)

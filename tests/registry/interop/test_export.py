@@ -23,7 +23,7 @@ SEVERAL = "cooking:0.6+sailing:0.3"
 @pytest.mark.parametrize("to", ["peft", "vllm"])
 @pytest.mark.parametrize(("composition", "static"), [("cooking", False), (SEVERAL, True), ("general", False)])
 def test_plain_peft_computes_the_static_composition(
-    composition: str, static: bool, to: str, whole: Registry, by_peft: Any, tmp_path: Path, logits_of: Any
+    composition: str, static: bool, to: Any, whole: Registry, by_peft: Any, tmp_path: Path, logits_of: Any
 ) -> None:
     whole.export(composition, tmp_path / "out", to=to, static=static)
 
@@ -34,7 +34,7 @@ def test_plain_peft_computes_the_static_composition(
 
 
 @pytest.mark.parametrize("to", ["peft", "vllm", "merged"])
-def test_what_routes_is_not_exported(to: str, whole: Registry, tmp_path: Path) -> None:
+def test_what_routes_is_not_exported(to: Any, whole: Registry, tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match=f"--static --to {to}") as refusal:
         whole.export("cooking+sailing", tmp_path / "out", to=to)
 
@@ -43,7 +43,7 @@ def test_what_routes_is_not_exported(to: str, whole: Registry, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("to", ["peft", "vllm", "merged", "tar"])
-def test_nothing_is_written_over_what_is_there(to: str, whole: Registry, tmp_path: Path) -> None:
+def test_nothing_is_written_over_what_is_there(to: Any, whole: Registry, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
 
     with pytest.raises(ConflictError):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lorary.registry import Registry
-from lorary.registry.learn import add_domain
+from lorary.registry.learn.run import TrainingRun
 
 # kills itself without any clean-up while it logs step 5 of 6: checkpoints 2 and 4 are complete then
 KILLED = """
@@ -142,7 +142,7 @@ def test_a_run_that_stopped_after_its_last_step_trains_no_further(
 ) -> None:
     registry = fresh_copy(kp_store)
     with monkeypatch.context() as seam:
-        seam.setattr(add_domain, "measure_drift", _interrupt)
+        seam.setattr(TrainingRun, "drift", _interrupt)
         with pytest.raises(KeyboardInterrupt):
             add_cooking(registry)
     assert _checkpoints(registry.store.path) == ["checkpoint-4", "checkpoint-6"]

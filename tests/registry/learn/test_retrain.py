@@ -48,7 +48,7 @@ def retrained(
     """`retrained(mode)`: registry and outcome; done once a mode; tests only read."""
     known: dict[str, Any] = {}
 
-    def get(mode: str) -> Any:
+    def get(mode: Any) -> Any:
         if mode not in known:
             folder = tmp_path_factory.mktemp(mode) / "store"
             registry = Registry.open(shutil.copytree(cooking_store, folder))
@@ -69,7 +69,7 @@ def registry(cooking_store: Path, fresh_copy: Any) -> Registry:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_a_new_version_is_stored_with_its_lineage_and_both_scores(mode: str, retrained: Any) -> None:
+def test_a_new_version_is_stored_with_its_lineage_and_both_scores(mode: Any, retrained: Any) -> None:
     registry, outcome = retrained(mode)
     manifest, parent = outcome.manifest, registry.manifest("cooking@1")
 
@@ -87,7 +87,7 @@ def test_a_new_version_is_stored_with_its_lineage_and_both_scores(mode: str, ret
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_what_was_held_out_stays_held_out(mode: str, retrained: Any, texts: Any, more: Path) -> None:
+def test_what_was_held_out_stays_held_out(mode: Any, retrained: Any, texts: Any, more: Path) -> None:
     registry, outcome = retrained(mode)
     first = split(read_examples([texts["cooking"]]), HELD_OUT)[1]
     own = split(read_examples([more]), HELD_OUT)[1]
@@ -109,7 +109,7 @@ def test_nothing_that_the_parent_held_out_is_trained_on(registry: Registry, text
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_statistics_are_added_except_by_fresh(mode: str, retrained: Any) -> None:
+def test_statistics_are_added_except_by_fresh(mode: Any, retrained: Any) -> None:
     registry, outcome = retrained(mode)
     own = read_pack(*_version(retrained("fresh")[0], "cooking@2")).statistics
     first = read_pack(*_version(registry, "cooking@1")).statistics
@@ -123,7 +123,7 @@ def test_statistics_are_added_except_by_fresh(mode: str, retrained: Any) -> None
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_same_data_seed_and_parent_give_the_same_digest(
-    mode: str, retrained: Any, registry: Registry, more: Path, run: Any, tmp_path: Path
+    mode: Any, retrained: Any, registry: Registry, more: Path, run: Any, tmp_path: Path
 ) -> None:
     moved = shutil.copy(more, tmp_path)
 
@@ -134,7 +134,7 @@ def test_the_same_data_seed_and_parent_give_the_same_digest(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_new_version_composes_with_others_and_loads_as_the_model_that_was_scored(
-    mode: str, retrained: Any, logits_of: Any
+    mode: Any, retrained: Any, logits_of: Any
 ) -> None:
     registry, outcome = retrained(mode)
 
@@ -275,7 +275,7 @@ def test_a_version_that_is_worse_is_stored_and_held_back(
 
     outcome = registry.retrain("cooking", data=[texts["sailing"]], **worse)
 
-    assert outcome.gate.change > 0
+    assert outcome.acceptance.change > 0
     assert outcome.manifest.is_held_back
     assert state_of(registry.store)["cooking"] == ([1, 2], {"latest": 1})
     assert registry.manifest("cooking").version == 1
@@ -308,7 +308,7 @@ def test_without_held_out_text_one_is_told_how_to_give_some(
 
     assert "--gate-data FILE" in str(caught.value.fix)
     assert state_of(registry.store) == before
-    assert registry.retrain("cooking", data=[more], gate_data=[texts["cooking"]], tolerance=9.0, **run).gate.holds
+    assert registry.retrain("cooking", data=[more], gate_data=[texts["cooking"]], tolerance=9.0, **run).acceptance.holds
 
 
 @pytest.mark.parametrize(

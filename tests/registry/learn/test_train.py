@@ -14,9 +14,9 @@ from lorary.adapters.router.router import RouterRows, router_rows
 from lorary.domains.progress import Progress
 from lorary.domains.statistics.statistics import MIN_COUNT
 from lorary.registry import Registry
-from lorary.registry.learn import add_domain
 from lorary.registry.learn import train as learning
 from lorary.registry.learn.proof import digest_of_tensors
+from lorary.registry.learn.run import TrainingRun
 from lorary.registry.pack.pack import DomainPack, read_pack
 
 LEARN = """
@@ -37,15 +37,15 @@ print(*(manifest.digest for manifest in registry.domains()))
 
 @pytest.fixture
 def learned(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Collects what `learn_domain` gives, on its way to the store."""
-    learn_domain, results = add_domain.learn_domain, []
+    """Collects training runs on their way to the store."""
+    train, runs = TrainingRun.train, []
 
-    def watched(*args: Any, **options: Any) -> Any:
-        results.append(learn_domain(*args, **options))
-        return results[-1]
+    def watched(run: TrainingRun) -> None:
+        train(run)
+        runs.append(run)
 
-    monkeypatch.setattr(add_domain, "learn_domain", watched)
-    return results
+    monkeypatch.setattr(TrainingRun, "train", watched)
+    return runs
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_close_neighbour_lends_its_experts(cooking_store: Path, fresh_copy: An
     added = registry.add_domain("baking", data=[texts["cooking"]], **short_run(steps=1))
 
     nearest = added.neighbours[0]
-    assert (nearest.name, added.lender, added.manifest.train["warm_start"]) == ("cooking", "cooking", "cooking")
+    assert (nearest.name, added.copied_from, added.manifest.train["warm_start"]) == ("cooking", "cooking", "cooking")
     assert nearest.similarity > 0.99
 
 
@@ -110,7 +110,7 @@ def test_the_first_domain_has_no_neighbour(kp_store: Path, fresh_copy: Any, text
     added = fresh_copy(kp_store).add_domain("cooking", data=[texts["cooking"]], **short_run(steps=1))
 
     assert added.neighbours == []
-    assert added.lender is None
+    assert added.copied_from is None
 
 
 def test_a_neighbour_of_another_shape_lends_nothing(
@@ -122,7 +122,7 @@ def test_a_neighbour_of_another_shape_lends_nothing(
     added = fresh_copy(cooking_store).add_domain("baking", data=[texts["cooking"]], **run)
 
     assert added.neighbours[0].name == "cooking"
-    assert added.lender is None
+    assert added.copied_from is None
 
 
 def test_rare_tokens_are_not_stored(whole: Registry) -> None:

@@ -79,7 +79,7 @@ def test_each_score_is_that_of_its_model(whole: Registry, texts: Any) -> None:
 
 def test_of_much_text_routing_is_measured_on_what_is_scored(whole: Registry, texts: Any, monkeypatch: Any) -> None:
     examples = list(read_examples([texts["cooking"]]))
-    monkeypatch.setattr("lorary.registry.measure.evaluate.MAX_BYTES", examples[0].target_bytes)
+    monkeypatch.setattr("lorary.registry.measure.evaluate.MAX_SCORED_BYTES", examples[0].target_bytes)
     asked: list[list[Example]] = []
 
     def right(_model: Any, _base: Any, _name: str, chosen: list[Example]) -> float:

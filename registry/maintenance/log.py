@@ -1,0 +1,54 @@
+"""The versions of a domain: where each came from, and what became of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..store.store import Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogEntry:
+    """One version in the log."""
+
+    name: str
+    version: int
+    aliases: list[str]
+    parent: int | None  # the version it was retrained from
+    mode: str | None  # how it was retrained
+    held_back: bool  # whether its acceptance check failed
+    removed: str | None  # when it was removed, ISO 8601
+    bits_per_byte: float | None  # of its held-out text, routed
+    gate: dict[str, Any] | None  # the acceptance check, as the manifest records it
+    created: str  # ISO 8601
+    digest: str
+
+
+def version_log(store: Store, name: str | None = None) -> list[LogEntry]:
+    """Return every version of a domain, or of all, newest first; removed versions included.
+
+    Raises:
+        NotFoundError: There is no such domain.
+    """
+    names = [name] if name else store.domains(removed=True)
+    entries = [entry for each in names for entry in _versions(store, each)]
+    return sorted(entries, key=lambda entry: (entry.created, entry.name, entry.version), reverse=True)
+
+
+def _versions(store: Store, name: str) -> list[LogEntry]:
+    removed, aliases = store.removed(name), store.aliases(name)
+    return [
+        LogEntry(
+            name=name,
+            version=manifest.version,
+            aliases=[alias for alias, version in aliases.items() if version == manifest.version],
+            parent=manifest.parent,
+            mode=manifest.lineage.get("mode"),
+            held_back=manifest.is_held_back,
+            removed=removed.get(manifest.version),
+            bits_per_byte=manifest.evaluation.get("routed"),
+            gate=manifest.evaluation.get("gate"),
+            created=manifest.created,
+            digest=manifest.digest,
+        )
+        for manifest in store.history(name)
+    ]
