@@ -19,8 +19,6 @@ from ..show.watch import watch
 from .hub import localised
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ...registry import Registry
     from ...registry.compose.generate import Answer
     from ...registry.compose.plan import Plan
@@ -189,8 +187,8 @@ def generate(
     with watch("loading the base model", as_json=as_json) as watching:
         model = registry.compose(spec, static=static)
         watching.wait("answering")
-        answer = _answer(
-            registry, model, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat
+        answer = registry.generate(
+            model, text, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, chat=chat
         )
     output.show(answer_page(plan, answer, show_route=show_route), command="generate", as_json=as_json)
 
@@ -204,10 +202,6 @@ def answer_page(plan: "Plan", answer: "Answer", *, show_route: bool) -> Page:
     mean = shares(answer.route, slots, heading="MEAN GATE")
     count = Words(line(faint(plural(answer.new_tokens, "new token"))), in_pipes=False)
     return Page(data=data, blocks=(Words(answer_line(answer)), legend(slots), routed_text(answer), mean, count))
-
-
-def _answer(registry: "Registry", model: "PreTrainedModel", text: str, **options: object) -> "Answer":
-    return registry.generate(model, text, **options)
 
 
 def _prompt(given: str | None) -> str:

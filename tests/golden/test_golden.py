@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from lorary.registry import Registry
 
 # the one place that knows files inside the program
-from lorary.registry.pack import pack_files, read_pack
+from lorary.registry.pack.pack import pack_files, read_pack
 
 HERE = Path(__file__).parent
 RELEASES = sorted(HERE.glob("v*"))
@@ -158,7 +158,7 @@ def test_every_version_is_read_and_has_its_digests(release, laid_out):
 def test_every_version_is_written_again_as_the_same_bytes(release, laid_out):
     with GOLDEN.standing_in(laid_out(release)):
         registry = Registry.open("store")
-        base, anatomy = registry.base_record, registry.base.anatomy
+        base, layout = registry.base_record, registry.base.layout
         for name in registry.store.domains(removed=True):
             for manifest in registry.store.history(name):
                 written = Path(f"store/domains/{name}/{manifest.version}.json").read_bytes()
@@ -166,7 +166,7 @@ def test_every_version_is_written_again_as_the_same_bytes(release, laid_out):
                 assert manifest.to_json() == written
 
                 pack = read_pack(registry.store, manifest)
-                files = pack_files(pack, anatomy=anatomy, base_id=base.id, revision=base.revision)
+                files = pack_files(pack, layout=layout, base_id=base.id, revision=base.revision)
                 found = {
                     path: (f"sha256:{hashlib.sha256(data).hexdigest()}", kind) for path, (data, kind) in files.items()
                 }
