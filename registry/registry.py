@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..adapters.composition import GENERAL, parse_reference
+from ..adapters.config import BankConfig, TrainingConfig
 from ..domains.data.corpus import Source
 from ..domains.errors import ConflictError, IntegrityError
 from ..domains.progress import OnProgress, silent
@@ -30,7 +31,6 @@ from .store.store import Store, locate_store
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ..adapters.config import BankConfig, TrainingConfig
     from .base.load import LoadedBase
     from .compose.generate import Answer
     from .compose.route import RouteReport
@@ -79,8 +79,8 @@ class Registry:
         base: str = POCKET,
         revision: str | None = None,
         data: Data = (),
-        bank: "BankConfig | None" = None,
-        training: "TrainingConfig | None" = None,
+        bank: BankConfig | None = None,
+        training: TrainingConfig | None = None,
         device: str = "cpu",
         dtype: str = "auto",
         on_progress: OnProgress = silent,
@@ -112,7 +112,6 @@ class Registry:
             if store.versions(GENERAL) or store.settings != settings:
                 raise
         registry = cls(store, device=device, dtype=dtype)
-        from ..adapters.config import BankConfig, TrainingConfig
         from .learn.add_domain import train_preservation
 
         train_preservation(
@@ -286,8 +285,8 @@ class Registry:
         name: str,
         *,
         data: Data = (),
-        bank: "BankConfig | None" = None,
-        training: "TrainingConfig | None" = None,
+        bank: BankConfig | None = None,
+        training: TrainingConfig | None = None,
         on_neighbours: "OnNeighbours" = lambda _neighbours: None,
         on_progress: OnProgress = silent,
     ) -> "AddedDomain":
@@ -306,7 +305,6 @@ class Registry:
             ConflictError: The domain exists.
             IntegrityError: Something frozen changed; nothing is stored.
         """
-        from ..adapters.config import BankConfig, TrainingConfig
         from .learn.add_domain import add_domain
 
         with self._drop_base_on_failed_proof():
@@ -329,7 +327,7 @@ class Registry:
         data: Data,
         mode: Literal["extend", "continue", "fresh"] = "extend",
         bank: Mapping[str, Any] | None = None,
-        training: "TrainingConfig | None" = None,
+        training: TrainingConfig | None = None,
         gate_data: Data = (),
         tolerance: float | None = None,
         on_progress: OnProgress = silent,
@@ -361,7 +359,6 @@ class Registry:
             gate_data=_sources(gate_data),
             tolerance=tolerance,
         )
-        from ..adapters.config import TrainingConfig
         from .learn.retrain import retrain
 
         settings = training or TrainingConfig()

@@ -171,8 +171,8 @@ def test_every_source_folder_is_shipped():
 
     settings = PROJECT["tool"]["setuptools"]
 
-    assert set(settings["packages"]) == on_disk, "pyproject.toml, tool.setuptools.packages: one entry for each folder"
-    assert settings["package-dir"] == {f"lorary.{layer}": layer for layer in sorted(LAYERS)}
+    assert set(settings["packages"]) == {"lorary", *on_disk}, "pyproject.toml: one package for each folder"
+    assert settings["package-dir"] == {"lorary": ".links"} | {f"lorary.{layer}": layer for layer in sorted(LAYERS)}
 
 
 def test_every_source_folder_is_a_typed_package():
@@ -182,12 +182,13 @@ def test_every_source_folder_is_a_typed_package():
     assert not [path for path in expected if not path.is_file()]
 
 
-def test_type_checkers_find_the_namespace():
+def test_type_checkers_find_the_package():
     if (ROOT / "PKG-INFO").exists():
         pytest.skip("an sdist carries no links")
 
     for layer in LAYERS:
         assert (ROOT / ".links" / "lorary" / layer).resolve() == ROOT / layer
+    assert (ROOT / ".links" / "lorary" / "__init__.py").resolve() == ROOT / ".links" / "__init__.py"
 
 
 def test_every_third_party_import_is_a_declared_dependency():
@@ -308,12 +309,15 @@ def test_init_files_are_light(source: Source):
         assert len(source.tree.body) == 1, f"{source.path} holds more than its docstring"
 
 
-def test_front_door_names_are_sorted_and_real():
-    front_door = importlib.import_module("lorary.registry")
-    names = list(getattr(front_door, "__all__", []))
+@pytest.mark.parametrize("module", ["lorary", "lorary.registry"])
+def test_front_door_names_are_sorted_and_real(module: str):
+    front_door = importlib.import_module(module)
+    names = list(front_door.__all__)
 
-    assert names == sorted(names)
+    assert names == sorted(names) == importlib.import_module("lorary.registry").__all__
     assert not [name for name in names if not hasattr(front_door, name)]
+    with pytest.raises(AttributeError, match="no_such_name"):
+        front_door.no_such_name  # noqa: B018
 
 
 # --- what files may do ---
