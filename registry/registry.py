@@ -620,10 +620,10 @@ class Registry:
         Raises:
             IncompatibleError: The adapter belongs to another base model, or is more than B A for linear modules.
         """
-        from .interop.import_plan import read_import
+        from .interop.import_plan import plan_import
 
         base = None if same_base else self.base_record
-        what = read_import(self.store, name, str(adapter), _sources(data), base=base)
+        what = plan_import(self.store, name, str(adapter), _sources(data), base=base)
         from .interop.import_adapter import import_adapter
 
         return import_adapter(self.store, self.base, self.base_record, what, on_progress=on_progress)
