@@ -2,8 +2,8 @@
 
 What is proved frozen: every tensor of the base model and every older expert and gate in the model that trains, by
 hashing them before and after; and all stored versions: each manifest's content digest is the same before and after, and
-each file that it names has the bytes of its digest. A file is hashed unless it was hashed since it was last written to
-(see verified.py).
+each file of a version that is not removed has the bytes of its digest (gc deletes those of removed versions). A file is
+hashed unless it was hashed since it was last written to (see registry/store/hashed_files.py).
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class FrozenDigests:
 
     base: str  # of all tensors of the base model
     attached: str  # of all frozen expert tensors and gates in the composed model
-    packs: dict[str, str]  # content digest of each stored version, its files verified
+    packs: dict[str, str]  # content digest of each version, removed ones too; the files of all others are verified
     tensors: int  # how many tensors the first two cover
 
 
@@ -33,7 +33,7 @@ def frozen_digests(base: PreTrainedModel, composed: PreTrainedModel, store: Stor
     """Digests of the base, of what is attached and frozen, and of the stored packs.
 
     Raises:
-        IntegrityError: A stored file differs from its digest.
+        IntegrityError: A file of a version that is not removed differs from its digest.
     """
     base_tensors = dict(base.state_dict(keep_vars=True))
     own = {tensor.data_ptr() for tensor in base_tensors.values()}

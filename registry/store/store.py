@@ -253,8 +253,9 @@ class Store:
         if version not in folder.numbers():
             raise no_such_version(name, version, versions=folder.numbers(), aliases={})
         manifest = self._read(name, version)
-        if not all([self.blobs.renew(file.sha256) for file in manifest.files]):
-            raise collected_version(name, version)
+        missing = [file.path for file in manifest.files if not self.blobs.renew(file.sha256)]
+        if missing:
+            raise collected_version(name, version, missing=missing, files=len(manifest.files))
         folder.restore(version)
         return manifest
 

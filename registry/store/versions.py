@@ -146,12 +146,12 @@ def removed_version(name: str, version: int) -> NotFoundError:
     )
 
 
-def collected_version(name: str, version: int) -> NotFoundError:
+def collected_version(name: str, version: int, *, missing: list[str], files: int) -> NotFoundError:
     """The error for a removed version whose files gc has deleted."""
     return NotFoundError(
-        f"{name}@{version} cannot be brought back.",
-        cause="It was removed, and gc has deleted its files since.",
-        fix=f"See what there is: registry log {name}",
+        f"{name}@{version} cannot be restored.",
+        cause=f"It was removed, and gc has since deleted {len(missing)} of its {files} files: {_listed(missing)}.",
+        fix=f"Pull it again, or train a new version from its text: registry add-domain {name} --data FILE",
     )
 
 

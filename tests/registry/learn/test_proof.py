@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorary.domains.errors import IntegrityError
+from lorary.domains.errors import IntegrityError, NotFoundError
 from lorary.registry import Registry
 from lorary.registry.learn import train as learning
 from lorary.registry.learn.proof import (
@@ -22,6 +22,8 @@ from lorary.registry.learn.proof import (
     prove,
     trainable_parameters,
 )
+from lorary.registry.maintenance.verify import verify_store
+from lorary.registry.store.gc import collect_garbage
 
 BASE_WEIGHT = "model.layers.2.mlp.down_proj"
 FUSED = "model.layers.2.mlp.down_proj"
@@ -225,6 +227,50 @@ def test_a_version_that_is_not_the_latest_is_proved_as_well(
 
     with pytest.raises(IntegrityError, match="cooking@1"):
         add_sailing(registry)
+
+
+# --- removed versions: their files may be gone ---
+
+
+def test_a_domain_can_be_added_after_gc_has_deleted_a_removed_version(
+    cooking_store: Path, fresh_copy: Any, add_sailing: Any
+) -> None:
+    registry = fresh_copy(cooking_store)
+    registry.remove("cooking")
+    assert collect_garbage(registry.store, grace_s=-1).blobs
+
+    added = add_sailing(registry).manifest
+
+    assert added.proof["frozen"]["packs"].keys() == {"general@1", "cooking@1"}
+    assert {one.state for one in verify_store(registry.store)} == {"ok"}
+    with pytest.raises(NotFoundError, match="cooking@1 cannot be restored"):
+        registry.restore("cooking@1")
+
+
+def test_a_version_that_is_removed_and_collected_while_another_trains_does_not_break_the_proof(
+    cooking_store: Path, fresh_copy: Any, add_sailing: Any
+) -> None:
+    registry = fresh_copy(cooking_store)
+
+    def remove(progress: Any) -> None:
+        if progress.stage == "training sailing" and progress.done == 1:
+            registry.remove("cooking")
+            collect_garbage(registry.store, grace_s=-1)
+
+    assert add_sailing(registry, on_progress=remove).manifest.proof["unchanged"] is True
+
+
+def test_the_same_domain_can_be_added_again_after_it_was_removed_and_collected(
+    cooking_store: Path, fresh_copy: Any, texts: Any, short_run: Any
+) -> None:
+    registry = fresh_copy(cooking_store)
+    first = registry.remove("cooking")
+    collect_garbage(registry.store, grace_s=-1)
+
+    again = registry.add_domain("cooking", data=[texts["cooking"]], **short_run()).manifest
+
+    assert (again.version, again.digest) == (2, first.digest)
+    registry.store.verify(again)
 
 
 # --- the parts ---

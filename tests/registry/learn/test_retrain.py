@@ -19,6 +19,7 @@ from lorary.registry.learn.retrain_plan import plan_retraining
 from lorary.registry.measure.held_out import HELD_OUT, stored_held_out
 from lorary.registry.pack.check_pack import check_pack
 from lorary.registry.pack.pack import read_pack
+from lorary.registry.store.gc import collect_garbage
 from lorary.registry.store.store import Store
 
 MODES = ("extend", "continue", "fresh")
@@ -84,6 +85,19 @@ def test_a_new_version_is_stored_with_its_lineage_and_both_scores(mode: Any, ret
     assert set(manifest.proof["frozen"]["packs"]) == {"general@1", "cooking@1"}
     assert manifest.proof["drift"]["domains"] == 0  # no other domain to compare
     check_pack(registry.store, manifest)
+
+
+def test_a_version_can_be_retrained_after_gc_has_deleted_its_removed_parent(
+    registry: Registry, more: Path, texts: Any, run: Any
+) -> None:
+    registry.retrain("cooking", data=[more], tolerance=9.0, **run)
+    registry.remove("cooking@1")
+    assert collect_garbage(registry.store, grace_s=-1).blobs
+
+    third = registry.retrain("cooking", data=[texts["sailing"]], tolerance=9.0, **run).manifest
+
+    assert (third.version, third.parent) == (3, 2)
+    check_pack(registry.store, third)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -95,9 +95,9 @@ def test_a_removed_version_keeps_its_files_through_the_grace_period(store: Store
     age(store)
     assert len(collect_garbage(store).blobs) == 1
     store.verify(store.manifest("legal", 1))
-    with pytest.raises(NotFoundError, match="cannot be brought back") as caught:
+    with pytest.raises(NotFoundError, match="legal@2 cannot be restored") as caught:
         store.restore("legal@2")
-    assert "gc" in str(caught.value.cause)
+    assert "gc has since deleted 1 of its 2 files" in str(caught.value.cause)
 
 
 def test_a_version_that_was_just_restored_is_not_taken_apart(store: Store, draft: Any) -> None:

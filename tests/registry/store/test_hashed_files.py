@@ -85,6 +85,29 @@ def test_a_missing_file_is_found(settled):
         check_files(settled, settled.history("legal"))
 
 
+def test_files_of_a_removed_version_are_not_asked_for(settled, draft):
+    settled.commit(draft, {"c": (b"third", "expert")})
+    _path(settled, "c").unlink()
+
+    settled.remove("legal@2")
+
+    assert check_files(settled, settled.history("legal")) == 0
+
+
+def test_a_version_that_is_removed_while_it_is_checked_is_passed_over(settled, draft, monkeypatch):
+    manifest = settled.commit(draft, {"c": (b"third", "expert")})
+    verify = settled.verify
+
+    def removed_meanwhile(manifest):
+        settled.remove("legal@2")
+        settled.blobs.path(manifest.files[0].sha256).unlink()
+        verify(manifest)
+
+    monkeypatch.setattr(settled, "verify", removed_meanwhile)
+
+    assert check_files(settled, [manifest]) == 0
+
+
 def test_a_failed_check_is_not_remembered(settled):
     path = _path(settled, "a")
     path.chmod(0o644)
