@@ -130,15 +130,14 @@ def _temporary_files(store: Store) -> Iterator[Path]:
 
 
 def _finished_checkpoints(store: Store) -> Iterator[Path]:
-    """Checkpoints of runs that have brought a version; run.json stays, it says where the domain's text is."""
-    brought = {
-        str(manifest.train.get("run"))
-        for name in store.domains(removed=True)
-        for manifest in store.history(name)
-        if manifest.train.get("run")
-    }
+    """Yield checkpoints of runs whose version is stored; run.json stays, it names the domain's text.
+
+    A removed version does not count: the same command, repeated, trains in the same folder.
+    """
+    manifests = (store.manifest(name, version) for name in store.domains() for version in store.versions(name))
+    finished = {manifest.train.get("run") for manifest in manifests}
     for checkpoint in sorted(store.runs.glob("*/checkpoint-*")):
-        if checkpoint.parent.name in brought or _is_done(checkpoint.parent):
+        if checkpoint.parent.name in finished or _is_done(checkpoint.parent):
             yield checkpoint
 
 

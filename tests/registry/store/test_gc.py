@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +156,7 @@ def test_checkpoints_of_finished_runs_go_and_the_record_of_the_run_stays(
     (run / "checkpoint-4").mkdir(parents=True)
     (run / "checkpoint-4" / "model.safetensors").write_bytes(b"12345")
     (run / "run.json").write_bytes(canonical_json({"state": state}))
-    draft.train["run"] = "legal-1" if is_stored else "another"
-    try:
-        commit(store, draft, b"one")
-    finally:
-        del draft.train["run"]
+    commit(store, replace(draft, train=draft.train | {"run": "legal-1" if is_stored else "another"}), b"one")
     age(store)
     os.utime(run / "checkpoint-4", (0, 0))
 
@@ -168,6 +165,18 @@ def test_checkpoints_of_finished_runs_go_and_the_record_of_the_run_stays(
     assert (run / "run.json").exists()
     assert (run / "checkpoint-4").exists() != goes
     assert found.bytes == (5 if goes else 0)
+
+
+def test_checkpoints_of_a_repeated_run_stay_where_its_first_version_was_removed(store: Store, draft: Any) -> None:
+    checkpoint = store.runs / "legal-1" / "checkpoint-4"
+    checkpoint.mkdir(parents=True)
+    (checkpoint.parent / "run.json").write_bytes(canonical_json({"state": "running"}))
+    commit(store, replace(draft, train=draft.train | {"run": "legal-1"}), b"one")
+    store.remove("legal@1")
+    os.utime(checkpoint, (0, 0))
+
+    assert collect_garbage(store).checkpoints == ()
+    assert checkpoint.exists()
 
 
 # --- writers at the same time ---
