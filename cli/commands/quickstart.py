@@ -8,7 +8,7 @@ import typer
 from ..opening import quiet_libraries, store_option
 from ..options import Json
 from ..quickstart import COMPOSITION, PROMPT, Tour, take_tour
-from ..report.views import heat_table
+from ..report.terminal import heat_table
 from ..show import facts as of
 from ..show import output
 from ..show.numbers import duration, exact

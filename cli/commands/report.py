@@ -15,7 +15,7 @@ from ..opening import open_registry
 from ..options import Device, Dtype, Json, NoQuestions, StorePath
 from ..report.html import PageSource, retention_html
 from ..report.plot import check_plot, retention_png
-from ..report.views import (
+from ..report.terminal import (
     WIDE,
     confusion_table,
     domains_table,

@@ -1,25 +1,57 @@
-"""Pictures of a retention report as inline SVG: kept shares with intervals, the prototype map, the lineage."""
+"""Pictures of the report as shapes of SVG: kept shares with intervals, the prototype map, the lineage.
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+`picture.svg.jinja` draws them and escapes their text.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ..show.numbers import percent
 from ..show.page import slot_style
-from .markup import Html, tag
 
 if TYPE_CHECKING:
     from ...registry.measure.report import RetentionReport, Value
     from ...registry.measure.report_details import Points, ReportDetails
 
-MAX_LABELS: Final = 24  # domains on a map that are named beside their points; of more, the names are tooltips
+MAX_LABELS: Final = 24  # domains on a map that are named beside their points; with more, the names are tooltips
 _CLIP: Final = (-0.5, 1.5)  # shares outside are drawn at the edge
+_KINDS: Final = (("kept", "retention", -7), ("oracle", "oracle_share", 7))  # style, figure, offset
 
 
-def shares_picture(report: "RetentionReport") -> Html:
-    """Each domain's kept share and share of the oracle's gain, with 95 % intervals, on one axis."""
-    series = [("kept", "retention", -7), ("oracle", "oracle_share", 7)]
-    values = {name: report.figure(figure).domains for name, figure, _ in series}
-    bounds = [b for of in values.values() for v in of.values() if v.value is not None for b in (v.interval or ())]
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One element of SVG."""
+
+    tag: Literal["circle", "g", "line", "path", "rect", "text"]
+    place: Mapping[str, str] = field(default_factory=dict)  # its attributes
+    style: str = ""  # CSS classes
+    title: str = ""  # tooltip
+    text: str = ""
+    shapes: "Sequence[Shape]" = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """An SVG image."""
+
+    title: str
+    width: int
+    height: int
+    style: str
+    shapes: Sequence[Shape]
+
+
+def shares_picture(report: "RetentionReport") -> Picture:
+    """Draw each domain's kept share and share of the oracle's gain, with 95 % intervals, on one axis."""
+    values = {style: report.figure(figure).domains for style, figure, _ in _KINDS}
+    bounds = [
+        bound
+        for by_domain in values.values()
+        for value in by_domain.values()
+        if value.value is not None
+        for bound in (value.interval or ())
+    ]
     low = max(_CLIP[0], min([0.75, *bounds]) - 0.02)
     high = min(_CLIP[1], max([1.05, *bounds]) + 0.02)
     left, width, step = 150, 600, 38
@@ -28,106 +60,102 @@ def shares_picture(report: "RetentionReport") -> Html:
     def x(share: float) -> float:
         return round(left + (min(max(share, low), high) - low) / (high - low) * (width - left - 20), 1)
 
-    parts: list[Html] = []
+    shapes: list[Shape] = []
     for tick in _ticks(low, high):
-        parts.append(_line(x(tick), 26, x(tick), bottom, "axis one" if tick == 1 else "axis"))
-        parts.append(_text(percent(tick), x(tick), 16, "tick", anchor="middle"))
+        shapes.append(line(x(tick), 26, x(tick), bottom, style="axis one" if tick == 1 else "axis"))
+        shapes.append(text(percent(tick), x(tick), 16, style="tick", anchor="middle"))
     for row, name in enumerate(report.domains):
         y = 34 + step * row + step / 2
-        parts.append(_text(name, left - 14, y + 4, "label", anchor="end"))
-        for kind, figure, shift in series:
-            parts += _whisker(values[kind].get(name), figure, y + shift, kind, x)
-    return _svg(width, bottom + 8, "Kept share and share of the oracle's gain of each domain", parts, "shares")
+        shapes.append(text(name, left - 14, y + 4, style="label", anchor="end"))
+        for style, figure, offset in _KINDS:
+            shapes += _whisker(values[style].get(name), figure, y + offset, style, x)
+    title = "Kept share and share of the oracle's gain of each domain"
+    return Picture(title=title, width=width, height=bottom + 8, style="shares", shapes=shapes)
 
 
-def _whisker(value: "Value | None", title: str, y: float, kind: str, x: Any) -> list[Html]:
-    """A dot with its interval."""
+def _whisker(value: "Value | None", figure: str, y: float, style: str, x: Callable[[float], float]) -> Sequence[Shape]:
+    """Draw a dot with its interval."""
     if value is None or value.value is None:
-        return []
+        return ()
     low, high = value.interval or (value.value, value.value)
-    about = f"{title.replace('_', ' ')} {percent(value.value, digits=1)}, 95 % {percent(low)} to {percent(high)}"
-    dot = tag("circle", tag("title", about), cx=x(value.value), cy=y, r=5, class_=kind)
-    return [_line(x(low), y, x(high), y, f"whisker {kind}"), dot]
+    tip = f"{figure.replace('_', ' ')} {percent(value.value, digits=1)}, 95 % {percent(low)} to {percent(high)}"
+    dot = circle(x(value.value), y, 5, style=style, title=tip)
+    return line(x(low), y, x(high), y, style=f"whisker {style}"), dot
 
 
-def prototype_map(details: "ReportDetails") -> Html:
-    """All prototypes in their principal plane, a colour for each domain, names at their middle."""
+def prototype_map(details: "ReportDetails") -> Picture:
+    """Draw all prototypes in their principal plane, a colour for each domain, its name at their mean."""
     width, height, edge = 560, 430, 30
-    spread = [abs(number) for points in details.places.values() for number in points.ravel().tolist()]
-    every = [point for points in details.places.values() for point in points.tolist()]
-    xs, ys = [point[0] for point in every], [point[1] for point in every]
-    span = max((max(xs) - min(xs)) / (width - 2 * edge), (max(ys) - min(ys)) / (height - 2 * edge), max(spread) * 1e-6)
-    span = span or 1.0  # all in one place
+    points = [point for cloud in details.places.values() for point in cloud.tolist()]
+    xs, ys = [point[0] for point in points], [point[1] for point in points]
+    largest = max(map(abs, (*xs, *ys)))
+    scale = max((max(xs) - min(xs)) / (width - 2 * edge), (max(ys) - min(ys)) / (height - 2 * edge), largest * 1e-6)
+    scale = scale or 1.0  # all points are at the origin
     middle = (max(xs) + min(xs)) / 2, (max(ys) + min(ys)) / 2
 
     def place(point: Sequence[float]) -> tuple[int, int]:
-        return round(width / 2 + (point[0] - middle[0]) / span), round(height / 2 - (point[1] - middle[1]) / span)
+        return round(width / 2 + (point[0] - middle[0]) / scale), round(height / 2 - (point[1] - middle[1]) / scale)
 
     clouds = [
-        tag(
-            "path",
-            tag("title", name),
-            d="".join(f"M{a} {b}h0" for a, b in map(place, points.tolist())),
-            class_=slot_style(i),
-        )
-        for i, (name, points) in enumerate(details.places.items())
+        path("".join(f"M{a} {b}h0" for a, b in map(place, cloud.tolist())), style=slot_style(i), title=name)
+        for i, (name, cloud) in enumerate(details.places.items())
     ]
     labels = _labels(details.places, place) if len(details.places) <= MAX_LABELS else []
-    return _svg(width, height, "Prototypes of all domains in their principal plane", [*clouds, *labels], "map")
+    title = "Prototypes of all domains in their principal plane"
+    return Picture(title=title, width=width, height=height, style="map", shapes=[*clouds, *labels])
 
 
-def _labels(places: "Mapping[str, Points]", place: Any) -> list[Html]:
-    """Names at the mean of their points, moved down where they would touch another."""
-    at = sorted((place(points.mean(0).tolist()), i, name) for i, (name, points) in enumerate(places.items()))
-    put: list[tuple[float, float, float]] = []
+def _labels(places: "Mapping[str, Points]", place: Callable[[Sequence[float]], tuple[int, int]]) -> list[Shape]:
+    """Write names at the mean of their points, moved down where they would touch another."""
+    means = sorted((place(cloud.mean(0).tolist()), i, name) for i, (name, cloud) in enumerate(places.items()))
+    taken: list[tuple[float, float, float]] = []
     labels = []
-    for (a, b), i, name in at:
+    for (x, y), i, name in means:
         half = 4.2 * len(name)
-        while any(abs(b - other) < 17 and abs(a - across) < half + wide for across, other, wide in put):
-            b += 4
-        put.append((a, b, half))
-        labels.append(_text(name, a, b + 4, f"name {slot_style(i)}", anchor="middle"))
+        while any(abs(y - other_y) < 17 and abs(x - other_x) < half + other for other_x, other_y, other in taken):
+            y += 4
+        taken.append((x, y, half))
+        labels.append(text(name, x, y + 4, style=f"name {slot_style(i)}", anchor="middle"))
     return labels
 
 
-def lineage_picture(history: Mapping[str, Sequence[Mapping[str, Any]]], measured: Mapping[str, int]) -> Html:
-    """Versions of every domain from left to right; a line leads from a version to the one retrained from it.
+def lineage_picture(history: Mapping[str, Sequence[Mapping[str, Any]]], measured: Mapping[str, int]) -> Picture:
+    """Draw the versions of every domain from left to right, with a line from each parent to what was retrained from it.
 
     Args:
-        history: By domain, what `registry log` says of its versions, oldest first.
-        measured: The versions that the report is about.
+        history: By domain, what `registry log` gives for its versions, oldest first.
+        measured: The versions that the report measured.
     """
     left, column, row = 150, 118, 58
     newest = max(version["version"] for versions in history.values() for version in versions)
-    parts: list[Html] = []
+    shapes: list[Shape] = []
     for i, (name, versions) in enumerate(history.items()):
         y = 26 + row * i
-        parts.append(_text(name, left - 26, y + 5, "label", anchor="end"))
+        shapes.append(text(name, left - 26, y + 5, style="label", anchor="end"))
         for version in versions:
             x = left + column * (version["version"] - 1)
             if version["parent"]:
-                parts += _descent(left + column * (version["parent"] - 1), x, y, version["mode"] or "")
-            parts.append(_version(version, x, y, is_measured=measured.get(name) == version["version"]))
+                shapes += _descent(left + column * (version["parent"] - 1), x, y, version["mode"] or "")
+            shapes.append(_version(version, x, y, is_measured=measured.get(name) == version["version"]))
             state = _state(version)
-            parts.append(_text(state, x, y + 29, f"state {state.replace(' ', '-')}", anchor="middle"))
-    return _svg(left + column * newest, row * len(history), "Versions and where they come from", parts, "lineage")
+            shapes.append(text(state, x, y + 29, style=f"state {state.replace(' ', '-')}", anchor="middle"))
+    width, height = left + column * newest, row * len(history)
+    return Picture(title="Version lineage", width=width, height=height, style="lineage", shapes=shapes)
 
 
-def _version(version: Mapping[str, Any], x: float, y: float, *, is_measured: bool) -> Html:
-    about = f"{version['name']}@{version['version']}, {version['created'][:10]}{', measured here' * is_measured}"
-    kind = f"version {_state(version).replace(' ', '-')}{' measured' * is_measured}"
-    circle = tag("circle", cx=x, cy=y, r=13)
-    return tag("g", tag("title", about), circle, _text(str(version["version"]), x, y + 4, anchor="middle"), class_=kind)
+def _version(version: Mapping[str, Any], x: float, y: float, *, is_measured: bool) -> Shape:
+    tip = f"{version['name']}@{version['version']}, {version['created'][:10]}{', measured here' * is_measured}"
+    style = f"version {_state(version).replace(' ', '-')}{' measured' * is_measured}"
+    number = text(str(version["version"]), x, y + 4, anchor="middle")
+    return Shape(tag="g", style=style, title=tip, shapes=(circle(x, y, 13), number))
 
 
-def _descent(start: float, end: float, y: float, mode: str) -> list[Html]:
-    """From a parent to the version retrained from it: a line, or an arc over the versions between."""
+def _descent(start: float, end: float, y: float, mode: str) -> Sequence[Shape]:
+    """Draw the way from a parent to a version: a line, or an arc over the versions between."""
     lift = 0 if end - start < 130 else 20
-    path = f"M{start + 13} {y}Q{(start + end) / 2:g} {y - 2 * lift} {end - 13} {y}"
-    return [
-        tag("path", d=path, class_="descent"),
-        _text(mode, (start + end) / 2, y - lift - 5, "mode", anchor="middle"),
-    ]
+    arc = f"M{start + 13} {y}Q{(start + end) / 2:g} {y - 2 * lift} {end - 13} {y}"
+    label = text(mode, (start + end) / 2, y - lift - 5, style="mode", anchor="middle")
+    return path(arc, style="descent"), label
 
 
 def _state(version: Mapping[str, Any]) -> str:
@@ -143,16 +171,26 @@ def _ticks(low: float, high: float) -> list[float]:
     return [i * size for i in range(-10, 40) if low <= i * size <= high]
 
 
-def _svg(width: float, height: float, label: str, parts: Sequence[Html], kind: str) -> Html:
-    box = f"0 0 {width:g} {height:g}"
-    return tag(
-        "svg", parts, viewBox=box, width=f"{width:g}", height=f"{height:g}", class_=kind, role="img", aria_label=label
-    )
+def line(x1: float, y1: float, x2: float, y2: float, *, style: str) -> Shape:
+    """Make a line."""
+    return Shape(tag="line", place=_numbers(x1=x1, y1=y1, x2=x2, y2=y2), style=style)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Html:
-    return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=kind)
+def circle(x: float, y: float, radius: float, *, style: str = "", title: str = "") -> Shape:
+    """Make a circle."""
+    return Shape(tag="circle", place=_numbers(cx=x, cy=y, r=radius), style=style, title=title)
 
 
-def _text(text: str, x: float, y: float, kind: str | None = None, *, anchor: str | None = None) -> Html:
-    return tag("text", text, x=f"{x:g}", y=f"{y:g}", class_=kind, text_anchor=anchor)
+def path(d: str, *, style: str, title: str = "") -> Shape:
+    """Make a path of SVG's path commands."""
+    return Shape(tag="path", place={"d": d}, style=style, title=title)
+
+
+def text(words: str, x: float, y: float, *, style: str = "", anchor: str = "") -> Shape:
+    """Make a text at a point of its base line: its start, or `middle` or `end` as `anchor` says."""
+    place = _numbers(x=x, y=y) | ({"text-anchor": anchor} if anchor else {})
+    return Shape(tag="text", place=place, style=style, text=words)
+
+
+def _numbers(**values: float) -> dict[str, str]:
+    return {name: f"{value:g}" for name, value in values.items()}

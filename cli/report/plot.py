@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 from ...domains.errors import InputError
 from ..show.charts import HEAT_COLOURS, HEAT_LEVELS
-from .views import WIDE, heat_levels, show_interval, show_step, show_value
+from .formatting import format_interval, format_step, format_value, heat_levels
+from .terminal import WIDE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -73,7 +74,7 @@ def _headline(figure: "Figure", report: "RetentionReport") -> None:
     ):
         whole = report.figure(name).whole
         if whole.value is not None:
-            words.append(f"{label} {show_value(whole.value, 'share')} ({show_interval(whole.interval, 'share')})")
+            words.append(f"{label} {format_value(whole.value, 'share')} ({format_interval(whole.interval, 'share')})")
     figure.suptitle("   ·   ".join(words), color=_INK, fontsize=11, fontweight="bold")
 
 
@@ -93,7 +94,7 @@ def _heat_map(place: "Axes", scores: "ScoreTable", title: str, *, names_steps: b
             if i == matrix.learned[j]:
                 place.add_patch(Rectangle((j - 0.46, i - 0.45), 0.92, 0.9, fc="none", ec=_INK, lw=1.5, zorder=2))
             if len(columns) <= WIDE:
-                shown = show_value(scores.value(i, j), unit)
+                shown = format_value(scores.value(i, j), unit)
                 place.text(j, i, shown, ha="center", va="center", fontsize=8, color=ink, zorder=3)
     place.set_xlim(-0.5, len(columns) - 0.5)
     place.set_ylim(len(matrix.steps) - 0.5, -0.5)
@@ -101,7 +102,7 @@ def _heat_map(place: "Axes", scores: "ScoreTable", title: str, *, names_steps: b
     place.set_xticks(
         range(len(columns)), [_plain(name) for name in matrix.domains], rotation=45, ha="left", fontsize=size
     )
-    steps = [_plain(show_step(i, step)) for i, step in enumerate(matrix.steps)]
+    steps = [_plain(format_step(i, step)) for i, step in enumerate(matrix.steps)]
     place.set_yticks(range(len(steps)), steps if names_steps else [""] * len(steps), fontsize=size)
     place.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False, colors=_INK)
     place.spines[:].set_visible(False)

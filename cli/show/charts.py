@@ -54,16 +54,16 @@ def layers(counts: Sequence[int], *, highest: int | None = None, width: int = 48
     return "".join(_HEIGHTS[max(0, round(count / top * 8) - 1)] if count else "·" for count in tallest)
 
 
-def heat(value: float, column: Sequence[float], *, levels: int = HEAT_LEVELS, least: float = 0.0) -> int:
-    """How high a value is among others: 0 for the lowest to `levels` - 1 for one that is `least` or more above it.
+def heat(value: float, column: Sequence[float], *, levels: int = HEAT_LEVELS, min_span: float = 0.0) -> int:
+    """How high a value is among others: 0 for the lowest to `levels` - 1 for one that is `min_span` or more above it.
 
     >>> [heat(v, [1.0, 2.0, 3.0]) for v in (1.0, 2.0, 3.0)]
     [0, 2, 5]
-    >>> [heat(v, [1.0, 1.1], least=2.0) for v in (1.0, 1.1)]
+    >>> [heat(v, [1.0, 1.1], min_span=2.0) for v in (1.0, 1.1)]
     [0, 0]
     """
     low, high = min(column), max(column)
-    span = max(high - low, least)
+    span = max(high - low, min_span)
     share = (value - low) / span if span > 0 else 0.0
     return round(share * (levels - 1))
 

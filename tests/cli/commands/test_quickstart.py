@@ -7,7 +7,7 @@ import pytest
 from lorary.cli import quickstart
 from lorary.cli.commands.quickstart import tour_page
 from lorary.cli.quickstart import DOMAINS, MARKER, Tour
-from lorary.cli.report.views import heat_table
+from lorary.cli.report.terminal import heat_table
 from lorary.cli.show.page import Page
 from lorary.domains.errors import ConflictError
 

@@ -91,8 +91,8 @@ def test_a_page_can_be_written_beside_the_report(run, store, reported, tmp_path)
 
     assert result.exit_code == 9, "the page is there although the gate failed"
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert "What is kept after 2 domains" in page
-    assert "1 of 1 gate failed" in page
+    assert "Retention after 2 domains" in page
+    assert "1 of 1 threshold failed" in page
     assert f"{reported['matrix'][3][2]:.3f}</td>" in page
     manifest = Registry.open(store).manifest("legal")
     assert manifest.digest in page

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorary.cli.report.html import PageSource, retention_html
+from lorary.cli.report.html import PageSource, content_policy, retention_html
 from lorary.domains.data.example import Example
 from lorary.registry import Registry
 from lorary.registry.compose.drift import Drift
@@ -123,19 +123,28 @@ def test_the_page_is_well_formed_and_names_nothing_outside_itself(page_of: Any):
     assert [tag for tag, _ in read.elements if tag in ("style", "script")] == ["style", "script"]
 
 
+def test_the_policy_of_the_page_names_its_style_and_script(page_of: Any):
+    read = Reader(retention_html(page_of(1)))
+
+    policy = next(a["content"] for _, a in read.elements if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy == content_policy(style=read.text["style"].strip("\n") + "\n", script=read.text["script"][1:])
+
+
 def test_everything_that_was_measured_is_there(page_of: Any):
     source = page_of(3)
 
     page = retention_html(source)
 
+    text = "\n".join(Reader(page).text.values())
     for figure in source.report.figures:
-        assert figure.title in page
-        assert figure.meaning in page
+        assert figure.title in text
+        assert figure.meaning in text
+        assert figure.formula in text
     ids = {attributes.get("id") for _, attributes in Reader(page).elements}
     sections = {"summary", "matrix", "domains", "routing", "prototypes", "layers", "versions", "data", "formulas"}
     assert ids >= sections
     assert "Chaudhry et al. 2018, arXiv 1801.10112" in page
-    assert "1 of 2 gates failed" in page
+    assert "1 of 2 thresholds failed" in page
     assert "registry report --domains domain-000@1,domain-001@1,domain-002@1" in page
 
 

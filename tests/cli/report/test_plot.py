@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from lorary.cli.report.formatting import heat_levels
 from lorary.cli.report.plot import check_plot, retention_png
-from lorary.cli.report.views import heat_levels
 from lorary.cli.show.charts import HEAT_COLOURS, HEAT_LEVELS
 from lorary.domains.errors import InputError
 from lorary.registry import Registry

@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ..show import facts as of
-from ..show.charts import HEAT_LEVELS, heat
+from ..show.charts import HEAT_LEVELS
 from ..show.numbers import bits, exact, percent
 from ..show.page import Block, Cell, Span, Table, cell, faint, line, table, title
+from .formatting import format_failed, format_interval, format_step, format_value, heat_levels
 
 if TYPE_CHECKING:
     from ...registry.measure.report import Figure, Interval, RetentionReport, ScoreTable, Value
@@ -23,23 +24,9 @@ def heat_table(scores: "ScoreTable") -> Table:
     rows = []
     for i, step in enumerate(matrix.steps):
         cells = [_heat_cell(scores, i, j, levels[j][i], is_wide=is_wide) for j in range(len(names))]
-        rows.append([cell(show_step(i, step), step), *cells])
+        rows.append([cell(format_step(i, step), step), *cells])
     headings = ("STEP", *names)
     return table(headings, rows, right=names, tight=headings)
-
-
-def heat_levels(scores: "ScoreTable", column: int, *, levels: int) -> list[int | None]:
-    """How far each step's score is from its column's best, 0 for the best; None where nothing was measured.
-
-    A column whose scores hardly differ has no dark cells: its colours span at least 5 % of its worst bits per byte, or
-    20 points of accuracy.
-    """
-    is_lower = scores.matrix.lower_is_better
-    values = [scores.value(i, column) for i in range(len(scores.matrix.steps))]
-    losses = [None if value is None else value if is_lower else -value for value in values]
-    known = [loss for loss in losses if loss is not None]
-    least = max(known) / 20 if is_lower else 0.2
-    return [None if loss is None else heat(loss, known, levels=levels, least=least) for loss in losses]
 
 
 def _heat_cell(scores: "ScoreTable", step: int, column: int, level: int | None, *, is_wide: bool) -> Cell:
@@ -117,55 +104,16 @@ def verdict_lines(verdicts: Sequence["Verdict"]) -> list[Block]:
     """Which gates hold."""
     rows = []
     for verdict in verdicts:
-        failed = show_failed(verdict)
+        failed = format_failed(verdict)
         word = Span("holds", "good") if verdict.holds else Span("fails", "bad")
         rows.append([cell(str(verdict.threshold)), cell(word), cell(str(verdict.checked)), cell(failed or "-", failed)])
     return [title("Gates"), table(("GATE", "VERDICT", "CHECKED", "FAILED"), rows, right=("CHECKED",))] if rows else []
 
 
-def show_failed(verdict: "Verdict") -> str:
-    """The domains that fail a gate, with their values."""
-    return ", ".join(f"{name} {show_value(value, 'nats')}" for name, value in verdict.failed.items())
-
-
-def show_step(index: int, step: str) -> str:
-    """A step of the retention matrix; after the first, the bare base, each adds something."""
-    return step if index == 0 else f"+ {step}"
-
-
-def show_value(value: float | None, unit: str) -> str:
-    """A figure in its unit; small shares with two digits more."""
-    if value is None:
-        return "-"
-    if unit == "share":
-        return percent(value, digits=_digits(value))
-    return f"{value:g}" if unit == "count" else bits(value)
-
-
-def show_interval(interval: "Interval | None", unit: str) -> str:
-    """An interval in the unit of its figure, both bounds with the same number of digits.
-
-    >>> show_interval((-0.09, 0.0046), "share"), show_interval((-0.003, 0.0012), "share")
-    ('-9 to 0', '-0.30 to 0.12')
-    """
-    if interval is None:
-        return "-"
-    if unit == "share":
-        digits = min((_digits(bound) for bound in interval if bound), default=0)
-        low, high = (percent(bound, digits=digits).removesuffix(" %") for bound in interval)
-    else:
-        low, high = (show_value(bound, unit) for bound in interval)
-    return f"{low} to {high}" if "-" in low + high else f"{low}–{high}"
-
-
-def _digits(share: float) -> int:
-    return 2 if abs(share) < 0.02 and share else 0
-
-
 def _shown(value: "Value | None", unit: str) -> Cell:
     number = None if value is None else value.value
-    return cell(show_value(number, unit), exact(number))
+    return cell(format_value(number, unit), exact(number))
 
 
 def _interval(interval: "Interval | None", unit: str) -> Cell:
-    return cell(show_interval(interval, unit), " ".join(map(exact, interval or ())))
+    return cell(format_interval(interval, unit), " ".join(map(exact, interval or ())))
