@@ -45,7 +45,6 @@ NOT_YET_CLEAN: set[str] = {
     "adapters/router",
     "cli",
     "cli/commands",
-    "cli/report",
     "cli/show",
     "docs/api.md",
     "docs/architecture.md",

@@ -14,7 +14,7 @@ from ...domains.errors import InputError
 from ..opening import open_registry
 from ..options import Device, Dtype, Json, NoQuestions, StorePath
 from ..report.html import PageSource, retention_html
-from ..report.plot import check_plot, retention_png
+from ..report.svg import retention_svg
 from ..report.terminal import (
     WIDE,
     confusion_table,
@@ -51,9 +51,9 @@ def report(
         Path | None,
         typer.Option(metavar="FILE", help="Write one page with everything, which loads nothing.", show_default=False),
     ] = None,
-    png: Annotated[
+    svg: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write the matrix as a picture; needs lorary[plot].", show_default=False),
+        typer.Option(metavar="FILE", help="Write the heat maps and kept shares as an SVG image.", show_default=False),
     ] = None,
     csv: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write every cell with its interval.", show_default=False)
@@ -81,10 +81,8 @@ def report(
     from ...registry.measure.thresholds import check_verdicts, judge, parse_threshold
 
     thresholds = [parse_threshold(text) for text in gate or []]
-    for path in filter(None, (html, png, csv)):
+    for path in filter(None, (html, svg, csv)):
         _check_place(path)  # measuring may take long
-    if png:
-        check_plot(png)
     registry = open_registry(store, device=device, dtype=dtype)
     named = [name.strip() for name in (domains or "").split(",") if name.strip()]
     with watch("reading held-out text", as_json=as_json) as watching:
@@ -96,8 +94,8 @@ def report(
         _write(csv, cells_csv(found).encode())
     if html:
         _write(html, retention_html(_page_source(registry, found, verdicts)).encode())
-    if png:
-        _write(png, retention_png(found))
+    if svg:
+        _write(svg, retention_svg(found).encode())
     output.show(retention_page(found, verdicts), command="report", as_json=as_json)
     check_verdicts(verdicts)
 

@@ -181,6 +181,11 @@ def circle(x: float, y: float, radius: float, *, style: str = "", title: str = "
     return Shape(tag="circle", place=_numbers(cx=x, cy=y, r=radius), style=style, title=title)
 
 
+def rectangle(x: float, y: float, width: float, height: float, *, style: str, title: str = "") -> Shape:
+    """Make a rectangle with round corners."""
+    return Shape(tag="rect", place=_numbers(x=x, y=y, width=width, height=height, rx=3), style=style, title=title)
+
+
 def path(d: str, *, style: str, title: str = "") -> Shape:
     """Make a path of SVG's path commands."""
     return Shape(tag="path", place={"d": d}, style=style, title=title)

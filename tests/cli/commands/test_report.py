@@ -98,7 +98,7 @@ def test_a_page_can_be_written_beside_the_report(run, store, reported, tmp_path)
     assert manifest.digest in page
 
 
-@pytest.mark.parametrize("option", ["--html", "--png", "--csv"])
+@pytest.mark.parametrize("option", ["--html", "--svg", "--csv"])
 def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(run, store, tmp_path, option):
     for path, words in ((tmp_path / "none" / "r.png", "There is no folder"), (tmp_path, "is a folder")):
         result = run("report", option, str(path), store=store)
