@@ -15,6 +15,7 @@ from ..domains.errors import ConflictError
 from ..domains.progress import OnProgress
 
 if TYPE_CHECKING:
+    from ..adapters.config import TrainingConfig
     from ..registry import Registry
     from ..registry.compose.generate import Answer
     from ..registry.compose.plan import Plan
@@ -41,11 +42,15 @@ class Tour:
     seconds: float
 
 
-def take_tour(folder: Path, *, on_progress: OnProgress, on_step: OnStep) -> Tour:
+def take_tour(
+    folder: Path, *, steps: int | None = None, max_bytes: int | None = None, on_progress: OnProgress, on_step: OnStep
+) -> Tour:
     """Runs the quickstart.
 
     Args:
         folder: Where the registry goes.
+        steps: Optimizer steps of each bank; by default what the library trains.
+        max_bytes: Held-out text of each domain that is measured for the retention matrix.
         on_step: Told what begins, with None, and when it has ended, with the seconds it took.
 
     Raises:
@@ -54,15 +59,15 @@ def take_tour(folder: Path, *, on_progress: OnProgress, on_step: OnStep) -> Tour
     began = time.monotonic()
     marker = _claim(folder)
     with _step("general: the KP bank, from general text", on_step):
-        registry = _ready(folder, on_progress)
+        registry = _ready(folder, steps, on_progress)
     for name in DOMAINS:
         if not registry.store.versions(name):
             with _step(f"{name}: new experts, everything older frozen", on_step):
-                registry.add_domain(name, on_progress=on_progress)
+                registry.add_domain(name, training=_training(steps), on_progress=on_progress)
     with _step(f"{COMPOSITION}: composed and asked", on_step):
         answer = registry.generate(registry.compose(COMPOSITION), PROMPT, temperature=0.5)
     with _step("retention: every step measured on every domain", on_step):
-        retention = registry.retention(DOMAINS, questions=False, on_progress=on_progress)
+        retention = registry.retention(DOMAINS, questions=False, max_bytes=max_bytes, on_progress=on_progress)
     marker.unlink(missing_ok=True)
     return Tour(
         registry=registry,
@@ -88,7 +93,13 @@ def _claim(folder: Path) -> Path:
     return marker
 
 
-def _ready(folder: Path, on_progress: OnProgress) -> "Registry":
+def _training(steps: int | None) -> "TrainingConfig":
+    from ..adapters.config import TrainingConfig
+
+    return TrainingConfig(steps=steps)
+
+
+def _ready(folder: Path, steps: int | None, on_progress: OnProgress) -> "Registry":
     """The registry with its KP bank, trained now unless an earlier run did."""
     from ..registry import Registry
 
@@ -96,7 +107,7 @@ def _ready(folder: Path, on_progress: OnProgress) -> "Registry":
         registry = Registry.open(folder)
         if registry.store.versions(GENERAL):
             return registry
-    return Registry.init(folder, on_progress=on_progress)
+    return Registry.init(folder, training=_training(steps), on_progress=on_progress)
 
 
 @contextmanager

@@ -16,9 +16,22 @@ from ..show.page import Page, Span, Words, cell, facts, faint, line, title
 from ..show.slot_views import answer_data
 from ..show.watch import watch
 
+FAST_STEPS = 4
+FAST_BYTES = 4000
+Fast = Annotated[
+    bool,
+    typer.Option(
+        "--fast",
+        metavar="",
+        help=f"Train {FAST_STEPS} steps for each domain and measure {FAST_BYTES} bytes of each: a smoke test, about a "
+        "minute. It skips most of the training, so answers and scores mean nothing.",
+    ),
+]
+
 
 def quickstart(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="A new folder for the registry.")] = Path(".lorary"),
+    fast: Fast = False,
     as_json: Json = False,
 ) -> None:
     """Take the tour: a registry with two domains, composed, asked and measured, without network or GPU.
@@ -34,7 +47,8 @@ def quickstart(
             else:
                 watching.say(f"✓ {what}  {duration(seconds)}")
 
-        tour = take_tour(path, on_progress=watching.on_progress, on_step=tell)
+        limits = {"steps": FAST_STEPS, "max_bytes": FAST_BYTES} if fast else {}
+        tour = take_tour(path, **limits, on_progress=watching.on_progress, on_step=tell)
     output.show(tour_page(tour, path), command="quickstart", as_json=as_json)
 
 

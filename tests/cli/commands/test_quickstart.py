@@ -66,3 +66,11 @@ def test_the_real_quickstart(run, tmp_path, document):
     assert found["proof"]["unchanged"] is True
     assert found["retention"]["figures"]["forgetting"]["value"] < 0.05
     assert min(found["share_of_oracle_gain"].values()) > 0.5
+
+
+@pytest.mark.slow
+def test_the_fast_quickstart(run, tmp_path, document):
+    found = document(run("quickstart", str(tmp_path / "qs"), "--fast", "--json"))
+
+    assert found["pinned"] == "general@1+legal@1+medicine@1"
+    assert found["proof"]["unchanged"] is True
