@@ -46,7 +46,6 @@ NOT_YET_CLEAN: set[str] = {
     "cli",
     "cli/commands",
     "cli/show",
-    "docs/api.md",
     "docs/architecture.md",
     "docs/benchmarks.md",
     "docs/cli.md",
