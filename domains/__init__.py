@@ -1,1 +1,1 @@
-"""What a domain is: its text, its statistics, its prototypes."""
+"""Domains: their text, statistics, prototypes and scores."""

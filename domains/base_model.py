@@ -1,4 +1,4 @@
-"""The base model: loading it frozen, and finding its decoder layers and their linear modules, whatever its family."""
+"""Load the frozen base model, and find decoder layers and linear modules in any model family."""
 
 import inspect
 from dataclasses import dataclass, field
@@ -15,11 +15,11 @@ from .errors import IncompatibleError, InputError
 
 @dataclass(frozen=True)
 class ModelLayout:
-    """Where a causal language model keeps its decoder layers."""
+    """Location and shape of the decoder layers of a causal language model."""
 
-    decoder: str  # module path of what owns the layers: "model", "transformer", "gpt_neox"
+    decoder: str  # module path of the parent of the layers: "model", "transformer", "gpt_neox"
     layers: str  # module path of the list of layers: "model.layers"
-    count: int  # decoder layers
+    count: int  # number of decoder layers
     width: int  # size of the hidden state
     transposed: bool = field(default=False, compare=False)  # GPT-2's Conv1D: weights are stored (d_in, d_out)
 
@@ -27,16 +27,17 @@ class ModelLayout:
 def load_base_model(
     source: str | Path, *, revision: str | None = None, device: str = "cpu", dtype: str = "auto"
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The frozen base model in evaluation mode, and its tokenizer.
+    """Load the base model, frozen and in evaluation mode, and its tokenizer.
 
     Args:
         source: A Hub id or a folder.
-        revision: A commit of the Hub, or None.
+        revision: A branch, tag or commit on the Hub.
         device: `cpu`, `cuda`, `cuda:1`, `mps`.
-        dtype: `auto` is float32 on a CPU (bfloat16 is slower there) and the checkpoint's own type elsewhere.
+        dtype: `auto` is float32 on a CPU (bfloat16 is slower there) and the checkpoint's dtype elsewhere.
 
     Raises:
-        IncompatibleError: The device is not there.
+        InputError: `device` is not a device name.
+        IncompatibleError: This machine has no such device.
     """
     check_device(device)
     wanted = torch.float32 if dtype == "auto" and device == "cpu" else dtype
@@ -46,11 +47,11 @@ def load_base_model(
 
 
 def check_device(device: str) -> None:
-    """Refuses a device that this machine does not have.
+    """Raise an error if this machine does not have `device`.
 
     Raises:
-        InputError: The name is not a device's.
-        IncompatibleError: The device is not there.
+        InputError: `device` is not a device name.
+        IncompatibleError: This machine has no such device.
     """
     try:
         kind = torch.device(device).type
@@ -60,21 +61,21 @@ def check_device(device: str) -> None:
     if not present.get(kind, False):
         raise IncompatibleError(
             f"There is no {kind!r} device on this machine.",
-            cause=f"asked for {device!r}, found {', '.join(name for name, here in present.items() if here)}",
+            cause=f"requested {device!r}, found {', '.join(name for name, here in present.items() if here)}",
             fix="repeat the command with --device cpu",
         )
 
 
 def max_positions(model: PreTrainedModel) -> int | None:
-    """How many tokens the model reads at once; None where its config sets no bound (ALiBi, as in BLOOM)."""
+    """Return the maximum sequence length in tokens, or None if the config sets none (ALiBi, as in BLOOM)."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 def find_layout(model: PreTrainedModel) -> ModelLayout:
-    """Finds the list of decoder layers: the outermost ModuleList that is as long as the config says.
+    """Find the decoder layers: the outermost ModuleList with `num_hidden_layers` entries that hold linear modules.
 
     Raises:
-        IncompatibleError: No such list: the model is not a decoder of a known build.
+        IncompatibleError: The model has no such list.
     """
     config = model.config.get_text_config()
     for path, module in model.named_modules():
@@ -90,13 +91,13 @@ def find_layout(model: PreTrainedModel) -> ModelLayout:
 def target_modules(
     model: PreTrainedModel, layout: ModelLayout, names: tuple[str, ...] | None = None
 ) -> tuple[str, ...]:
-    """Paths, inside a decoder layer, of the linear modules that experts extend; all of them, or those named.
+    """Return the paths, relative to a decoder layer, of its linear modules: all of them, or those in `names`.
 
     Args:
-        names: Last parts of module paths (`q_proj`, `c_attn`), as PEFT's `target_modules` takes them.
+        names: Last parts of module paths (`q_proj`, `c_attn`), as in PEFT's `target_modules`.
 
     Raises:
-        InputError: A name fits no linear module of a decoder layer.
+        InputError: No linear module of a decoder layer has one of the names.
     """
     layers: Any = model.get_submodule(layout.layers)
     found = list(dict.fromkeys(path for layer in layers for path in linear_modules(layer)))
@@ -113,12 +114,12 @@ def target_modules(
 
 
 def linear_modules(module: nn.Module) -> list[str]:
-    """Paths of the linear modules in a module, in order."""
+    """Return the paths of the linear modules in `module`, in order."""
     return [path for path, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)]
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(d_in, d_out) of a Linear or of GPT-2's Conv1D, whose weight is stored transposed."""
+    """Return (d_in, d_out) of a Linear, or of GPT-2's Conv1D, whose weight is stored transposed."""
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.nf
     assert isinstance(module, nn.Linear)
@@ -126,7 +127,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def hidden_states_at(model: PreTrainedModel, layout: ModelLayout, layer: int, **inputs: Tensor) -> Tensor:
-    """The hidden state that enters decoder layer `layer`, computed without running that layer or any after it."""
+    """Return the input of decoder layer `layer`, without running that layer or any after it."""
     captured: list[Tensor] = []
 
     def capture(_module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -145,17 +146,17 @@ def hidden_states_at(model: PreTrainedModel, layout: ModelLayout, layer: int, **
 
 
 def first_tensor(args: tuple, kwargs: dict) -> Tensor:
-    """The hidden states among a decoder layer's arguments: first, or named `hidden_states`."""
+    """Return the hidden states from a decoder layer's arguments: the first one, or `hidden_states`."""
     return args[0] if args else kwargs["hidden_states"]
 
 
 def bind_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The arguments of a module's forward by name, however they were passed."""
-    if not args:  # the usual call of a decoder; a signature costs as much as a decoder layer's gates
+    """Return the arguments of `module.forward` by name, whether passed by position or by name."""
+    if not args:  # the usual call; inspecting the signature takes as long as the gates of a decoder layer
         return dict(kwargs)
     bound = inspect.signature(module.forward).bind(*args, **kwargs).arguments
     return {**bound, **bound.get("kwargs", {})}
 
 
 class _LayerReachedError(Exception):
-    """Ends a forward pass early."""
+    """Control flow: stops a forward pass at a layer."""

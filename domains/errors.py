@@ -1,26 +1,26 @@
-"""What can go wrong, as a person sees it: one tree of errors, one exit code for each kind.
+"""Errors that a user can cause and fix, each kind with an exit code.
 
-    LoraryError                1   anything else that we foresaw
-      InputError               2   the user's words or data are off
+    LoraryError                1   any other expected error
+      InputError               2   an invalid argument or invalid data
         CorpusError            2   a row of a data file, named by file and line
-      NotFoundError            3   no such store, domain, version, file
-      ConflictError            4   exists already, or somebody else was faster
-      IntegrityError           5   bytes differ from their digest; a frozen tensor changed
-      IncompatibleError        6   another base model, a missing device, a newer schema
-      RemoteError              7   the Hub or the network
+      NotFoundError            3   no such store, domain, version or file
+      ConflictError            4   it exists already, or another process was faster
+      IntegrityError           5   bytes differ from their digest, or a frozen tensor changed
+      IncompatibleError        6   another base model, a missing device or a newer schema
+      RemoteError              7   the Hub or the network failed
       StorageFullError         8   no space left
-      GateFailedError          9   a quality gate did not hold
+      GateFailedError          9   a threshold or acceptance check is not met
 
-Every error says what happened (`message`), why with the values that differ (`cause`), and a command that helps (`fix`).
+An error has a `message` (what happened), a `cause` (both values that differ) and a `fix` (a command that helps).
 """
 
 from pathlib import Path
 
-MAX_CHARACTERS = 2000  # of a message or cause: what a hostile file holds is quoted, and may be megabytes
+MAX_CHARACTERS = 2000  # of a message or cause; they quote files, which may be hostile and large
 
 
 class LoraryError(Exception):
-    """Base of all errors that a user can cause and fix."""
+    """Base class of errors that a user can cause and fix."""
 
     exit_code = 1
 
@@ -44,13 +44,13 @@ def _cut(text: str) -> str:
 
 
 class InputError(LoraryError):
-    """The user's words or data are off."""
+    """Invalid argument or invalid data."""
 
     exit_code = 2
 
 
 class CorpusError(InputError):
-    """A data file cannot be used; names the file and, where there is one, the line."""
+    """Unusable data file or row, named by file and, if there is one, line."""
 
     def __init__(self, source: str | Path, problem: str, *, line: int | None = None, fix: str | None = None):
         self.source = str(source)
@@ -61,31 +61,31 @@ class CorpusError(InputError):
 
 
 class NotFoundError(LoraryError):
-    """There is no such store, domain, version or file."""
+    """Missing store, domain, version or file."""
 
     exit_code = 3
 
 
 class ConflictError(LoraryError):
-    """It exists already, or somebody else was faster."""
+    """Name that exists already, or change that another process made first."""
 
     exit_code = 4
 
 
 class IntegrityError(LoraryError):
-    """Bytes differ from their digest, or a frozen tensor changed."""
+    """Bytes that differ from their digest, or a frozen tensor that changed."""
 
     exit_code = 5
 
 
 class IncompatibleError(LoraryError):
-    """Another base model, a device that is not there, or a newer schema."""
+    """Another base model, a missing device or a newer schema."""
 
     exit_code = 6
 
 
 class RemoteError(LoraryError):
-    """The Hub or the network failed."""
+    """Failure of the Hub or the network."""
 
     exit_code = 7
 
@@ -97,6 +97,6 @@ class StorageFullError(LoraryError):
 
 
 class GateFailedError(LoraryError):
-    """A quality gate did not hold."""
+    """Threshold of a report, or acceptance check of a retrained version, that is not met."""
 
     exit_code = 9

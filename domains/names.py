@@ -1,7 +1,7 @@
-"""The names that people type: domain names, aliases, and the selector that picks a version.
+"""Grammar of domain names, aliases, and version selectors.
 
-A name becomes a folder on every operating system, part of a Hub repository and a word of the composition
-grammar, so it is short, lower case and has none of the signs `@ : + . /`.
+A name is also a folder name on every operating system, part of a Hub repository name and a word of the composition
+grammar, so it is short and lower case, without the characters `@ : + . /`.
 """
 
 import re
@@ -21,25 +21,25 @@ _RULE = "1 to 64 lower-case letters, digits, '-' and '_', beginning and ending w
 
 
 def is_name(name: str) -> bool:
-    """Whether a domain may be named so."""
+    """Return whether `name` is a valid domain name."""
     return _follows_grammar(name) and name not in _NOT_FOR_DOMAINS
 
 
 def check_name(name: str) -> str:
-    """Return the domain name as it came.
+    """Return `name` unchanged if it is a valid domain name.
 
     Raises:
-        InputError: It breaks the grammar or means something else already.
+        InputError: It breaks the grammar or is reserved.
     """
     fix = "Choose a name such as 'medicine' or 'contract-law'."
     return _check(name, "a domain name", reserved=_NOT_FOR_DOMAINS, fix=fix)
 
 
 def check_alias(alias: str) -> str:
-    """Return the alias as it came; only digits would be read as a version.
+    """Return `alias` unchanged if it is a valid alias.
 
     Raises:
-        InputError: It breaks the grammar of names, or is a number.
+        InputError: It breaks the grammar of names, or is a number, which would be read as a version.
     """
     fix = "Choose an alias such as 'latest' or 'production'."
     if re.fullmatch("[0-9]+", alias):
@@ -48,10 +48,10 @@ def check_alias(alias: str) -> str:
 
 
 def parse_selector(selector: str) -> int | str:
-    """Return the version as a number, or the alias as text.
+    """Return the version as an int, or the alias as a string.
 
     Raises:
-        InputError: It is neither.
+        InputError: The selector is neither.
     """
     if re.fullmatch(VERSION_PATTERN, selector):
         return int(selector)

@@ -1,4 +1,4 @@
-"""Progress of long work: the library tells, the command line shows."""
+"""Progress reports of long operations: the library emits them, the command line shows them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a stage has come."""
+    """Progress of one stage of an operation."""
 
-    stage: str  # what is being done, for a person: "training legal"
+    stage: str  # shown to the user: "training legal"
     done: int
-    total: int  # 0 where nobody knows how far it is
+    total: int  # 0 if unknown
     figures: dict[str, float] = field(default_factory=dict)  # loss, tokens_per_second, ...
 
 
@@ -18,4 +18,4 @@ OnProgress = Callable[[Progress], None]
 
 
 def silent(_progress: Progress) -> None:
-    """Tells nobody."""
+    """Ignore the progress."""

@@ -1,7 +1,7 @@
-"""RemoteRef: a pack on the Hub as people write it, `hf://owner/repo` or `hf://owner/repo@revision`.
+"""References to packs on the Hub: `hf://owner/repo` or `hf://owner/repo@revision`.
 
-A revision is a branch, a tag such as v2, a pull request such as refs/pr/3, or a commit; none means the branch main.
-Round trip, for every reference:
+A revision is a branch, a tag such as v2, a pull request such as refs/pr/3, or a commit; the default is the branch main.
+For every reference:
 
     RemoteRef.parse(str(ref)) == ref
 """
@@ -22,10 +22,10 @@ _FIX: Final = "Write for example: hf://owner/lorary-legal@v2"
 
 @dataclass(frozen=True)
 class RemoteRef:
-    """A repository of the Hub, and a revision of it.
+    """Repository on the Hub, with an optional revision.
 
     Raises:
-        InputError: Repository or revision break the Hub's grammar.
+        InputError: Repository or revision break the grammar of the Hub.
     """
 
     repo: str
@@ -35,29 +35,29 @@ class RemoteRef:
         parts = self.repo.split("/")
         if len(parts) != 2 or not all(map(_PART.fullmatch, parts)):
             cause = "Expected owner/repo, of letters, digits, '.', '-' and '_'."
-            raise InputError(f"{self.repo!r} cannot be a repository of the Hub.", cause=cause, fix=_FIX)
+            raise InputError(f"{self.repo!r} is not a valid Hub repository.", cause=cause, fix=_FIX)
         if self.revision is not None and not _REVISION.fullmatch(self.revision):
             cause = "Expected a branch, a tag, refs/pr/N or a commit."
-            raise InputError(f"{self.revision!r} cannot be a revision.", cause=cause, fix=_FIX)
+            raise InputError(f"{self.revision!r} is not a valid revision.", cause=cause, fix=_FIX)
 
     @classmethod
     def parse(cls, text: str) -> "RemoteRef":
-        """Read the written form; the prefix may be missing.
+        """Parse `[hf://]owner/repo[@revision]`.
 
         Raises:
-            InputError: It breaks the grammar.
+            InputError: The text breaks the grammar.
         """
         repo, at, revision = text.removeprefix(REMOTE_PREFIX).partition("@")
         return cls(repo, revision if at else None)
 
     @property
     def is_commit(self) -> bool:
-        """Whether the revision is a whole commit id, which means the same for ever."""
+        """Whether the revision is a full commit id, which never moves."""
         return self.revision is not None and _COMMIT.fullmatch(self.revision) is not None
 
     @property
-    def number(self) -> int | None:
-        """The version that a tag such as v3 stands for."""
+    def version(self) -> int | None:
+        """Pack version of a tag such as v3, or None for other revisions."""
         match = re.fullmatch("v([1-9][0-9]{0,8})", self.revision or "")
         return int(match[1]) if match else None
 

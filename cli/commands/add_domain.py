@@ -61,9 +61,9 @@ def add_domain(
 
 def _point_out(found: "list[Neighbour]", watching: Watch, data: list[str], *, as_json: bool) -> None:
     """Tells, before training begins, of a stored domain whose text is nearly the same; the run goes on."""
-    from ...domains.statistics.prototypes import near_duplicate
+    from ...domains.statistics.prototypes import find_near_duplicate
 
-    twin = near_duplicate(found)
+    twin = find_near_duplicate(found)
     if twin and as_json:
         output.tell_json({"near_duplicate": _twin_data(twin, data)})
     elif twin:

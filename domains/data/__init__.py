@@ -1,1 +1,1 @@
-"""Read, check, split, and tokenize a domain's data."""
+"""Data of a domain: read, checked, split and tokenized."""

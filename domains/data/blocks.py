@@ -1,6 +1,6 @@
-"""Blocks: examples as tokens, packed into rows of equal length to learn from.
+"""Tokenize examples, and pack them into blocks of equal length for training.
 
-`encode` turns one example into ids and marks the tokens that are to be learned (targets); `pack_blocks` cuts and packs.
+`encode` returns the ids of an example and marks its target tokens; `pack_blocks` splits and packs encoded examples.
 """
 
 from bisect import bisect_left, insort
@@ -16,15 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import InputError
 from .example import Example
 
-NO_TARGET = -100  # the label that PyTorch's cross entropy ignores
-MIN_TARGETS = 64  # tokens; with less there is nothing to learn
+NO_TARGET = -100  # ignore_index of PyTorch's cross entropy
+MIN_TARGETS = 64  # tokens
 
-Encoded = tuple[list[int], list[bool]]
+Encoded = tuple[list[int], list[bool]]  # token ids, and whether each is a target
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Packed text. Padding is on the right: id 0, label -100, attention 0."""
+    """Packed token ids, labels and attention mask; padding is on the right, with id 0, label -100 and mask 0."""
 
     input_ids: Int64[Tensor, "blocks block"]
     labels: Int64[Tensor, "blocks block"]  # input_ids where a token is a target, else -100; not shifted
@@ -32,15 +32,15 @@ class Blocks:
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """The tokens of an example, and which of them are targets.
+    """Return the token ids of an example, and which of them are targets.
 
-    A text is: what the tokenizer puts before every text (usually one begin token), the text, the end token if there is
-    one. All but the beginning are targets. Of a prompt with its completion only the completion and the end token are
-    targets; both are tokenised apart, so that the boundary is the one that generation meets. A conversation is rendered
-    by the tokenizer's chat template; the turns of the assistant, with the token that ends them, are targets.
+    A text is encoded as the tokenizer's prefix (usually the begin token), the text, and the end token, if there is one.
+    All but the prefix are targets. With a prompt, only completion and end token are targets; prompt and completion are
+    tokenized separately, so that the boundary is the same as in generation. A conversation is rendered by the chat
+    template; the assistant's turns, including their end tokens, are targets.
 
     Raises:
-        InputError: A conversation, and the tokenizer has no chat template or one that cannot render it.
+        InputError: The tokenizer has no chat template, or it cannot render the conversation.
     """
     if example.messages:
         return _encode_messages(example, tokenizer)
@@ -54,69 +54,68 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> Encoded:
 
 
 def begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that the tokenizer puts before every text: usually its begin token, or none."""
+    """Return the tokens that the tokenizer adds before a text: usually its begin token, or none."""
     whole, plain = tokenizer("a")["input_ids"], _ids("a", tokenizer)
     starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
     return whole[: starts[0]] if starts else []
 
 
 def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that ends a text, or none."""
+    """Return the end token, or an empty list if the tokenizer has none."""
     token: Any = tokenizer.eos_token_id
     return [] if token is None else [token]
 
 
-def pack_blocks(encoded: Iterable[Encoded], block: int, *, least: int = MIN_TARGETS) -> Blocks:
-    """Packs encoded examples into rows of `block` tokens; every target token is in exactly one place.
+def pack_blocks(encoded: Iterable[Encoded], block: int, *, min_targets: int = MIN_TARGETS) -> Blocks:
+    """Pack encoded examples into rows of `block` tokens; every target token occurs exactly once.
 
-    An example that is longer than a block is cut from its end, so that a completion keeps as much of its prompt as
-    fits; pieces without a target are left out. A piece goes whole into the fullest block that still has room for it,
-    longest pieces first; inside a block and between blocks the order is that of the examples. Pieces in one block see
-    each other. The first token of a block is predicted from nothing, so its label does not count in the usual shifted
-    loss.
+    An example longer than a block is split starting from its end, so that a completion keeps as much of its prompt as
+    fits; pieces without targets are dropped. Pieces are packed by best fit decreasing, and ordered as the examples are,
+    within and between blocks. Pieces in one block attend to each other. The label of the first token of a block does
+    not count in the usual shifted loss.
 
     Raises:
-        InputError: There are fewer than `least` targets.
+        InputError: There are fewer than `min_targets` targets.
     """
     if block < 2:
         raise ValueError(f"block is {block}, expected at least 2")
-    pieces = [piece for ids, is_target in encoded for piece in _cut(ids, is_target, block) if any(piece[1])]
+    pieces = [piece for ids, is_target in encoded for piece in _split(ids, is_target, block) if any(piece[1])]
     targets = sum(sum(is_target) for _, is_target in pieces)
-    if targets < max(least, 1):
+    if targets < max(min_targets, 1):
         raise InputError(
-            f"The data has {targets} tokens to learn from; at least {max(least, 1)} are needed.",
-            fix="give more text: some ten thousand words make a domain",
+            f"The data has {targets} tokens to learn from; at least {max(min_targets, 1)} are needed.",
+            fix="give more text: a domain needs about ten thousand words",
         )
-    groups = _fit([len(ids) for ids, _ in pieces], block)
+    groups = _best_fit([len(ids) for ids, _ in pieces], block)
     return _fill([[pieces[i] for i in group] for group in groups], block)
 
 
-def _cut(ids: list[int], is_target: list[bool], block: int) -> list[Encoded]:
+def _split(ids: list[int], is_target: list[bool], block: int) -> list[Encoded]:
     first = len(ids) % block
     bounds = [0, *range(first or block, len(ids) + 1, block)]
     return [(ids[a:b], is_target[a:b]) for a, b in zip(bounds, bounds[1:], strict=False) if b > a]
 
 
-def _fit(lengths: Sequence[int], block: int) -> list[list[int]]:
-    """Which pieces share a block: best fit, longest first."""
+def _best_fit(lengths: Sequence[int], block: int) -> list[list[int]]:
+    """Assign pieces to blocks by best fit decreasing; return the indices of the pieces of each block."""
     groups: list[list[int]] = []
-    rooms: list[int] = []  # sorted, each once
-    groups_with: dict[int, list[int]] = {}  # room -> groups that have it
+    sizes: list[int] = []  # free tokens of open groups: sorted, without duplicates
+    groups_with: dict[int, list[int]] = {}  # free tokens -> groups
     for piece in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        place = bisect_left(rooms, lengths[piece])
-        if place == len(rooms):
-            room, group = block, len(groups)
+        place = bisect_left(sizes, lengths[piece])
+        if place == len(sizes):
+            free, group = block, len(groups)
             groups.append([])
         else:
-            room = rooms[place]
-            group = groups_with[room].pop()
-            if not groups_with[room]:
-                del groups_with[rooms.pop(place)]
+            free = sizes[place]
+            group = groups_with[free].pop()
+            if not groups_with[free]:
+                del groups_with[sizes.pop(place)]
         groups[group].append(piece)
-        if left := room - lengths[piece]:
-            if left not in groups_with:
-                insort(rooms, left)
-            groups_with.setdefault(left, []).append(group)
+        if remaining := free - lengths[piece]:
+            if remaining not in groups_with:
+                insort(sizes, remaining)
+            groups_with.setdefault(remaining, []).append(group)
     return sorted(sorted(group) for group in groups)
 
 
@@ -134,15 +133,15 @@ def _fill(groups: list[list[Encoded]], block: int) -> Blocks:
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # not verbose: a text longer than the model reads is cut later, no reason for a warning
+    # not verbose: texts longer than the context window are split later, without a warning
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def _following_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of a text that follows another one.
+    """Return the tokens of a text that follows another one.
 
-    A tokenizer of the SentencePiece kind puts a space before whatever it is given. Behind a line break it does not, so
-    the text is tokenised there and the line break taken off again.
+    SentencePiece tokenizers add a space before a text, but not after a line break: so the text is tokenized after a
+    line break, which is then removed.
     """
     ids = _ids(text, tokenizer)
     if not ids or not str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("\u2581"):
@@ -172,10 +171,10 @@ def _encode_messages(example: Example, tokenizer: PreTrainedTokenizerBase) -> En
 def _turn_span(
     messages: list[dict[str, str]], turn: int, whole: str, position: int, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[int, int]:
-    """Where in the rendered conversation the assistant's turn begins and ends, its end token included.
+    """Return start and end of an assistant turn in the rendered conversation, end token included.
 
-    By the lengths of the conversation rendered up to the turn and through it. Some templates render a turn differently
-    once others follow (Qwen3 drops the thinking), then its content is looked for instead.
+    Found by rendering the conversation up to the turn and including it. Some templates render a turn differently if
+    others follow (Qwen3 drops the thinking); then the content of the turn is searched for.
     """
     before = _render(messages[:turn], tokenizer, add_generation_prompt=True) if turn else None
     through = _render(messages[: turn + 1], tokenizer)
@@ -186,7 +185,7 @@ def _turn_span(
     found = whole.find(content, position if begins is None else begins)
     if found < 0:
         raise InputError(
-            "The chat template leaves out a turn of the assistant.",
+            "The chat template leaves out an assistant turn.",
             cause=f"not found in the rendered conversation: {content[:60]!r}",
             fix="write the data as prompt and completion",
         )
@@ -201,7 +200,7 @@ def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, 
     if not tokenizer.chat_template:
         raise InputError(
             "The tokenizer of the base model has no chat template, and the data has conversations.",
-            fix="write the data as prompt and completion, or take an instruct version of the base model",
+            fix="write the data as prompt and completion, or use an instruct version of the base model",
         )
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))

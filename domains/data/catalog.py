@@ -1,7 +1,7 @@
-"""The catalog: which domains are known without any data of the user's own.
+"""The catalog of domain specs: the built-in ones, and those of a folder.
 
-A catalog folder holds one folder per domain, `NAME/domain.toml`, with the files that it names beside it. The built-in
-one is domains/builtin/; a team may keep another one, whose specs win over built-in ones of the same name.
+A catalog folder has one folder per domain, with `NAME/domain.toml` and the files that it names. The built-in catalog is
+domains/builtin/; specs of another folder take precedence over built-in ones of the same name.
 """
 
 import difflib
@@ -14,16 +14,16 @@ BUILTIN = Path(__file__).resolve().parents[1] / "builtin"  # domain specs and co
 
 
 def builtin_domains() -> dict[str, DomainSpec]:
-    """The domains that ship with the program, by name, sorted."""
+    """Return the built-in domain specs by name, sorted."""
     return domains_in(BUILTIN)
 
 
 def domains_in(folder: Path) -> dict[str, DomainSpec]:
-    """The domains of a catalog folder, by name, sorted; folders without a `domain.toml` are passed over.
+    """Return the domain specs of a catalog folder by name, sorted; folders without a `domain.toml` are skipped.
 
     Raises:
         NotFoundError: There is no such folder.
-        InputError: A spec in it cannot be read.
+        InputError: A spec cannot be read.
     """
     if not folder.is_dir():
         raise NotFoundError(f"There is no folder {folder} with domain specs.")
@@ -32,10 +32,10 @@ def domains_in(folder: Path) -> dict[str, DomainSpec]:
 
 
 def find_domain(name: str, folder: Path | None = None) -> DomainSpec:
-    """The spec of a domain, from the folder if one is given and has it, else from the built-in ones.
+    """Return the spec of a domain from `folder`, or else from the built-in catalog.
 
     Raises:
-        NotFoundError: Neither knows the name; the error lists the known ones and the closest.
+        NotFoundError: There is no such spec; the error lists the known names and suggests the closest.
     """
     known = builtin_domains() | (domains_in(folder) if folder else {})
     if name in known:

@@ -34,31 +34,31 @@ _DATA_FIX = 'give a path, "hf:OWNER/NAME", rows such as [{"text": "..."}], a dat
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusCounts:
-    """How much text there is."""
+    """Number of rows and bytes of a corpus."""
 
     rows: int
     bytes: int  # UTF-8 bytes of prompts, completions and messages; choices are not counted
 
 
 def as_sources(data: Data) -> list[Source]:
-    """Return the sources that `data` names or holds, in order; rows that stand directly in a list are one source.
+    """Return the sources that `data` names or contains, in order; all rows directly in a list become one source.
 
     Args:
         data: A path, `hf:owner/name[:config[:split]]`, a list of rows (dicts), a `datasets.Dataset`, a list of any of
-            these, or None for no sources. A string is always one name. Rows are not checked before they are read.
+            these, or None for no sources. A string is always one name. Rows are checked when they are read.
 
     Raises:
-        InputError: The type is another one, or can be read only once.
+        InputError: `data`, or a part of it, has another type, or can be iterated only once.
     """
     return _with_unique_names(_sources(data, "data"))
 
 
 def read_examples(sources: Sequence[Source]) -> Iterator[Example]:
-    """The examples of all sources, in order, each read as it is asked for.
+    """Yield the examples of all sources in order, reading lazily.
 
     Raises:
-        CorpusError: A row cannot be used, or a file holds none; names the file and the line.
-        NotFoundError: There is no such file.
+        CorpusError: A row cannot be used, or a file has no rows; names the file and the line.
+        NotFoundError: A file does not exist.
         InputError: A folder, an unknown suffix, or data that needs a package which is not installed.
     """
     for source in sources:
@@ -69,10 +69,10 @@ def read_examples(sources: Sequence[Source]) -> Iterator[Example]:
 
 
 def check_corpus(sources: Sequence[Source], limit: int = 20) -> list[CorpusError]:
-    """What is wrong with the rows of all sources, at most `limit` of them; empty if every row can be used.
+    """Return the errors of rows that cannot be used, at most `limit`.
 
     Raises:
-        NotFoundError: There is no such file.
+        NotFoundError: A file does not exist.
         InputError: A folder, an unknown suffix, or data that needs a package which is not installed.
     """
     errors = (found for source in sources for found in _read(source) if isinstance(found, CorpusError))
@@ -80,10 +80,10 @@ def check_corpus(sources: Sequence[Source], limit: int = 20) -> list[CorpusError
 
 
 def is_held_out(example: Example, fraction: float) -> bool:
-    """Whether the example belongs to the held-out part.
+    """Return whether an example belongs to the held-out set.
 
-    True if the first 8 bytes of the SHA-256 of its content, as a number in [0, 1), are below the fraction. So the
-    answer never changes when rows are added or shuffled, equal rows are never divided, and a larger fraction only adds
+    True if the first 8 bytes of the SHA-256 of its content, as a number in [0, 1), are below `fraction`. So the result
+    does not change when rows are added or shuffled, equal rows are never separated, and a larger fraction only adds
     rows.
     """
     if not 0 <= fraction <= 1:
@@ -92,10 +92,10 @@ def is_held_out(example: Example, fraction: float) -> bool:
 
 
 def split(examples: Iterable[Example], fraction: float) -> tuple[list[Example], list[Example]]:
-    """The examples to train on and the held-out ones, both in the given order.
+    """Split examples into training set and held-out set, keeping the order.
 
-    The rule is `is_held_out`. If that leaves one side empty although there are two different examples, the one with the
-    smallest digest (largest, if nothing is left to train on) changes sides, with all that equal it.
+    By `is_held_out`. If that leaves one set empty although there are two different examples, the one with the smallest
+    digest (the largest, if the training set is empty) is moved, with all equal ones.
     """
     if not 0 < fraction < 1:
         raise ValueError(f"fraction is {fraction}, expected more than 0 and less than 1")
@@ -110,8 +110,8 @@ def split(examples: Iterable[Example], fraction: float) -> tuple[list[Example], 
     return train, [example for example, digest in keyed if digest in held_out]
 
 
-def first_within(examples: Iterable[Example], max_bytes: int | None) -> list[Example]:
-    """The first examples whose target bytes together stay within a limit; at least one."""
+def limit_bytes(examples: Iterable[Example], max_bytes: int | None) -> list[Example]:
+    """Return the first examples with at most `max_bytes` target bytes in total, but at least one."""
     chosen: list[Example] = []
     total = 0
     for example in examples:
@@ -123,7 +123,7 @@ def first_within(examples: Iterable[Example], max_bytes: int | None) -> list[Exa
 
 
 def corpus_digest(examples: Iterable[Example]) -> str:
-    """`sha256:` and the SHA-256 of the sorted digests of the examples: the same for any order, files and ids."""
+    """Return `sha256:` and the SHA-256 of the sorted digests of the examples, independent of order, files and ids."""
     whole = hashlib.sha256()
     for digest in sorted(example.digest() for example in examples):
         whole.update(digest)
@@ -131,7 +131,7 @@ def corpus_digest(examples: Iterable[Example]) -> str:
 
 
 def corpus_counts(examples: Iterable[Example]) -> CorpusCounts:
-    """How many rows and UTF-8 bytes there are."""
+    """Count rows and UTF-8 bytes."""
     sizes = [_size(example) for example in examples]
     return CorpusCounts(rows=len(sizes), bytes=sum(sizes))
 
@@ -200,7 +200,7 @@ def _type_of(value: object) -> str:
 
 
 def _with_unique_names(sources: Iterable[Source]) -> list[Source]:
-    """Number the row lists after the first, so that errors tell them apart."""
+    """Append a number to names of row lists that occur again, so that errors are unambiguous."""
     found: list[Source] = []
     names: set[str] = set()
     for source in sources:
@@ -215,13 +215,13 @@ def _with_unique_names(sources: Iterable[Source]) -> list[Source]:
 
 
 def _read(source: Source) -> Iterator[Example | CorpusError]:
-    """The examples of one source; a bad row is the error that describes it."""
+    """Yield the examples of one source, and an error in place of each bad row."""
     is_empty = True
     for found in source.read() if isinstance(source, RowList) else _read_stored(source):
         is_empty = False
         yield found
     if is_empty:
-        yield CorpusError(str(source), "is empty: it holds no row")
+        yield CorpusError(str(source), "has no rows")
 
 
 def _read_stored(source: Path | str | HubData) -> Iterator[Example | CorpusError]:
@@ -252,14 +252,14 @@ def _check_file(path: Path) -> str:
     except OSError as error:  # no permission, or the name is too long
         raise InputError(f"{path} cannot be opened.", cause=error.strerror, fix=fix) from error
     if is_folder:
-        raise InputError(f"{path} is a folder, expected a file.", fix=f"name files that end in {_SUFFIXES}")
+        raise InputError(f"{path} is a folder, expected a file.", fix=f"give files that end in {_SUFFIXES}")
     if not is_there:
         raise NotFoundError(f"There is no file {path}.", fix=fix)
     suffixes = [suffix.lower() for suffix in path.suffixes]
     is_compressed = bool(suffixes) and suffixes[-1] in _COMPRESSED
     suffix = "".join(suffixes[-2:-1] if is_compressed else suffixes[-1:])
     if suffix not in READERS and (suffix != ".parquet" or is_compressed):
-        found = f"the suffix {''.join(suffixes[-2:])!r}" if suffix else "no suffix that names a format"
+        found = f"the suffix {''.join(suffixes[-2:])!r}" if suffix else "no suffix of a known format"
         fix = f"use one of {_SUFFIXES}; all but .parquet also as .gz or .xz"
-        raise InputError(f"{path}: the format of the file is unknown.", cause=f"it has {found}", fix=fix)
+        raise InputError(f"{path}: unknown file format.", cause=f"it has {found}", fix=fix)
     return suffix

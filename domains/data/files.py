@@ -1,14 +1,14 @@
-"""Rows of data files, with the number of the line on which each begins.
+"""Read the rows of data files, with the number of the line where each begins.
 
-    .jsonl .ndjson    one JSON value a line; blank lines are passed over
+    .jsonl .ndjson    one JSON value per line; blank lines are skipped
     .json             a list of JSON values; a file that begins with `{` is read as JSONL
-    .csv .tsv         a header, then rows; `choices`, `messages` and `conversations` hold JSON
+    .csv .tsv         a header, then rows; cells of `choices`, `messages` and `conversations` are JSON
     .txt .md          documents separated by two or more blank lines; without such a break the file is one document
 
-Each may be compressed as .gz or .xz. A byte order mark is passed over. No line, record or document may be over 16 MiB.
+Each may be compressed as .gz or .xz. A byte order mark is ignored. No line, record or document may be over 16 MiB.
 
-Whatever is wrong with a row is yielded as a CorpusError in its place, so that a reader can stop at the first one or go
-on and collect them all. The standard library reads everything here.
+Readers yield a CorpusError in place of a bad row, so that a caller can stop at the first or collect all of them. They
+use the standard library only.
 """
 
 import csv
@@ -25,7 +25,7 @@ from ..errors import CorpusError
 from .rows import Row
 
 MAX_LINE_BYTES = 16 * 2**20
-MAX_LIST_BYTES = 2**30  # a JSON list is read whole
+MAX_LIST_BYTES = 2**30  # a JSON list is read into memory
 _TOO_LONG = f"is over {MAX_LINE_BYTES // 2**20} MiB"
 _JSON_COLUMNS = ("choices", "messages", "conversations")
 _OPENERS: dict[str, Callable[..., IO[bytes]]] = {".gz": gzip.open, ".xz": lzma.open}  # pyright: ignore[reportAssignmentType]
@@ -34,7 +34,7 @@ Rows = Iterator[Row | CorpusError]
 
 
 def read_rows(path: Path, suffix: str) -> Rows:
-    """The rows of a file, read as the suffix says (without .gz or .xz), and what is wrong with those that are bad."""
+    """Yield the rows of a file in the format `suffix` (without .gz or .xz), and an error for each bad row."""
     opener = _OPENERS.get(path.suffix.lower(), open)
     try:
         with opener(path, "rb") as file:
@@ -58,7 +58,7 @@ def _parse_line(path: Path, line: int, text: str) -> Row | CorpusError:
         return Row(line, json.loads(text))
     except json.JSONDecodeError as error:
         return CorpusError(path, f"bad JSON at column {error.colno}: {error.msg}", line=line)
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits; lists nested 100,000 deep
+    except (ValueError, RecursionError) as error:  # such as 5,000 digits, or 100,000 nested lists
         return CorpusError(path, f"bad JSON: {error}", line=line)
 
 
@@ -70,7 +70,7 @@ def _read_json(path: Path, file: IO[bytes]) -> Rows:
         return
     data = file.read(MAX_LIST_BYTES + 1)
     if len(data) > MAX_LIST_BYTES:
-        yield CorpusError(path, "is over 1 GiB", fix="write it as JSONL, which is read line by line")
+        yield CorpusError(path, "is over 1 GiB", fix="convert it to JSONL, which is read line by line")
         return
     try:
         text = data.decode("utf-8-sig")
@@ -82,13 +82,13 @@ def _read_json(path: Path, file: IO[bytes]) -> Rows:
 
 
 def _parse_list(path: Path, text: str) -> Rows:
-    """The items of a JSON list; what is wrong ends the list, because nothing after it can be trusted."""
+    """Yield the items of a JSON list up to the first error, after which positions are unreliable."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
     position = _after(r"\s*\[\s*", text, 0)
     if position is None:
         found = text.lstrip()[:1]
         yield CorpusError(
-            path, f"bad JSON: expected a list, found {found!r}", fix="write a list, or one row a line (.jsonl)"
+            path, f"bad JSON: expected a list, found {found!r}", fix="write a list, or one row per line (.jsonl)"
         )
         return
     if _after(r"\]\s*$", text, position) is not None:
@@ -114,7 +114,7 @@ def _parse_list(path: Path, text: str) -> Rows:
 
 
 def _after(pattern: str, text: str, position: int) -> int | None:
-    """Where the pattern ends if it matches there."""
+    """Return the end of a match of `pattern` at `position`, or None."""
     found = re.compile(pattern).match(text, position)
     return found.end() if found else None
 
@@ -148,7 +148,7 @@ def _read_table(path: Path, file: IO[bytes], *, delimiter: str) -> Rows:
         if header is None:
             header = [cell.strip() for cell in cells]
             if len(set(header)) < len(header):
-                yield CorpusError(path, "the header names a column twice", line=line)
+                yield CorpusError(path, "the header has a duplicate column", line=line)
                 return
         else:
             yield _table_row(path, line, header, cells)
@@ -168,7 +168,7 @@ def _table_row(path: Path, line: int, header: list[str], cells: list[str]) -> Ro
 
 
 def _next_record(reader: Any) -> list[str]:
-    # the limit is the interpreter's, 128 KiB by default: too small for documents, so it is lifted for one record
+    # the limit is global and 128 KiB by default, too small for documents: raised for one record
     limit = csv.field_size_limit(MAX_LINE_BYTES)
     try:
         return next(reader)
@@ -177,7 +177,7 @@ def _next_record(reader: Any) -> list[str]:
 
 
 def _csv_lines(path: Path, file: IO[bytes], problems: list[CorpusError]) -> Iterator[str]:
-    # a blank line stands for a line that cannot be read: raising here would end the reader
+    # a blank line replaces an unreadable one: an exception here would end the reader
     for _, text in _lines(path, file):
         if isinstance(text, CorpusError):
             problems.append(text)
@@ -214,7 +214,7 @@ def _document(path: Path, line: int, lines: list[str], size: int) -> Row | Corpu
 
 
 def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[int, str | CorpusError]]:
-    """The lines of a file from 1, decoded; at most one line is held in memory, and of a longer one nothing is kept."""
+    """Yield decoded lines with their numbers, from 1; the rest of a line over the limit is skipped, not kept."""
     line = 0
     while data := file.readline(MAX_LINE_BYTES + 1):
         line += 1

@@ -1,7 +1,4 @@
-"""Rows of Parquet files and of data sets on the Hugging Face Hub, through the optional package `datasets`.
-
-Both are read as streams: nothing is downloaded that is not read.
-"""
+"""Stream rows from Parquet files and Hugging Face Hub data sets, using the optional package `datasets`."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -13,7 +10,7 @@ from .spec import HubData
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    """The rows of a Parquet file, numbered from 1.
+    """Yield the rows of a Parquet file, numbered from 1.
 
     Raises:
         InputError: `datasets` is not installed, or the file is not Parquet.
@@ -27,10 +24,10 @@ def read_parquet(path: Path) -> Iterator[Row]:
 
 
 def read_hub(data: HubData) -> Iterator[Row]:
-    """The rows of a Hub data set, numbered from 1, with its columns under our keys.
+    """Yield the rows of a Hub data set, numbered from 1, with columns renamed as `data.columns` specifies.
 
     Raises:
-        NotFoundError: There is no such data set.
+        NotFoundError: The data set does not exist.
         InputError: `datasets` is not installed, or the data set has no such config, split or column.
         RemoteError: The Hub cannot be reached.
     """
@@ -44,7 +41,7 @@ def read_hub(data: HubData) -> Iterator[Row]:
         raise RemoteError(f"{data} cannot be read from the Hub.", cause=str(error)) from error
     except ValueError as error:
         raise InputError(
-            f"{data} cannot be read.", cause=str(error), fix="check config and split on its page"
+            f"{data} cannot be read.", cause=str(error), fix="check config and split on the page of the data set"
         ) from error
 
 

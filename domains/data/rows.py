@@ -1,4 +1,4 @@
-"""What a row of a data file means: from an object with one of the known sets of keys to an Example.
+"""Convert rows, objects with one of the known sets of keys, to examples.
 
     {"text": ...}
     {"prompt": ..., "completion": ..., "choices": [...]}                choices are optional
@@ -6,8 +6,8 @@
     {"instruction": ..., "input": ..., "output": ...}                   Alpaca; input is optional
     {"conversations": [{"from": "human", "value": ...}, ...]}           ShareGPT
 
-The first form whose keys are all there with something in them is taken, in this order; other keys are ignored. `id`, a
-string or a number, is kept as a label. Null counts as not there. Text is kept as it is and must be UTF-8 without NUL.
+The first form whose keys are all present and not empty is used, in this order; other keys are ignored. `id`, a string
+or an integer, is kept as a label. A null value counts as missing. Text is not changed; it must be UTF-8 without NUL.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,18 +32,18 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A row as it was parsed, and where it began."""
+    """Parsed row and its position."""
 
-    line: int  # counted from 1; for data without lines the number of the row
+    line: int  # from 1; for data without lines, the number of the row
     value: object
 
 
 class BadRowError(ValueError):
-    """What is wrong with a row; becomes a CorpusError once file and line are known."""
+    """Problem of a row; converted to a CorpusError once file and line are known."""
 
 
 def to_example(row: Row, source: str) -> Example:
-    """The example that a row describes.
+    """Return the example that a row describes.
 
     Raises:
         CorpusError: The row is not an object, has no known keys, or a value cannot be used.
@@ -109,7 +109,7 @@ def _messages(row: Mapping[str, Any], key: str) -> tuple[tuple[str, str], ...]:
         raise BadRowError(f"{key!r} is {_kind(turns)}, expected a list of messages that is not empty")
     messages = tuple(_message(turn, f"{key}[{i}]") for i, turn in enumerate(turns))
     if "assistant" not in {role for role, _ in messages}:
-        raise BadRowError(f"{key!r} has no message of the assistant: nothing could be learned")
+        raise BadRowError(f"{key!r} has no assistant message, so there is nothing to learn")
     return messages
 
 
@@ -132,7 +132,7 @@ def _choices(value: object) -> tuple[str, ...]:
         raise BadRowError(f"'choices' is {_kind(value)}, expected a list of two or more strings")
     choices = tuple(_checked(choice, f"choices[{i}]") for i, choice in enumerate(value))
     if len(set(choices)) < len(choices):
-        raise BadRowError("'choices' has the same choice twice")
+        raise BadRowError("'choices' has duplicates")
     return choices
 
 
@@ -162,7 +162,7 @@ def _checked(value: object, what: str, *, may_be_empty: bool = False) -> str:
 
 
 def _kind(value: object) -> str:
-    """A value's type in the words of JSON."""
+    """Name the type of a value in JSON's terms."""
     if value is None:
         return "null"
     kinds = {bool: "a boolean", str: "a string", int: "a number", float: "a number"}

@@ -1,19 +1,19 @@
-"""DomainSpec: the definition of a domain that people write as TOML, and where its data is.
+"""Domain specs: TOML files that describe a domain and where its data is.
 
     description = "Clinical notes, pharmacology, anatomy."
     license = "Apache-2.0"
     corpus = "corpus.jsonl"           # optional; relative to the folder of the TOML file
     questions = "questions.jsonl"     # optional
 
-    [[hub]]                           # optional, any number: data sets of the Hugging Face Hub to use for real
+    [[hub]]                           # optional, any number: larger data sets on the Hugging Face Hub
     id = "qiaojin/PubMedQA"
     config = "pqa_artificial"         # optional
     split = "train"                   # optional
-    columns = { prompt = "question", completion = "long_answer" }     # optional: our key = their column
+    columns = { prompt = "question", completion = "long_answer" }     # optional: row key = column
     note = "MIT"                      # optional
 
-`name` may be given; in a file it is the name of the folder otherwise. Unknown, missing and wrong-typed keys are refused
-by name. Nothing is looked up: a path that does not exist is an error only when the file is read.
+`name` is optional in a file; the default is the name of its folder. Unknown and missing keys and values of the wrong
+type are errors. Paths are not checked until a file is read.
 """
 
 import re
@@ -31,17 +31,17 @@ _HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 @dataclass(frozen=True, kw_only=True)
 class HubData:
-    """One data set of the Hugging Face Hub, and which of its columns are read."""
+    """Data set on the Hugging Face Hub, and the columns to read."""
 
     id: str  # owner/name
     config: str | None = None
     split: str = "train"
-    columns: Mapping[str, str] = field(default_factory=dict, hash=False)  # our key -> their column; empty: as they are
-    note: str = ""  # the licence, and what a reader should know
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)  # row key -> column; empty: unchanged
+    note: str = ""  # licence and description
 
     @classmethod
     def from_dict(cls, data: object, *, source: str | Path) -> "HubData":
-        """The data set that a `[[hub]]` table describes.
+        """Return the data set that a `[[hub]]` table describes.
 
         Raises:
             InputError: A key is unknown, missing or of the wrong type.
@@ -58,16 +58,16 @@ class HubData:
 
     @classmethod
     def parse(cls, text: str) -> "HubData":
-        """The data set named by `hf:owner/name[:config[:split]]`; the config may be empty. The inverse of `str`.
+        """Parse `hf:owner/name[:config[:split]]`, the inverse of `str`; the config may be empty.
 
-        Columns and note are no part of the name.
+        Columns and note are not part of the text.
 
         Raises:
             InputError: The text has another form.
         """
         name, config, split, *more = [*text.removeprefix("hf:").split(":"), "", ""]
         if len(more) > 2 or text.endswith(":"):
-            raise InputError(f"{text!r} does not name a Hub data set.", fix="write hf:OWNER/NAME[:CONFIG[:SPLIT]]")
+            raise InputError(f"{text!r} is not a valid Hub data set.", fix="write hf:OWNER/NAME[:CONFIG[:SPLIT]]")
         return cls(id=check_hub_id(name, source=text), config=config or None, split=split or "train")
 
     def __str__(self) -> str:
@@ -77,21 +77,21 @@ class HubData:
 
 @dataclass(frozen=True, kw_only=True)
 class DomainSpec:
-    """A domain: what it is about, and where its text and its questions are."""
+    """Description of a domain, and the paths of its corpus and questions."""
 
     name: str
     description: str
     license: str  # SPDX identifier of the corpus
-    corpus: Path | None = None  # rows to learn from
+    corpus: Path | None = None  # rows to train on
     questions: Path | None = None  # rows with choices, for evaluation
     hub: tuple[HubData, ...] = ()
 
     @classmethod
     def from_dict(cls, data: object, *, source: str | Path, folder: Path | None = None) -> "DomainSpec":
-        """The spec that parsed TOML describes; `corpus` and `questions` are relative to the folder.
+        """Return the spec that parsed TOML describes; `corpus` and `questions` are relative to `folder`.
 
         Raises:
-            InputError: A key is unknown, missing or of the wrong type, or the name cannot be a domain's.
+            InputError: A key is unknown, missing or of the wrong type, or the name is not valid.
         """
         table = _Table(data, source)
         table.check_keys(required={"name", "description", "license"}, optional={"corpus", "questions", "hub"})
@@ -106,11 +106,11 @@ class DomainSpec:
 
     @classmethod
     def load(cls, path: Path) -> "DomainSpec":
-        """The spec in a TOML file; its name is that of the folder (`medicine/domain.toml`) unless the file gives one.
+        """Read a spec from a TOML file; the default name is that of its folder (`medicine/domain.toml`).
 
         Raises:
-            NotFoundError: There is no such file.
-            InputError: It is not TOML, or not a domain spec.
+            NotFoundError: The file does not exist.
+            InputError: The file is not TOML, or not a domain spec.
         """
         try:
             data = tomllib.loads(path.read_text(encoding="utf-8-sig"))
@@ -123,18 +123,18 @@ class DomainSpec:
 
 
 def check_hub_id(text: str, *, source: str | Path) -> str:
-    """The id of a Hub data set as it came.
+    """Return `text` unchanged if it is the id of a Hub data set.
 
     Raises:
-        InputError: It is not `owner/name`.
+        InputError: The text is not `owner/name`.
     """
     if not re.fullmatch(_HUB_ID, text):
-        raise InputError(f"{source}: {text!r} is not the id of a Hub data set.", cause="expected 'owner/name'")
+        raise InputError(f"{source}: {text!r} is not a valid Hub data set id.", cause="expected 'owner/name'")
     return text
 
 
 class _Table:
-    """A parsed TOML table whose values are taken out with their type checked."""
+    """Parsed TOML table with type-checked access."""
 
     def __init__(self, data: object, source: str | Path):
         if not isinstance(data, dict):
@@ -152,7 +152,7 @@ class _Table:
     def text(self, key: str) -> str:
         value = self.data[key]
         if not isinstance(value, str) or not value.strip():
-            raise self._wrong(key, "a string that is not empty")
+            raise self._wrong(key, "a non-empty string")
         return value
 
     def optional_text(self, key: str) -> str | None:

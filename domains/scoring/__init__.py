@@ -1,1 +1,1 @@
-"""Score a model on text and on multiple-choice questions."""
+"""Scores of a model on text and on multiple-choice questions."""

@@ -1,7 +1,7 @@
-"""Scores on held-out text: bits per byte. Questions with choices are in choices.py.
+"""Bits per byte on held-out text. Multiple-choice questions are scored in choices.py.
 
-The model is any causal language model of transformers, called as `model(input_ids=..., attention_mask=...).logits`. It
-stays on its device and is read in evaluation mode; afterwards each of its modules is in the mode it was in.
+The model is any causal language model of transformers, called as `model(input_ids=..., attention_mask=...).logits`, on
+its device and in evaluation mode; the training mode of each module is restored afterwards.
 """
 
 import math
@@ -17,31 +17,31 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..data.blocks import begin_ids, encode, end_ids
-from ..data.corpus import first_within
+from ..data.corpus import limit_bytes
 from ..data.example import Example
 from ..errors import InputError
 from ..statistics.intervals import DRAWS, percentile_interval, ratio_draws
 
-# the texts that the rows of a batch belong to, and which positions predicted a counted token: (rows, length)
+# index of the text of each row, and a mask of the positions that predicted a counted token
 OnBatch = Callable[[Sequence[int], Bool[Tensor, "rows length"]], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageScore:
-    """How well a model predicts text; lower is better."""
+    """Bits per byte of a model on texts; lower is better."""
 
     bits_per_byte: float  # nats / ln 2 / bytes
     nats: float  # negative log likelihood of all counted tokens
     bytes: int  # UTF-8 bytes of the target text
     tokens: int  # counted tokens
     texts: int  # examples
-    text_nats: tuple[float, ...]  # of each example, in the given order
+    text_nats: tuple[float, ...]  # per example, in the given order
     text_bytes: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class _Window:
-    """Tokens that are read in one go, and which of them count for which text."""
+    """Tokens of one text in one forward pass, and which of them are counted."""
 
     text: int
     ids: list[int]
@@ -59,31 +59,31 @@ def score_language(
     on_progress: Callable[[int, int], None] | None = None,
     on_batch: OnBatch | None = None,
 ) -> LanguageScore:
-    """Bits per UTF-8 byte of the target text: total nats / ln 2 / total bytes.
+    """Compute bits per UTF-8 byte of the target text: total nats / ln 2 / total bytes.
 
-    Counted are the target tokens of `encode` (all of a text, the completion after a prompt, the assistant's turns) but
-    for begin and end tokens, and the bytes of the same text; a space put between prompt and completion belongs to its
-    first token and is not counted as a byte. Each example is read from its beginning in consecutive windows of at most
-    `block` tokens. Each window begins with what the tokenizer puts before a text, else its begin token, else its end
-    token; if it has none of them, the first token of each window is not counted although its bytes are.
+    Counted are the target tokens of `encode` (of a text all, else the completion or the assistant's turns) except begin
+    and end tokens, and the bytes of the same text; a space that is added between prompt and completion is part of the
+    first token and not counted as a byte. Each example is read from its start in consecutive windows of at most `block`
+    tokens. Each window begins with the tokenizer's prefix, else its begin token, else its end token; if there is none,
+    the first token of each window is not counted although its bytes are.
 
-    Log-probabilities are computed in float32 and added up in float64. Batch size and padding change nothing but the
-    order of float32 additions inside the model.
+    Log-probabilities are computed in float32 and summed in float64. Batch size and padding change only the order of
+    float32 additions in the model.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer.
         examples: Held-out examples.
-        block: Tokens of a window, its beginning included.
-        batch: Windows that are read at once.
-        max_bytes: Only the first examples are read whose bytes together stay within this; at least one is.
-        on_progress: Told how many windows are done, of how many.
-        on_batch: Called after each forward pass of the model, while whatever it left behind can still be read.
+        block: Tokens per window, including its prefix.
+        batch: Windows per forward pass.
+        max_bytes: Read only the first examples up to this total of target bytes, but at least one.
+        on_progress: Called with the number of finished windows and their total.
+        on_batch: Called after each forward pass, while state that the model keeps of it can still be read.
 
     Raises:
         InputError: There is nothing to score.
     """
-    chosen = first_within(examples, max_bytes)
+    chosen = limit_bytes(examples, max_bytes)
     windows = [window for i, example in enumerate(chosen) for window in _windows(example, i, tokenizer, block)]
     nats = [0.0] * len(chosen)
     for window, value in _window_nats(model, windows, batch, on_progress, on_batch):
@@ -103,7 +103,7 @@ def score_language(
 
 
 def confidence_interval(score: LanguageScore, *, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of bits per byte, by the percentile bootstrap over texts."""
+    """Return the 95 % interval of bits per byte, by the percentile bootstrap over texts."""
     ratios = ratio_draws([score.text_nats], score.text_bytes, draws=draws, seed=seed)
     interval = percentile_interval(ratios / math.log(2))
     assert interval is not None
@@ -111,7 +111,7 @@ def confidence_interval(score: LanguageScore, *, draws: int = DRAWS, seed: int =
 
 
 def _windows(example: Example, text: int, tokenizer: PreTrainedTokenizerBase, block: int) -> Iterator[_Window]:
-    """The windows of an example in which something counts."""
+    """Yield the windows of an example that have a counted token."""
     start = start_ids(tokenizer)
     room = block - len(start)
     if room < 1:
@@ -126,7 +126,7 @@ def _windows(example: Example, text: int, tokenizer: PreTrainedTokenizerBase, bl
 
 
 def start_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What a window begins with: what the tokenizer puts before a text, else its begin token, else its end token."""
+    """Return the prefix of a window: the tokenizer's prefix of a text, else its begin token, else its end token."""
     return begin_ids(tokenizer) or _bos_ids(tokenizer) or end_ids(tokenizer)
 
 
@@ -142,7 +142,7 @@ def _window_nats(
     on_progress: Callable[[int, int], None] | None,
     on_batch: OnBatch | None,
 ) -> Iterator[tuple[_Window, float]]:
-    """Each window with the nats of its counted tokens; longest first, so that too big a batch fails at once."""
+    """Yield each window with the nats of its counted tokens; longest first, so that lack of memory shows early."""
     by_length = sorted(windows, key=lambda window: -len(window.ids))
     for first in range(0, len(by_length), batch):
         rows = by_length[first : first + batch]
@@ -150,7 +150,7 @@ def _window_nats(
             nats = _batch_nats(model, rows)
             if on_batch:
                 # position t predicts token t + 1
-                predicts = padded([row.counts[1:] for row in rows]).bool()
+                predicts = pad_rows([row.counts[1:] for row in rows]).bool()
                 on_batch([row.text for row in rows], predicts)
         yield from zip(rows, nats, strict=True)
         if on_progress:
@@ -159,9 +159,9 @@ def _window_nats(
 
 def _batch_nats(model: nn.Module, rows: Sequence[_Window]) -> list[float]:
     device = next(model.parameters()).device
-    ids, counts = padded([row.ids for row in rows]), padded([row.counts for row in rows]).bool()
-    mask = padded([[1] * len(row.ids) for row in rows])
-    # what comes before the first token that counts is given, so it may be read as a whole
+    ids, counts = pad_rows([row.ids for row in rows]), pad_rows([row.counts for row in rows]).bool()
+    mask = pad_rows([[1] * len(row.ids) for row in rows])
+    # tokens before the first counted one are given, so they are a prompt
     with reading_prompts(model, [row.counts.index(True) for row in rows]):
         logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
     counted = counts[:, 1:]
@@ -171,24 +171,24 @@ def _batch_nats(model: nn.Module, rows: Sequence[_Window]) -> list[float]:
 
 
 def reading_prompts(model: nn.Module, lengths: Sequence[int]) -> AbstractContextManager[None]:
-    """Lets a model that can read prompts as a whole do so: a composed model, whose slot gates are causal otherwise.
+    """Enter `model.reading_prompts`, which composed models have: slot gates of a prompt are then not causal.
 
     Args:
         model: Any model.
-        lengths: Positions of each row's prompt.
+        lengths: Prompt length of each row.
     """
     reader = getattr(model, "reading_prompts", None)
     return nullcontext() if reader is None else reader(lengths)
 
 
-def padded(rows: Sequence[Sequence[int]]) -> Int64[Tensor, "rows length"]:
-    """Rows of different lengths as one tensor, zeros behind."""
+def pad_rows(rows: Sequence[Sequence[int]]) -> Int64[Tensor, "rows length"]:
+    """Stack rows of different lengths, padded with zeros on the right."""
     return nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True)
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """While it is open, every module is in evaluation mode; afterwards each is as it was."""
+    """Set all modules to evaluation mode, and restore the mode of each on exit."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""Which rows of a domain are questions. No torch.
+"""Select the multiple-choice questions of a domain; imports no torch.
 
-A row with `choices` is a question. Rows of prompt and completion whose completions form a small closed set, each of
-which repeats, are a classification task: their choices are all completions of the domain's data.
+A row with `choices` is a question. Rows of prompt and completion are a classification task if their completions form a
+small set of labels that repeat: then the choices of each row are all labels of the domain's data.
 """
 
 from collections import Counter
@@ -11,16 +11,16 @@ from typing import Final
 
 from ..data.example import Example
 
-MAX_LABELS: Final = 150  # of a classification task
+MAX_LABELS: Final = 150
 MIN_REPEATS: Final = 2  # of each label
 MIN_ROWS_PER_LABEL: Final = 4  # on average
 
 
 def find_labels(examples: Iterable[Example]) -> tuple[str, ...]:
-    """The labels of a classification task, sorted; none if the examples are not one.
+    """Return the sorted labels of a classification task, or an empty tuple if the examples are not one.
 
-    They are one if every example has a prompt, no messages and no choices of its own, and there are 2 to `MAX_LABELS`
-    different completions, each on one line, each at least twice, and four rows for each on average.
+    They are one if every example has a prompt, no messages and no choices, and there are 2 to `MAX_LABELS` different
+    completions of one line, each at least `MIN_REPEATS` times, and `MIN_ROWS_PER_LABEL` rows per label on average.
     """
     counts: Counter[str] = Counter()
     for example in examples:
@@ -32,7 +32,7 @@ def find_labels(examples: Iterable[Example]) -> tuple[str, ...]:
 
 
 def find_questions(examples: Sequence[Example], labels: Sequence[str] = ()) -> list[Example]:
-    """The examples that are questions: those with choices, and, if there are labels, those answered by one of them."""
+    """Return the examples that have choices or a label as their completion; the latter get `labels` as choices."""
     return [
         example if example.choices else replace(example, choices=tuple(labels))
         for example in examples

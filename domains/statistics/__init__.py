@@ -1,1 +1,1 @@
-"""Additive statistics, prototypes, and confidence intervals of a domain's text."""
+"""Additive statistics and prototypes of a domain's text, and confidence intervals."""

@@ -1,8 +1,8 @@
-"""Prototypes: a few unit vectors that stand for a domain's text, and the FAISS index that finds the nearest.
+"""Prototypes: unit vectors that represent a domain's text, and a FAISS index for nearest domains.
 
-A prototype is a k-means centroid of block-mean features, taken relative to the mean of general text: raw hidden states
-share a large common part, and without it being taken out every domain looks like every other. An index is always
-rebuilt from stored vectors; an index file is never read.
+A prototype is a k-means centroid of block-mean features, relative to the mean of general text: raw hidden states share
+a large common component, so that without centring all domains look alike. The index is always rebuilt from stored
+vectors; no index file is read.
 """
 
 from collections.abc import Sequence
@@ -17,29 +17,29 @@ from torch import Tensor
 
 MAX_PROTOTYPES = 16
 BLOCKS_PER_PROTOTYPE = 4
-NEAR_DUPLICATE = 0.90  # similarity from which two domains are probably one (docs/log.md)
+NEAR_DUPLICATE = 0.90  # minimum similarity of two domains that are probably the same (docs/log.md)
 SEED = 1234
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A stored domain and how like a text it is."""
+    """Stored domain and its similarity to a text."""
 
     name: str
     similarity: float  # mean cosine of the text's prototypes to the domain's nearest ones, in [-1, 1]
 
 
-def near_duplicate(neighbours: Sequence[Neighbour]) -> Neighbour | None:
-    """The nearest domain, if its text is so like that it is probably the same domain."""
+def find_near_duplicate(neighbours: Sequence[Neighbour]) -> Neighbour | None:
+    """Return the first neighbour with a similarity of at least `NEAR_DUPLICATE`, if there is one."""
     return next((near for near in neighbours if near.similarity >= NEAR_DUPLICATE), None)
 
 
 def make_prototypes(
     block_means: Float[Tensor, "blocks features"], centre: Float[Tensor, " features"]
 ) -> Float[Tensor, "prototypes features"]:
-    """Spherical k-means centroids of the blocks' features around `centre`, as unit vectors.
+    """Return the spherical k-means centroids of block features relative to `centre`, as unit vectors.
 
-    Their number grows with the text, from 1 to `MAX_PROTOTYPES`.
+    Their number grows with the number of blocks, from 1 to `MAX_PROTOTYPES`.
     """
     points = F.normalize(block_means.float() - centre.float(), dim=-1)
     count = max(1, min(MAX_PROTOTYPES, len(points) // BLOCKS_PER_PROTOTYPE))
@@ -49,9 +49,9 @@ def make_prototypes(
 def join_prototypes(
     parts: Sequence[Float[Tensor, "_ features"]], shares: Sequence[float]
 ) -> Float[Tensor, "prototypes features"]:
-    """The prototypes of several texts as those of the whole text; `shares` says how much of it each text is.
+    """Merge the prototypes of several texts; `shares` are the shares of the texts in the whole.
 
-    Where they are more than `MAX_PROTOTYPES`, they are clustered, each with the weight of the text it stands for.
+    If there are more than `MAX_PROTOTYPES`, they are clustered, weighted by the amount of text they represent.
     """
     vectors = torch.cat([part.float() for part in parts])
     if len(vectors) <= MAX_PROTOTYPES:
@@ -62,7 +62,7 @@ def join_prototypes(
 
 
 def cluster(points: np.ndarray, count: int, *, spherical: bool, weights: np.ndarray | None = None) -> np.ndarray:
-    """Centroids of k-means, the same for the same points: one thread, fixed seed."""
+    """Return k-means centroids, deterministic by one thread and a fixed seed."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
@@ -76,7 +76,7 @@ def cluster(points: np.ndarray, count: int, *, spherical: bool, weights: np.ndar
 
 
 class PrototypeIndex:
-    """The prototypes of all stored domains in one exact inner-product index."""
+    """Exact inner-product index over the prototypes of all stored domains."""
 
     def __init__(self, owners: Sequence[str], prototypes: Sequence[Float[Tensor, "prototypes features"]]):
         self._names = tuple(owners)
@@ -88,7 +88,7 @@ class PrototypeIndex:
             self._index.add(vectors)
 
     def neighbours(self, prototypes: Float[Tensor, "queries features"]) -> list[Neighbour]:
-        """Every stored domain with its similarity to these prototypes, nearest first."""
+        """Return all stored domains with their similarity to these prototypes, nearest first."""
         if self._index is None:
             return []
         queries = F.normalize(prototypes.float(), dim=-1).contiguous().numpy()

@@ -1,14 +1,14 @@
-"""DomainStatistics: what the domain router needs to know of a domain's text, as sums that add up.
+"""DomainStatistics: additive sufficient statistics of a domain's text, from which the router is computed.
 
-Three kinds of sums stand for the text, which itself is never stored:
+The text itself is not stored, only sums:
 
-- token counts, and counts of pairs of neighbouring tokens hashed into 65,536 buckets, for the token evidence (naive
-  Bayes); what was counted only once is dropped before it is stored (docs/threat-model.md says what that leaves);
-- number, sum and sum of outer products of hidden-state features, for the hidden-state evidence (linear discriminant
-  analysis). Features are a fixed projection of the hidden state that enters the first expert-bearing layer: a function
-  of the frozen base model alone, so they never go stale.
+- token counts, and counts of token bigrams hashed into 65,536 buckets, for the token evidence (naive Bayes); counts of
+  one are dropped before storing (docs/threat-model.md describes what remains);
+- number, sum and sum of outer products of feature vectors, for the hidden-state evidence (linear discriminant
+  analysis). Features are a fixed projection of the input of the first layer with experts: they depend on the frozen
+  base model only, so they stay valid.
 
-The statistics of two texts together are the sum of their statistics, in any order, and subtracting one removes it.
+The statistics of two texts combined are the sum of their statistics, in any order; subtraction removes a text.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,10 +23,10 @@ from ..base_model import ModelLayout, hidden_states_at
 from ..data.blocks import Blocks
 from ..errors import IncompatibleError
 
-MIN_COUNT = 2  # tokens and buckets of pairs with less are dropped
+MIN_COUNT = 2  # lower counts of tokens and pair buckets are dropped
 PAIR_BUCKETS = 1 << 16
 MAX_FEATURES = 256
-MAX_TOKENS = 1 << 22  # of a vocabulary; what is said of one is not believed beyond
+MAX_TOKENS = 1 << 22  # limit on the vocabulary size that stored tensors may claim
 PROJECTION_SEED = 20260107
 
 
@@ -36,7 +36,7 @@ class DomainStatistics:
 
     token_counts: Int64[Tensor, " vocabulary"]
     pair_counts: Int64[Tensor, " buckets"]
-    rows: float  # how many feature vectors are summed
+    rows: float  # number of summed feature vectors
     feature_sum: Float[Tensor, " features"]  # float64
     feature_outer: Float[Tensor, "features features"]  # float64
 
@@ -62,21 +62,21 @@ class DomainStatistics:
 
     @property
     def feature_mean(self) -> Float[Tensor, " features"]:
-        """The mean feature vector, float64; zero where there are no rows."""
+        """Mean feature vector, float64; zero if there are no rows."""
         return self.feature_sum / max(self.rows, 1.0)
 
     @property
-    def min_count(self) -> int:
-        """The smallest count of a token or a bucket; 0 or more unless something was taken away that was never added."""
+    def smallest_count(self) -> int:
+        """Smallest count of a token or bucket; negative if more was subtracted than added."""
         return int(min(self.token_counts.min().item(), self.pair_counts.min().item()))
 
     def without_rare_tokens(self) -> "DomainStatistics":
-        """The same with every count of a token or a bucket under `MIN_COUNT` dropped."""
+        """Return a copy with counts below `MIN_COUNT` set to zero."""
         tokens, pairs = (torch.where(c < MIN_COUNT, 0, c) for c in (self.token_counts, self.pair_counts))
         return DomainStatistics(tokens, pairs, self.rows, self.feature_sum, self.feature_outer)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As tensors to be stored; counts as ids and counts of what is there."""
+        """Return the tensors to store; counts are sparse, as ids and values."""
         ids = self.token_counts.nonzero().flatten()
         buckets = self.pair_counts.nonzero().flatten()
         return {
@@ -92,14 +92,14 @@ class DomainStatistics:
 
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "DomainStatistics":
-        """The inverse of `tensors`.
+        """Restore statistics from the result of `tensors`.
 
         Raises:
-            KeyError, IndexError, RuntimeError, ValueError: The tensors do not fit together.
+            KeyError, IndexError, RuntimeError, ValueError: The tensors are inconsistent.
         """
         vocabulary = int(tensors["vocabulary"].item())
         if not 1 <= vocabulary <= MAX_TOKENS:
-            raise ValueError(f"a vocabulary of {vocabulary} tokens; 1 to {MAX_TOKENS} are possible")
+            raise ValueError(f"vocabulary of {vocabulary} tokens, expected 1 to {MAX_TOKENS}")
         counts = torch.zeros(vocabulary, dtype=torch.int64)
         counts[tensors["token_ids"].long()] = tensors["token_counts"].long()
         pairs = torch.zeros(PAIR_BUCKETS, dtype=torch.int64)
@@ -111,18 +111,18 @@ class DomainStatistics:
         theirs = (len(other.token_counts), len(other.feature_sum))
         if mine != theirs:
             raise IncompatibleError(
-                "Statistics of two base models do not add up.",
+                "Statistics of different base models cannot be added.",
                 cause=f"(vocabulary, features) is {mine} and {theirs}",
             )
 
 
 def pair_buckets(before: Int64[Tensor, "*tokens"], ids: Int64[Tensor, "*tokens"]) -> Int64[Tensor, "*tokens"]:
-    """The bucket of each pair of a token and the one before it: a fixed hash, so that counts of all packs add up."""
+    """Return the bucket of each token and its predecessor: a fixed hash, so that counts of packs can be added."""
     return (ids * 31337 + before * 7919) % PAIR_BUCKETS
 
 
 def feature_projection(width: int) -> Float[Tensor, "features width"] | None:
-    """The fixed projection of hidden states of this width; None where they are small enough to be used whole."""
+    """Return the fixed random projection for hidden states of this width, or None up to `MAX_FEATURES`."""
     if width <= MAX_FEATURES:
         return None
     generator = torch.Generator().manual_seed(PROJECTION_SEED)
@@ -132,7 +132,7 @@ def feature_projection(width: int) -> Float[Tensor, "features width"] | None:
 def hidden_features(
     hidden: Float[Tensor, "batch seq width"], projection: Float[Tensor, "features width"] | None
 ) -> Float[Tensor, "batch seq features"]:
-    """Hidden states at unit root mean square, projected; float32."""
+    """Normalise hidden states to unit root mean square and project them, in float32."""
     hidden = hidden.float()
     unit = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
     return unit if projection is None else unit @ projection.T
@@ -141,7 +141,7 @@ def hidden_features(
 def causal_means(
     features: Float[Tensor, "batch seq features"], mask: Bool[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch seq features"]:
-    """At each position the mean of the features so far, padding left out."""
+    """Return the mean of the features up to each position, without padding."""
     weight = mask.unsqueeze(-1).to(features.dtype)
     return (features * weight).cumsum(1) / weight.cumsum(1).clamp(min=1)
 
@@ -156,13 +156,13 @@ def measure_statistics(
     batch: int = 16,
     on_batch: Callable[[int, int], None] | None = None,
 ) -> tuple[DomainStatistics, Float[Tensor, "blocks features"]]:
-    """Statistics of packed text, and the mean feature of each block (from which prototypes are made).
+    """Compute the statistics of packed text, and the mean feature of each block, for prototypes.
 
-    Feature rows are causal means at the positions 1, 2, 4, 8, ... of each block: what the router will see there.
+    Feature vectors are causal means at the positions 1, 2, 4, 8, ... of each block, as the router computes them.
 
     Args:
-        layer: The first expert-bearing decoder layer, whose input is read.
-        on_batch: Told how many blocks are done, of how many.
+        layer: Index of the first decoder layer with experts; features are computed from its input.
+        on_batch: Called with the number of finished blocks and their total.
     """
     device = next(model.parameters()).device
     projection = feature_projection(layout.width)

@@ -177,7 +177,7 @@ def _check_unmoved(manifest: PackManifest, ref: RemoteRef, snapshot: Snapshot, t
     """A version is what it was when it was pulled; only who names a commit gets what is there now."""
     if ref.is_commit:
         return
-    if ref.number is not None and ref.number != manifest.version:
+    if ref.version is not None and ref.version != manifest.version:
         raise IntegrityError(
             f"The tag {ref.revision} of {ref.repo} was put elsewhere.",
             cause=f"it is at commit {snapshot.commit[:12]}, which holds version {manifest.version}",

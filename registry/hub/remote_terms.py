@@ -70,8 +70,8 @@ def _found_here(traces: list[Traced], ref: RemoteRef, hub: Hub) -> Traced | None
         return next((traced for traced in traces if traced.origin.commit == ref.revision), None)
     if not hub.offline:
         return None
-    if ref.number is not None:
-        return next((traced for traced in traces if traced.origin.version == ref.number), None)
+    if ref.version is not None:
+        return next((traced for traced in traces if traced.origin.version == ref.version), None)
     return traces[-1] if traces and ref.revision in (None, "main") else None
 
 

@@ -8,7 +8,7 @@ from ...adapters.config import BankConfig, TrainingConfig
 from ...domains.data.corpus import Source
 from ...domains.errors import ConflictError
 from ...domains.progress import OnProgress
-from ...domains.statistics.prototypes import Neighbour, near_duplicate
+from ...domains.statistics.prototypes import Neighbour, find_near_duplicate
 from ..base.load import LoadedBase
 from ..compose.drift import Drift
 from ..measure.evaluate import DomainScores, score_new_domain, score_preservation
@@ -36,7 +36,7 @@ class AddedDomain:
     @property
     def near_duplicate(self) -> Neighbour | None:
         """The stored domain whose text is nearly the same, if there is one."""
-        return near_duplicate(self.neighbours)
+        return find_near_duplicate(self.neighbours)
 
 
 def train_preservation(

@@ -17,7 +17,7 @@ from ...adapters.composition import GENERAL
 from ...adapters.layer.attach import attach, fixed_slots, routing_of
 from ...adapters.layer.stack import Stack
 from ...domains.data.blocks import encode
-from ...domains.data.corpus import Source, first_within
+from ...domains.data.corpus import Source, limit_bytes
 from ...domains.data.example import Example
 from ...domains.errors import InputError
 from ...domains.progress import OnProgress, Progress
@@ -135,7 +135,7 @@ def score_in_composition(
         interval=confidence_interval(routed),
         bytes=routed.bytes,
         share_interval=_share_interval(before, alone, routed),
-        routed_right=routed_right(composed, base, name, first_within(held_out, MAX_SCORED_BYTES)),
+        routed_right=routed_right(composed, base, name, limit_bytes(held_out, MAX_SCORED_BYTES)),
         accuracy=accuracy,
     )
 

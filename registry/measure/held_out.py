@@ -17,7 +17,7 @@ from ...domains.data.corpus import (
     check_corpus,
     corpus_counts,
     corpus_digest,
-    first_within,
+    limit_bytes,
     read_examples,
     split,
 )
@@ -201,14 +201,14 @@ def measured_on(
         questions = find_questions(held_out, find_labels(known)) or domain_questions(manifest.name)
     return HeldOut(
         name=manifest.name,
-        texts=tuple(first_within(held_out, max_bytes)),
+        texts=tuple(limit_bytes(held_out, max_bytes)),
         questions=tuple(questions[:MAX_QUESTIONS]),
     )
 
 
 def general_text(*, max_bytes: int) -> HeldOut:
     """The general text that every composition is measured on."""
-    return HeldOut(name=GENERAL, texts=tuple(first_within(general_examples(), max_bytes)))
+    return HeldOut(name=GENERAL, texts=tuple(limit_bytes(general_examples(), max_bytes)))
 
 
 def domain_questions(name: str) -> list[Example]:

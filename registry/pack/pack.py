@@ -186,7 +186,7 @@ def _read_statistics(router: dict[str, Tensor], *, features: int, source: str) -
         shapes = statistics.feature_sum.shape, statistics.feature_outer.shape, router["prototypes"].shape[1:]
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise IntegrityError(f"The router tensors of {source} are incomplete.", cause=str(error)) from error
-    if shapes != ((features,), (features, features), (features,)) or statistics.min_count < 0:
+    if shapes != ((features,), (features, features), (features,)) or statistics.smallest_count < 0:
         cause = f"{ROUTER_CONFIG} says {features} features, the tensors have {shapes}; counts are not negative"
         raise IntegrityError(f"The statistics of {source} do not fit its router.", cause=cause)
     return statistics

@@ -104,7 +104,7 @@ def train_adapter(
 def _train(
     bench: Bench, model: Any, examples: list[Example], recipe: TrainingConfig, run: str, name: str
 ) -> dict[str, Any]:
-    blocks = pack_blocks([encode(example, bench.base.tokenizer) for example in examples], recipe.block, least=1)
+    blocks = pack_blocks([encode(example, bench.base.tokenizer) for example in examples], recipe.block, min_targets=1)
     folder = bench.out / "runs" / run
     figures = train_bank(model, blocks, recipe, run=folder, stage=f"training on {name}", on_progress=bench.on_progress)
     shutil.rmtree(folder, ignore_errors=True)

@@ -54,10 +54,10 @@ def test_any_text_is_read_or_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("revision", "number", "is_commit"),
+    ("revision", "version", "is_commit"),
     [(None, None, False), ("v12", 12, False), ("v0", None, False), ("main", None, False), ("0" * 40, None, True)],
 )
-def test_a_revision_tells_versions_and_commits(revision, number, is_commit):
+def test_versions_and_commits_are_recognised(revision, version, is_commit):
     ref = RemoteRef("a/b", revision)
 
-    assert (ref.number, ref.is_commit) == (number, is_commit)
+    assert (ref.version, ref.is_commit) == (version, is_commit)

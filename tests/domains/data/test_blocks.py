@@ -173,7 +173,7 @@ def test_packing_keeps_every_target_exactly_once(encoded, block):
     if not targets:
         return
 
-    blocks = pack_blocks(encoded, block, least=1)
+    blocks = pack_blocks(encoded, block, min_targets=1)
 
     assert sorted(blocks.labels[blocks.labels != NO_TARGET].tolist()) == targets
     assert max(Counter(blocks.input_ids[blocks.attention_mask.bool()].tolist()).values()) == 1
@@ -184,7 +184,7 @@ def test_packing_cuts_only_whole_blocks_from_the_end(encoded, block):
     if not any(any(flags) for _, flags in encoded):
         return
 
-    blocks = pack_blocks(encoded, block, least=1)
+    blocks = pack_blocks(encoded, block, min_targets=1)
 
     tokens_after = {token: ids[-1] - token for ids, _ in encoded for token in ids}
     for row in blocks.input_ids.tolist():
@@ -198,7 +198,7 @@ def test_packing_pads_on_the_right(encoded, block):
     if not any(any(flags) for _, flags in encoded):
         return
 
-    blocks = pack_blocks(encoded, block, least=1)
+    blocks = pack_blocks(encoded, block, min_targets=1)
 
     assert blocks.input_ids.shape[1] == block
     assert (blocks.attention_mask.diff(dim=1) <= 0).all()
@@ -213,7 +213,7 @@ def test_packing_pads_on_the_right(encoded, block):
 def test_short_pieces_share_blocks_and_long_ones_are_cut_from_their_end():
     encoded = [([1, 2, 3], [True] * 3), (list(range(10, 21)), [False] * 9 + [True] * 2), ([5], [True])]
 
-    blocks = pack_blocks(encoded, 4, least=1)
+    blocks = pack_blocks(encoded, 4, min_targets=1)
 
     assert blocks.input_ids.tolist() == [[1, 2, 3, 5], [17, 18, 19, 20]]
     assert blocks.labels.tolist() == [[1, 2, 3, 5], [-100, -100, 19, 20]]

@@ -142,7 +142,7 @@ def test_first_bad_row_stops_the_reading(write):
         ("r.csv", 'text,id\n"a\nb",1\n"c"x,2\n', 4, "bad row"),
         ("r.csv", 'text\na\n"b\n', 3, "bad row: unexpected end of data"),
         ("r.csv", b"text\na\n\xff\n", 3, "not valid UTF-8"),
-        ("r.csv", "text,text\na,b\n", 1, "names a column twice"),
+        ("r.csv", "text,text\na,b\n", 1, "has a duplicate column"),
         ("r.csv", "prompt,completion,choices\na,b,[b\n", 2, "column 'choices' holds bad JSON"),
         ("r.csv", "body\na\n", 2, "no known keys: found 'body'"),
         ("r.tsv", "text\n\0\n", 2, "NUL"),
@@ -162,12 +162,12 @@ def test_bad_data_is_named_with_its_line(write, name, data, line, problem):
 def test_file_without_rows_is_an_error(write, name, data):
     path = write(name, gzip.compress(data) if name.endswith("gz") else data)
 
-    assert problems(path) == [(None, "is empty: it holds no row")]
+    assert problems(path) == [(None, "has no rows")]
 
 
 def test_table_with_only_a_header_and_empty_list_are_errors(write):
-    assert problems(write("r.csv", "text\n")) == [(None, "is empty: it holds no row")]
-    assert problems(write("r.json", "[ ]")) == [(None, "is empty: it holds no row")]
+    assert problems(write("r.csv", "text\n")) == [(None, "has no rows")]
+    assert problems(write("r.json", "[ ]")) == [(None, "has no rows")]
 
 
 @pytest.mark.parametrize(("name", "line"), [("r.jsonl", 2), ("r.csv", 2), ("r.txt", 2)])

@@ -88,7 +88,7 @@ def test_first_bad_row_stops_reading_and_storing(read: Any) -> None:
 
 
 def test_no_rows_are_an_error() -> None:
-    with pytest.raises(CorpusError, match="rows in memory: is empty"):
+    with pytest.raises(CorpusError, match="rows in memory: has no rows"):
         list(read_examples([RowList([])]))
 
 

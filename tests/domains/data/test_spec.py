@@ -44,7 +44,7 @@ def test_spec_can_be_a_key_of_a_dict():
     [
         ({"colour": 1, "size": 2}, "'colour', 'size'"),
         ({"description": 3}, "'description' is a number"),
-        ({"license": " "}, "'license' is a string, expected a string that is not empty"),
+        ({"license": " "}, "'license' is a string, expected a non-empty string"),
         ({"license": ""}, "'license' is an empty string"),
         ({"corpus": ["a"]}, "'corpus' is a list"),
         ({"hub": "a/b"}, "'hub' is a string"),

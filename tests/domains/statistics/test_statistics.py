@@ -251,5 +251,5 @@ def test_measured_statistics_are_stored_bit_for_bit(measure: Any) -> None:
 @pytest.mark.parametrize("other", [{"vocabulary": 31}, {"features": 7}])
 def test_statistics_of_different_models_do_not_add_up(other: dict[str, int]) -> None:
     for operation in (DomainStatistics.__add__, DomainStatistics.__sub__):
-        with pytest.raises(IncompatibleError, match="two base models"):
+        with pytest.raises(IncompatibleError, match="different base models"):
             operation(random_statistics(0), random_statistics(0, **other))
