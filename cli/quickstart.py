@@ -71,7 +71,7 @@ def take_tour(
     marker.unlink(missing_ok=True)
     return Tour(
         registry=registry,
-        manifests=tuple(registry.manifest(name) for name in (GENERAL, *DOMAINS)),
+        manifests=tuple(registry.show(name) for name in (GENERAL, *DOMAINS)),
         plan=registry.plan(COMPOSITION),
         answer=answer,
         retention=retention,

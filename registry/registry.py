@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..adapters.composition import GENERAL, parse_reference
 from ..adapters.config import BankConfig, TrainingConfig
-from ..domains.data.corpus import Source
-from ..domains.errors import ConflictError, IntegrityError
+from ..domains.data.corpus import Data, as_sources
+from ..domains.errors import ConflictError, InputError, IntegrityError
 from ..domains.progress import OnProgress, silent
 from .base.find import POCKET, find_base
 from .base.fingerprint import fingerprint
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from .store.gc import Collected
 
 Manifests = list[PackManifest]  # inside the class, `list` is the method
-Data = Source | Sequence[Source]
 
 
 class Registry:
@@ -78,7 +77,7 @@ class Registry:
         *,
         base: str = POCKET,
         revision: str | None = None,
-        data: Data = (),
+        data: Data = None,
         bank: BankConfig | None = None,
         training: TrainingConfig | None = None,
         device: str = "cpu",
@@ -118,7 +117,7 @@ class Registry:
             store,
             registry.base,
             record,
-            data=_sources(data),
+            data=as_sources(data),
             bank=bank or BankConfig(),
             training=training or TrainingConfig(),
             on_progress=on_progress,
@@ -183,14 +182,6 @@ class Registry:
         """
         return self.store.manifest(*parse_reference(reference))
 
-    def manifest(self, reference: str) -> PackManifest:
-        """Return what `show` returns."""
-        return self.show(reference)
-
-    def domains(self) -> Manifests:
-        """Return what `list` returns."""
-        return self.list()
-
     def log(self, name: str | None = None) -> "Sequence[LogEntry]":
         """Return every version of a domain, or of all, newest first; removed and held-back versions included.
 
@@ -225,11 +216,15 @@ class Registry:
             NotFoundError: There is no such version, or no such alias to remove.
         """
         manifest = self.show(reference)
+        name = manifest.name
+        if remove and alias is None:
+            named = reference.partition("@")[2] or "ALIAS"
+            raise InputError("--remove needs the alias.", fix=f"registry alias {name} {named} --remove")
         if alias is not None and remove:
-            self.store.drop_alias(manifest.name, alias)
+            self.store.drop_alias(name, alias)
         elif alias is not None:
-            self.store.set_alias(manifest.name, alias, manifest.version)
-        return self.store.aliases(manifest.name)
+            self.store.set_alias(name, alias, manifest.version)
+        return self.store.aliases(name)
 
     def remove(self, reference: str) -> PackManifest:
         """Remove a version; `restore` undoes it until `gc` deletes its files. Its number is never used again.
@@ -284,7 +279,7 @@ class Registry:
         self,
         name: str,
         *,
-        data: Data = (),
+        data: Data = None,
         bank: BankConfig | None = None,
         training: TrainingConfig | None = None,
         on_neighbours: "OnNeighbours" = lambda _neighbours: None,
@@ -313,7 +308,7 @@ class Registry:
                 self.base,
                 self.base_record,
                 name,
-                data=_sources(data),
+                data=as_sources(data),
                 bank=bank or BankConfig(),
                 training=training or TrainingConfig(),
                 on_neighbours=on_neighbours,
@@ -328,7 +323,7 @@ class Registry:
         mode: Literal["extend", "continue", "fresh"] = "extend",
         bank: Mapping[str, Any] | None = None,
         training: TrainingConfig | None = None,
-        gate_data: Data = (),
+        gate_data: Data = None,
         tolerance: float | None = None,
         on_progress: OnProgress = silent,
     ) -> "RetrainedDomain":
@@ -353,10 +348,10 @@ class Registry:
         plan = plan_retraining(
             self.store,
             self.show(reference),
-            _sources(data),
+            as_sources(data),
             mode=mode,
             bank=bank,
-            gate_data=_sources(gate_data),
+            gate_data=as_sources(gate_data),
             tolerance=tolerance,
         )
         from .learn.retrain import retrain
@@ -477,7 +472,7 @@ class Registry:
         self,
         composition: str,
         *,
-        data: Data = (),
+        data: Data = None,
         questions: bool = True,
         on_progress: OnProgress = silent,
     ) -> "dict[str, DomainScores]":
@@ -492,7 +487,7 @@ class Registry:
         composition = self.resolve_composition(composition).composition
         plan, model = self._plan(composition), self.compose(composition)
         return evaluate_composition(
-            self.store, plan, model, self.base, data=_sources(data), with_questions=questions, on_progress=on_progress
+            self.store, plan, model, self.base, data=as_sources(data), with_questions=questions, on_progress=on_progress
         )
 
     def retention(
@@ -605,7 +600,7 @@ class Registry:
         name: str,
         adapter: str | Path,
         *,
-        data: Data = (),
+        data: Data = None,
         same_base: bool = False,
         on_progress: OnProgress = silent,
     ) -> "ImportResult":
@@ -623,7 +618,7 @@ class Registry:
         from .interop.import_plan import plan_import
 
         base = None if same_base else self.base_record
-        what = plan_import(self.store, name, str(adapter), _sources(data), base=base)
+        what = plan_import(self.store, name, str(adapter), as_sources(data), base=base)
         from .interop.import_adapter import import_adapter
 
         return import_adapter(self.store, self.base, self.base_record, what, on_progress=on_progress)
@@ -671,7 +666,3 @@ _HEADINGS = ("domain", "version", "role", "experts", "base bits/byte", "routed b
 
 def _decimals(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def _sources(data: Data) -> Sequence[Source]:
-    return [data] if isinstance(data, str | Path) else data  # type: ignore[return-value]

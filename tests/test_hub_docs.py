@@ -54,7 +54,7 @@ def test_the_commands_of_the_page_work(shell, tiny_llama, tiny_tokenizer, tmp_pa
     assert len(printed) >= 12
     assert "acme/lorary-legal" in printed["registry search legal"]
     mine, theirs = Registry.open(tmp_path / "mine"), Registry.open(tmp_path / "theirs")
-    pushed = mine.manifest("legal")
-    assert theirs.manifest("legal").to_json() == pushed.to_json()
+    pushed = mine.show("legal")
+    assert theirs.show("legal").to_json() == pushed.to_json()
     assert PackManifest.from_json(local_hub.repos.read("acme/lorary-legal", "lorary.json", "v1"), source="") == pushed
     assert [theirs.store.versions(name) for name in ("contracts", "general", "legal")] == [[1], [1], [1]]

@@ -34,7 +34,7 @@ def diff(a: Reference, b: Reference, store: StorePath = None, as_json: Json = Fa
     Example: registry diff medicine@1 medicine@2
     """
     registry = open_registry(store)
-    manifests = registry.manifest(a), registry.manifest(b)
+    manifests = registry.show(a), registry.show(b)
     from ...registry.maintenance.diff import compare_versions
 
     found = compare_versions(registry.store, *manifests)

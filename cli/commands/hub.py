@@ -56,7 +56,7 @@ def push(
     Example: registry push legal acme/lorary-legal
     """
     registry = open_registry(store)
-    registry.manifest(ref)
+    registry.show(ref)
     with watch(f"pushing {ref}", as_json=as_json) as watching:
         done = registry.push(
             ref,

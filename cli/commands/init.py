@@ -67,7 +67,7 @@ def init(
 
 def init_page(registry: "Registry") -> Page:
     """What was made."""
-    manifest = registry.manifest(GENERAL)
+    manifest = registry.show(GENERAL)
     loss, proof = of.loss(manifest), of.proof(manifest)
     rows = [
         ("registry", cell(str(registry.store.path))),

@@ -34,7 +34,7 @@ def list_domains(store: StorePath = None, as_json: Json = False) -> None:
 
 def list_page(registry: "Registry") -> Page:
     """The latest version of every domain."""
-    manifests = registry.domains()
+    manifests = registry.list()
     columns = ("NAME", "VERSION", "ROLE", "EXPERTS", "PARAMETERS", "BITS/BYTE", "GAIN", "CREATED")
     rows = table(
         columns,
@@ -97,7 +97,7 @@ def show(
     Example: registry show medicine
     """
     registry = open_registry(store)
-    found = registry.manifest(ref)
+    found = registry.show(ref)
     if manifest and not as_json:
         output.raw(found.to_json().decode().rstrip("\n"))
         return

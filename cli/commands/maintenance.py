@@ -49,7 +49,7 @@ def verify(
     if ref is None:
         found = list(verify_store(registry.store, deep=deep))
     else:
-        manifest = registry.manifest(ref)
+        manifest = registry.show(ref)
         found = list(verify_version(registry.store, manifest.name, manifest.version, deep=deep))
     output.show(verify_page(found, in_full=ref is not None), command="verify", as_json=as_json)
     damaged = [one for one in found if one.state != "ok"]

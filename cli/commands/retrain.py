@@ -86,7 +86,7 @@ def retrain(
 
     registry = open_registry(store, device=device, dtype=dtype)
     options = {"mode": mode, "bank": given_options(shape), "gate_data": sources(gate_data), "tolerance": tolerance}
-    plan = plan_retraining(registry.store, registry.manifest(ref), sources(data), **options)
+    plan = plan_retraining(registry.store, registry.show(ref), sources(data), **options)
     if not as_json:
         output.hint(plan_text(plan))
     with watch("loading the base model", as_json=as_json) as watching:

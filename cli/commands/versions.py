@@ -97,7 +97,7 @@ def alias(
     Example: registry alias medicine@2 production
     """
     registry = open_registry(store)
-    manifest = registry.manifest(ref)
+    manifest = registry.show(ref)
     name = manifest.name
     if remove and alias is None:
         named = ref.partition("@")[2] or "ALIAS"

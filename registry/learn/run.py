@@ -42,6 +42,7 @@ from ...adapters.training.warm_start import (
 )
 from ...domains.base_model import target_modules
 from ...domains.data.blocks import Blocks, encode, pack_blocks
+from ...domains.data.row_list import RowList
 from ...domains.data.spec import DomainSpec
 from ...domains.errors import InputError
 from ...domains.progress import OnProgress, Progress
@@ -415,8 +416,21 @@ class TrainingRun:
 
     def _write_record(self, state: Mapping[str, Any]) -> None:
         """Record, for this machine only, where the data was read, so that its held-out rows can be found again."""
-        record = {"name": self.name, "sources": self.data.sources, **state}
+        record = {"name": self.name, "sources": list(self._kept_sources), **state}
         write_atomic(self.folder / "run.json", canonical_json(record))
+
+    @cached_property
+    def _kept_sources(self) -> tuple[str, ...]:
+        """Where the data can be read again; rows that were given in memory are written to the run's folder."""
+        kept = []
+        for number, source in enumerate(self.data.sources, start=1):
+            if isinstance(source, RowList):
+                path = self.folder.resolve() / f"rows-{number}.jsonl"
+                write_atomic(path, source.to_jsonl())
+                kept.append(str(path))
+            else:
+                kept.append(source)
+        return tuple(kept)
 
 
 def tool_record() -> dict[str, str]:

@@ -22,6 +22,7 @@ from ...domains.data.corpus import (
     split,
 )
 from ...domains.data.example import Example
+from ...domains.data.row_list import RowList
 from ...domains.data.spec import DomainSpec
 from ...domains.errors import ConflictError, InputError, LoraryError
 from ...domains.names import check_name
@@ -44,7 +45,7 @@ class DomainData:
     train: list[Example]
     held_out: list[Example]
     record: dict[str, Any]
-    sources: list[str]  # where it was read, for this machine only
+    sources: list[str | RowList]  # for this machine only: absolute paths, names of Hub data sets, and rows in memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,11 +232,13 @@ def _known_sources(store: Store, manifest: PackManifest) -> list[list[Source]]:
 
 
 def _file_name(source: Source) -> str:
-    """How the manifest names a source: without folders, which are nobody else's business."""
-    return str(source) if _is_hub_data(source) else Path(str(source)).name
+    """Return the name of a source in the manifest: without folders, which are private."""
+    return str(source) if _is_hub_data(source) or isinstance(source, RowList) else Path(str(source)).name
 
 
-def _absolute(source: Source) -> str:
+def _absolute(source: Source) -> str | RowList:
+    if isinstance(source, RowList):
+        return source
     return str(source) if _is_hub_data(source) else str(Path(str(source)).resolve())
 
 

@@ -42,7 +42,7 @@ def ours(bench: Bench, book: ScoreBook) -> Iterator[Step]:
     version = code_version()
     for i, domain in enumerate(bench.domains):
         added = _added(registry, bench, book, domain)
-        manifest = registry.manifest(domain.name)
+        manifest = registry.show(domain.name)
         pack = read_pack(registry.store, manifest)
         so_far = [d.name for d in bench.domains[: i + 1]]
         routed = Scored(_id(registry, so_far, version), lambda so_far=so_far: registry.compose("+".join(so_far)))
@@ -109,7 +109,7 @@ def _added(registry: Registry, bench: Bench, book: ScoreBook, domain: Domain) ->
             registry.add_domain(
                 domain.name, data=[domain.source], bank=BANK, training=bench.recipe, on_progress=bench.on_progress
             )
-        manifest = registry.manifest(domain.name)
+        manifest = registry.show(domain.name)
         found = {"lender": manifest.train["warm_start"], "drift": manifest.proof["drift"]}
         found["explicit"] = book.cell(_explicit(registry, domain, "when added"), domain, with_questions=False)
         known[domain.name] = found
@@ -150,5 +150,5 @@ def _alone(registry: Registry, domain: Domain) -> Scored:
 
 def _id(registry: Registry, names: list[str], version: str) -> str:
     """A composition's id: its packs and the code that composes and routes."""
-    digests = [registry.manifest(name).digest for name in (GENERAL, *names)]
+    digests = [registry.show(name).digest for name in (GENERAL, *names)]
     return f"ours-{digest(digests)} {version}"

@@ -225,7 +225,7 @@ def loose(whole: "Registry") -> Callable[..., LoosePack]:
     """`loose("cooking")` is a stored pack in memory."""
 
     def take_out(name: str = "cooking") -> LoosePack:
-        manifest = whole.manifest(name)
+        manifest = whole.show(name)
         files = {file.path: whole.store.read(manifest, file.path) for file in manifest.files}
         return LoosePack(json.loads(manifest.to_json()), files)
 

@@ -16,7 +16,7 @@ from lorary.registry import Registry
 
 
 def test_the_general_bank_comes_first_in_the_list(whole: Registry) -> None:
-    assert [(m.name, m.version, m.role) for m in whole.domains()] == [
+    assert [(m.name, m.version, m.role) for m in whole.list()] == [
         ("general", 1, "preservation"),
         ("cooking", 1, "domain"),
         ("sailing", 1, "domain"),
@@ -25,13 +25,13 @@ def test_the_general_bank_comes_first_in_the_list(whole: Registry) -> None:
 
 @pytest.mark.parametrize("reference", ["cooking", "cooking@1", "cooking@latest"])
 def test_a_reference_names_one_version(reference: str, whole: Registry) -> None:
-    assert whole.manifest(reference) == whole.store.manifest("cooking", 1)
+    assert whole.show(reference) == whole.store.manifest("cooking", 1)
 
 
 @pytest.mark.parametrize("reference", ["cooking+sailing", "cooking:0.5"])
 def test_a_reference_that_names_more_is_refused(reference: str, whole: Registry) -> None:
     with pytest.raises(InputError, match="does not name one version"):
-        whole.manifest(reference)
+        whole.show(reference)
 
 
 @pytest.mark.parametrize("reference", ["boating", "cooking@2", "cooking@production"])
@@ -49,7 +49,7 @@ def test_the_alias_latest_follows_the_commit(whole: Registry) -> None:
 
 
 def test_every_stored_file_verifies(whole: Registry) -> None:
-    for manifest in whole.domains():
+    for manifest in whole.list():
         whole.store.verify(manifest)
 
 
@@ -86,10 +86,10 @@ def test_experts_help_on_their_own_text_and_routing_finds_them(whole: Registry) 
 
 
 def test_the_manifest_says_how_the_domain_came_to_be(whole: Registry) -> None:
-    manifest = whole.manifest("sailing")
+    manifest = whole.show("sailing")
 
     assert manifest.base == whole.base_record
-    assert manifest.lineage["preservation"]["digest"] == whole.manifest("general").digest
+    assert manifest.lineage["preservation"]["digest"] == whole.show("general").digest
     assert manifest.train["data"]["files"] == ["sailing.jsonl"]
     assert manifest.train["data"]["rows"] == 24
     assert manifest.train["steps"] == len(manifest.train["losses"]) == 6
@@ -150,7 +150,7 @@ def test_listing_needs_no_base_model(tmp_path: Path, base_folder: Path, fresh_co
     folder = _moved_base(fresh_copy(kp_store), base_folder, tmp_path)
     folder.rename(tmp_path / "elsewhere")
 
-    assert [m.name for m in Registry.open(tmp_path / "store").domains()] == ["general"]
+    assert [m.name for m in Registry.open(tmp_path / "store").list()] == ["general"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -163,7 +163,7 @@ def test_a_device_that_is_not_there_is_refused(both_store: Path) -> None:
 
 def test_a_damaged_blob_is_refused_and_others_still_compose(both_store: Path, fresh_copy: Any, logits_of: Any) -> None:
     registry = fresh_copy(both_store)
-    manifest = registry.manifest("cooking")
+    manifest = registry.show("cooking")
     path = registry.store.blobs.path(manifest.file("experts/e1/adapter_model.safetensors").sha256)
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -181,7 +181,7 @@ def test_a_damaged_blob_is_refused_and_others_still_compose(both_store: Path, fr
 def test_a_registry_opens_lists_and_composes_without_peft(both_store: Path) -> None:
     code = (
         "import sys; from lorary.registry import Registry; "
-        f"r = Registry.open({str(both_store)!r}); r.domains(); assert 'torch' not in sys.modules; "
+        f"r = Registry.open({str(both_store)!r}); r.list(); assert 'torch' not in sys.modules; "
         "r.route('mast and keel'); assert 'peft' not in sys.modules"
     )
 

@@ -19,7 +19,7 @@ def tour(store) -> Tour:
     registry = Registry.open(store)
     return Tour(
         registry=registry,
-        manifests=tuple(registry.manifest(name) for name in ("general", *DOMAINS)),
+        manifests=tuple(registry.show(name) for name in ("general", *DOMAINS)),
         plan=registry.plan("medicine+legal"),
         answer=registry.generate(registry.compose("medicine+legal"), "The patient", max_new_tokens=4),
         retention=registry.retention(DOMAINS, questions=False),

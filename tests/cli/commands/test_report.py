@@ -94,7 +94,7 @@ def test_a_page_can_be_written_beside_the_report(run, store, reported, tmp_path)
     assert "Retention after 2 domains" in page
     assert "1 of 1 threshold failed" in page
     assert f"{reported['matrix'][3][2]:.3f}</td>" in page
-    manifest = Registry.open(store).manifest("legal")
+    manifest = Registry.open(store).show("legal")
     assert manifest.digest in page
 
 

@@ -52,7 +52,7 @@ class Reader(HTMLParser):
 def page_of(store: Path) -> Callable[..., PageSource]:
     """`page_of(3, description="..")` is the source of a page about so many domains, with numbers made by hand."""
     registry = Registry.open(store)
-    pattern = registry.manifest("medicine")
+    pattern = registry.show("medicine")
 
     def cell(bits: float, name: str) -> CellScores:
         sizes = (100, 200, 300)

@@ -16,7 +16,7 @@ from lorary.registry.pack.pack import DomainPack, read_pack
 @pytest.fixture
 def pack(whole: Registry) -> DomainPack:
     """A fresh pack that a test can modify."""
-    return read_pack(whole.store, whole.manifest("cooking"))
+    return read_pack(whole.store, whole.show("cooking"))
 
 
 def deeper(pack: DomainPack) -> None:

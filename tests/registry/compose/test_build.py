@@ -106,7 +106,7 @@ def test_a_composed_model_has_its_plan(static: bool, whole: Registry, tmp_path: 
 
 @pytest.fixture
 def packs(whole: Registry) -> list[DomainPack]:
-    return [read_pack(whole.store, whole.manifest(name)) for name in ("general", "cooking", "sailing")]
+    return [read_pack(whole.store, whole.show(name)) for name in ("general", "cooking", "sailing")]
 
 
 def test_the_router_of_a_subset_does_not_depend_on_other_domains(packs: list[DomainPack], whole: Registry) -> None:

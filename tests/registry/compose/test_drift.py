@@ -17,7 +17,7 @@ WIDTH = 32
 
 @pytest.fixture(scope="module")
 def packs(whole: Registry) -> dict[str, DomainPack]:
-    return {name: read_pack(whole.store, whole.manifest(name)) for name in ("general", "cooking", "sailing")}
+    return {name: read_pack(whole.store, whole.show(name)) for name in ("general", "cooking", "sailing")}
 
 
 def test_the_first_domain_causes_no_drift(packs: dict[str, DomainPack]) -> None:
@@ -94,8 +94,8 @@ def test_drift_needs_neither_text_nor_experts(packs: dict[str, DomainPack]) -> N
 def test_the_manifest_holds_the_drift(whole: Registry, packs: dict[str, DomainPack]) -> None:
     drift = measure_drift(packs["general"], {"cooking": packs["cooking"]}, packs["sailing"], width=WIDTH)
 
-    assert whole.manifest("sailing").proof["drift"] == {f.name: getattr(drift, f.name) for f in fields(Drift)}
-    assert whole.manifest("cooking").proof["drift"]["domains"] == 0
+    assert whole.show("sailing").proof["drift"] == {f.name: getattr(drift, f.name) for f in fields(Drift)}
+    assert whole.show("cooking").proof["drift"]["domains"] == 0
 
 
 def test_without_hidden_evidence_only_tokens_count(packs: dict[str, DomainPack]) -> None:

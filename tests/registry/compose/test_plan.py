@@ -60,7 +60,7 @@ def test_a_plan_names_versions_and_has_general_first(text: str, whole: Registry)
     assert [slot.prior for slot in plan.slots] == pytest.approx([0.6, 0.2, 0.2])
     assert plan.experts_per_layer == (0, 3, 6, 9)
     assert plan.ranks_per_layer == (0, 6, 12, 18)
-    assert plan.parameters == sum(expert.parameters for m in whole.domains() for expert in m.experts)
+    assert plan.parameters == sum(expert.parameters for m in whole.list() for expert in m.experts)
 
 
 def test_the_pinned_composition_gives_the_same_plan(whole: Registry) -> None:

@@ -51,7 +51,7 @@ def test_the_plan_is_that_of_the_composition(saved: Path, whole: Registry) -> No
 
 def test_it_holds_every_file_of_its_packs_and_nothing_else(saved: Path, whole: Registry) -> None:
     expected = {"composition.json"}
-    for manifest in whole.domains():
+    for manifest in whole.list():
         expected |= {f"packs/{manifest.name}/{path}" for path in ["lorary.json", *(f.path for f in manifest.files)]}
 
     assert {path.relative_to(saved).as_posix() for path in saved.rglob("*") if path.is_file()} == expected

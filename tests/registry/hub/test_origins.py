@@ -27,7 +27,7 @@ def origin(manifest, **changes):
 
 
 def test_what_is_noted_is_read_back(registry):
-    manifest = registry.manifest("legal@1")
+    manifest = registry.show("legal@1")
     first, second = origin(manifest), origin(manifest, repo="alice/x")
 
     for each in (first, second, first):
@@ -38,12 +38,12 @@ def test_what_is_noted_is_read_back(registry):
 
 
 def test_a_version_without_a_note_has_no_origin(registry):
-    assert origins_of(registry.store, registry.manifest("legal")) == ()
+    assert origins_of(registry.store, registry.show("legal")) == ()
 
 
 def test_versions_are_found_by_hub_and_repository_in_their_order(registry):
     for version, there in ((1, 7), (2, 3)):
-        manifest = registry.manifest(f"legal@{version}")
+        manifest = registry.show(f"legal@{version}")
         note_origin(registry.store, manifest, origin(manifest, version=there))
 
     found = traced_to(registry.store, endpoint="https://hub.example", repo="acme/x")
@@ -54,7 +54,7 @@ def test_versions_are_found_by_hub_and_repository_in_their_order(registry):
 
 
 def test_a_note_on_another_pack_of_the_number_says_nothing(registry):
-    first, second = registry.manifest("legal@1"), registry.manifest("legal@2")
+    first, second = registry.show("legal@1"), registry.show("legal@2")
 
     note_origin(registry.store, first, origin(second, version=1))
 
@@ -62,7 +62,7 @@ def test_a_note_on_another_pack_of_the_number_says_nothing(registry):
 
 
 def test_a_pack_under_another_name_keeps_its_origin(registry):
-    manifest = registry.manifest("legal@1")
+    manifest = registry.show("legal@1")
     renamed = registry.store.adopt(replace(manifest, name="law"), alias=None)
 
     note_origin(registry.store, renamed, origin(manifest))
@@ -71,7 +71,7 @@ def test_a_pack_under_another_name_keeps_its_origin(registry):
 
 
 def test_a_damaged_note_is_named(registry):
-    manifest = registry.manifest("legal@1")
+    manifest = registry.show("legal@1")
     note_origin(registry.store, manifest, origin(manifest))
     path = registry.store.path / "domains" / "legal" / "origins" / "1.json"
     path.write_text("{")

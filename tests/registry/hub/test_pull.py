@@ -34,11 +34,11 @@ def edit_on_hub(path, data, **more):
 def test_a_pulled_pack_is_byte_for_byte_what_was_pushed(ours, theirs):
     done = ours.pull(REPO)
 
-    pack = theirs.manifest("legal")
+    pack = theirs.show("legal")
     assert (done.is_new, done.is_latest, done.is_checked, done.preservation) == (True, True, True, "same")
-    assert ours.manifest("legal").to_json() == pack.to_json()
+    assert ours.show("legal").to_json() == pack.to_json()
     for file in pack.files:
-        assert ours.store.read(ours.manifest("legal"), file.path) == theirs.store.read(pack, file.path)
+        assert ours.store.read(ours.show("legal"), file.path) == theirs.store.read(pack, file.path)
 
 
 def test_a_second_pull_fetches_and_stores_nothing(ours, local_hub):
@@ -54,7 +54,7 @@ def test_a_second_pull_fetches_and_stores_nothing(ours, local_hub):
 
 @pytest.mark.parametrize("source", [f"hf://{REPO}@v1", f"{REPO}@v1"])
 def test_a_tag_names_a_version(ours, theirs, source):
-    assert ours.pull(source).manifest.digest == theirs.manifest("legal@1").digest
+    assert ours.pull(source).manifest.digest == theirs.show("legal@1").digest
 
 
 def test_a_revision_may_stand_apart_but_not_twice(ours):
@@ -79,11 +79,11 @@ def test_an_older_version_does_not_become_the_latest(ours):
     done = ours.pull(f"{REPO}@v1")
 
     assert (done.manifest.version, done.is_latest) == (1, False)
-    assert ours.manifest("legal").version == 2
+    assert ours.show("legal").version == 2
 
 
 def test_files_that_the_store_has_are_not_fetched(ours, theirs, local_hub):
-    large = [file for file in theirs.manifest("legal").files if file.path.endswith(".safetensors")]
+    large = [file for file in theirs.show("legal").files if file.path.endswith(".safetensors")]
     for file in large[1:]:
         ours.store.blobs.put(theirs.store.blobs.get(file.sha256))
 
@@ -107,7 +107,7 @@ def test_another_name_is_another_domain(ours, theirs):
     done = ours.pull(REPO, name="law")
 
     assert ours.store.domains() == ["general", "law"]
-    assert replace(ours.manifest("law"), name="legal").digest == theirs.manifest("legal").digest
+    assert replace(ours.show("law"), name="legal").digest == theirs.show("legal").digest
     assert ours.pull(REPO, name="law").is_new is False
     assert origins_of(ours.store, done.manifest) == (done.origin,)
 
@@ -158,7 +158,7 @@ def test_a_pack_that_was_trained_over_another_bank_says_so(theirs, light_store):
     banked = other.pull("acme/lorary-general")
     assert (banked.manifest.version, banked.is_latest) == (2, False)
     assert other.pull(REPO).preservation == "same"
-    assert other.manifest("general").version == 1
+    assert other.show("general").version == 1
 
 
 def test_banks_and_domains_keep_to_their_slots(ours, theirs):
@@ -210,7 +210,7 @@ def test_a_version_that_was_rewritten_is_noticed(ours, theirs, local_hub, light_
     ],
 )
 def test_a_repository_that_differs_from_its_manifest_is_refused_before_fetching(ours, theirs, local_hub, change, said):
-    sizes = {file.path: file.size for file in theirs.manifest("legal").files}
+    sizes = {file.path: file.size for file in theirs.show("legal").files}
     HfApi().create_commit(REPO, change(sizes), commit_message="odd")
     asked = len(local_hub.requests)
 
@@ -224,7 +224,7 @@ def test_a_repository_that_differs_from_its_manifest_is_refused_before_fetching(
 
 def test_a_changed_small_file_is_noticed(ours, theirs):
     path = "experts/e0/adapter_config.json"
-    file = theirs.manifest("legal").file(path)
+    file = theirs.show("legal").file(path)
     ours.store.blobs.path(file.sha256).unlink()  # that of KP is the same, and would not be fetched
     edit_on_hub(path, b"x" * file.size)
 
@@ -244,7 +244,7 @@ def test_a_manifest_that_cannot_be_read_is_refused(ours, data):
 
 
 def test_a_manifest_of_a_newer_schema_is_refused(ours, theirs):
-    manifest = json.loads(theirs.manifest("legal").to_json()) | {"schema": "lorary.pack/2"}
+    manifest = json.loads(theirs.show("legal").to_json()) | {"schema": "lorary.pack/2"}
     edit_on_hub("lorary.json", json.dumps(manifest).encode())
 
     with pytest.raises(IncompatibleError):
@@ -255,7 +255,7 @@ def test_wrong_bytes_of_the_right_size_are_fetched_again(ours, theirs, local_hub
     local_hub.fault("GET /[0-9a-f]{64}", "wrong", 7)
     local_hub.fault("GET .*/resolve/.*/lorary.json", "wrong", 70)
 
-    assert ours.pull(REPO).manifest.digest == theirs.manifest("legal").digest
+    assert ours.pull(REPO).manifest.digest == theirs.show("legal").digest
 
 
 @pytest.mark.parametrize("kind", ["wrong", "short"])

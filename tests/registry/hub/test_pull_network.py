@@ -103,7 +103,7 @@ def test_offline_the_cache_serves_another_registry(ours, theirs, light_store, lo
         done = third.pull(source, offline=True)
         assert (done.is_new, done.is_checked) == (True, False)
 
-    assert third.manifest("legal").to_json() == theirs.manifest("legal").to_json()
+    assert third.show("legal").to_json() == theirs.show("legal").to_json()
     assert len(local_hub.requests) == asked
 
 
@@ -124,7 +124,7 @@ def test_damaged_bytes_in_the_cache_are_fetched_again_but_not_offline(ours, thei
     with pytest.raises(IntegrityError):
         third.pull(REPO, offline=True)
     assert third.store.domains() == ["general"]
-    assert third.pull(REPO).manifest.digest == theirs.manifest("legal").digest
+    assert third.pull(REPO).manifest.digest == theirs.show("legal").digest
 
 
 def test_when_the_hub_is_down_an_outdated_branch_is_not_taken_for_the_newest(ours, local_hub):

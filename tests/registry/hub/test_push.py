@@ -31,7 +31,7 @@ def titles(repo=REPO):
 def test_everything_is_one_commit_with_a_tag(registry, local_hub):
     done = registry.push("legal", REPO)
 
-    manifest = registry.manifest("legal")
+    manifest = registry.show("legal")
     assert (done.state, done.tag) == ("pushed", "v1")
     assert titles() == ["legal, version 1", "initial commit"]
     assert on_hub(local_hub) == manifest.to_json()
@@ -60,7 +60,7 @@ def test_a_destination_may_be_short(registry, destination, repo):
 
 def test_the_next_version_replaces_the_files_of_the_one_before(registry, local_hub, light_pack):
     registry.push("legal", REPO)
-    first = registry.manifest("legal@1")
+    first = registry.show("legal@1")
     fewer = {"router/router.json": (b'"two"', "router")}
     registry.store.commit(replace(first, version=0, files=(), description="two"), fewer)
 
@@ -182,7 +182,7 @@ def test_a_missing_tag_is_put_without_a_commit(registry, local_hub):
 
 
 def test_a_damaged_version_is_not_pushed(registry, local_hub):
-    path = registry.store.blobs.path(registry.manifest("legal").files[0].sha256)
+    path = registry.store.blobs.path(registry.show("legal").files[0].sha256)
     path.chmod(0o644)
     path.write_bytes(b"x")
 

@@ -23,7 +23,7 @@ def pushed(local_hub, cooking_store, fresh_copy):
 def test_packs_and_logits_are_bit_identical(pushed, other, logits_of):
     other.pull(REPO)
 
-    mine, theirs = pushed.manifest("cooking"), other.manifest("cooking")
+    mine, theirs = pushed.show("cooking"), other.show("cooking")
     assert theirs.to_json() == mine.to_json()
     assert all(other.store.read(theirs, file.path) == pushed.store.read(mine, file.path) for file in mine.files)
     for static in (False, True):

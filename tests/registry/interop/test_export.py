@@ -109,9 +109,9 @@ def test_an_archive_is_the_same_bytes_every_time(whole: Registry, tmp_path: Path
         members = {member.name: member for member in archive.getmembers()}
         read = archive.extractfile("cooking/lorary.json")
         assert read is not None
-        assert read.read() == whole.manifest("cooking").to_json()
+        assert read.read() == whole.show("cooking").to_json()
     assert list(members) == sorted(members)
-    assert len(members) == len(whole.manifest("cooking").files) + 1
+    assert len(members) == len(whole.show("cooking").files) + 1
     assert {(m.mtime, m.uid, m.gid, m.mode) for m in members.values()} == {(0, 0, 0, 0o644)}
 
 

@@ -59,7 +59,7 @@ def test_experts_below_the_feature_layer_are_routed_by_tokens(imported: Registry
         assert routing.slot_gate is not None
         shares[name] = dict(zip(routing.stack.names, routing.slot_gate[0, -1].tolist(), strict=True))
 
-    assert min(imported.manifest("sailing").experts[0].layers) == 0
+    assert min(imported.show("sailing").experts[0].layers) == 0
     assert shares["sailing"]["sailing"] > shares["sailing"]["cooking"]
     assert shares["cooking"]["cooking"] > shares["cooking"]["sailing"]
 
@@ -67,12 +67,12 @@ def test_experts_below_the_feature_layer_are_routed_by_tokens(imported: Registry
 def test_older_domains_stay_as_they_were(imported: Registry, cooking_store: Path, logits_of: Any) -> None:
     before = Registry.open(cooking_store)
 
-    assert imported.manifest("cooking").to_json() == before.manifest("cooking").to_json()
+    assert imported.show("cooking").to_json() == before.show("cooking").to_json()
     assert torch.equal(logits_of(imported.compose("cooking")), logits_of(before.compose("cooking")))
 
 
 def test_the_pack_passes_the_strict_reader(imported: Registry) -> None:
-    manifest = imported.manifest("sailing")
+    manifest = imported.show("sailing")
 
     check_pack(imported.store, manifest)
 
@@ -94,7 +94,7 @@ def test_the_pack_is_again_an_adapter_of_peft(
 def test_its_held_out_text_is_found_again(imported: Registry) -> None:
     scores = imported.evaluate("sailing", questions=False)
 
-    assert scores["sailing"].routed == pytest.approx(imported.manifest("sailing").evaluation["routed"], abs=1e-4)
+    assert scores["sailing"].routed == pytest.approx(imported.show("sailing").evaluation["routed"], abs=1e-4)
 
 
 def test_the_same_import_gives_the_same_digest(
@@ -102,7 +102,7 @@ def test_the_same_import_gives_the_same_digest(
 ) -> None:
     again = fresh_copy(cooking_store).import_adapter("sailing", adapter, data=[texts["sailing"]])
 
-    assert again.manifest.digest == imported.manifest("sailing").digest
+    assert again.manifest.digest == imported.show("sailing").digest
 
 
 # --- refused ---

@@ -58,7 +58,7 @@ def test_an_expert_of_a_stored_pack_is_our_layer_with_that_expert_alone(
     from lorary.registry.pack.pack import read_pack
 
     folder = whole.save("cooking", tmp_path / "out") / "packs" / "cooking" / "experts" / expert
-    bank = read_pack(whole.store, whole.manifest("cooking")).bank
+    bank = read_pack(whole.store, whole.show("cooking")).bank
 
     theirs = logits_of(by_peft(folder))
 

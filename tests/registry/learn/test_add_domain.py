@@ -310,7 +310,7 @@ def test_statistics_are_of_one_layer_wherever_the_experts_begin(
     manifest = registry.add_domain("sailing", data=[texts["sailing"]], bank=bank, training=training).manifest
 
     found = read_pack(registry.store, manifest).statistics.tensors()
-    expected = read_pack(whole.store, whole.manifest("sailing")).statistics.tensors()
+    expected = read_pack(whole.store, whole.show("sailing")).statistics.tensors()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 

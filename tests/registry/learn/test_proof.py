@@ -148,7 +148,7 @@ def test_sabotage_stores_nothing(
 
     assert caught.value.exit_code == 5
     assert state_of(registry.store) == before
-    for manifest in registry.domains():
+    for manifest in registry.list():
         registry.store.verify(manifest)
     assert not list(registry.store.runs.glob("*/checkpoint-*"))
 
@@ -192,7 +192,7 @@ def test_a_blob_of_an_older_domain_that_changes_while_training_is_noticed(
 ) -> None:
     registry = fresh_copy(cooking_store)
     before = state_of(registry.store)
-    file = registry.manifest("cooking").file("adapter_model.safetensors")
+    file = registry.show("cooking").file("adapter_model.safetensors")
     path = registry.store.blobs.path(file.sha256)
     honest = path.read_bytes()
 
@@ -214,7 +214,7 @@ def test_a_version_that_is_not_the_latest_is_proved_as_well(
     cooking_store: Path, fresh_copy: Any, add_sailing: Any
 ) -> None:
     registry = fresh_copy(cooking_store)
-    store, first = registry.store, registry.manifest("cooking")
+    store, first = registry.store, registry.show("cooking")
     other = {file.path: (store.read(first, file.path), file.kind) for file in first.files}
     other["README.md"] = (b"# Cooking, again", "card")
     old_only = store.blobs.put(b"# Cooking")
@@ -326,7 +326,7 @@ def test_the_proof_covers_the_base_everything_attached_and_every_pack(whole: Reg
 
     kp_buffers = sum(1 for name, _ in composed.named_buffers() if name.endswith((".A", ".Bt0", ".rows")))
     assert digests.tensors >= len(whole.base.model.state_dict()) + kp_buffers
-    assert digests.packs == {f"{m.name}@1": m.digest for m in whole.domains()}
+    assert digests.packs == {f"{m.name}@1": m.digest for m in whole.list()}
     assert prove(digests, digests)["unchanged"] is True
 
 

@@ -94,8 +94,8 @@ def test_the_same_command_resumes_and_gives_the_same_bytes(
     assert added.resumed_from == 4
     assert list(registry.store.runs.glob("cooking-*")) == [run]
     assert added.manifest.train["run"] == run.name
-    assert added.manifest.digest == whole.manifest("cooking").digest
-    assert added.manifest.files == whole.manifest("cooking").files
+    assert added.manifest.digest == whole.show("cooking").digest
+    assert added.manifest.files == whole.show("cooking").files
     assert not _checkpoints(registry.store.path)
 
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(
     added = add_cooking(registry)
 
     assert added.resumed_from == 2
-    assert added.manifest.digest == whole.manifest("cooking").digest
+    assert added.manifest.digest == whole.show("cooking").digest
 
 
 def test_without_a_complete_checkpoint_the_run_begins_anew(
@@ -123,7 +123,7 @@ def test_without_a_complete_checkpoint_the_run_begins_anew(
     added = add_cooking(registry)
 
     assert added.resumed_from == 0
-    assert added.manifest.digest == whole.manifest("cooking").digest
+    assert added.manifest.digest == whole.show("cooking").digest
 
 
 def test_other_settings_begin_a_run_of_their_own(
@@ -150,8 +150,8 @@ def test_a_run_that_stopped_after_its_last_step_trains_no_further(
     added = add_cooking(registry)
 
     assert added.resumed_from == 6
-    assert added.manifest.train["losses"] == whole.manifest("cooking").train["losses"]
-    assert added.manifest.digest == whole.manifest("cooking").digest
+    assert added.manifest.train["losses"] == whole.show("cooking").train["losses"]
+    assert added.manifest.digest == whole.show("cooking").digest
 
 
 def test_an_interrupted_init_resumes(
@@ -162,9 +162,9 @@ def test_an_interrupted_init_resumes(
 
     registry = Registry.init(store, base=str(base_folder), data=[texts["general"]], **short_run())
 
-    assert registry.manifest("general").digest == whole.manifest("general").digest
+    assert registry.show("general").digest == whole.show("general").digest
     assert not _checkpoints(store)
-    assert os.listdir(store / "runs") == [registry.manifest("general").train["run"]]
+    assert os.listdir(store / "runs") == [registry.show("general").train["run"]]
 
 
 def _checkpoints(store: Path) -> list[str]:

@@ -72,11 +72,11 @@ def registry(cooking_store: Path, fresh_copy: Any) -> Registry:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_new_version_is_stored_with_its_lineage_and_both_scores(mode: Any, retrained: Any) -> None:
     registry, outcome = retrained(mode)
-    manifest, parent = outcome.manifest, registry.manifest("cooking@1")
+    manifest, parent = outcome.manifest, registry.show("cooking@1")
 
     assert (manifest.version, manifest.parent, manifest.lineage["mode"]) == (2, 1, mode)
     assert manifest.lineage["parent"]["digest"] == parent.digest
-    assert registry.manifest("cooking") == registry.manifest("cooking@2") == manifest
+    assert registry.show("cooking") == registry.show("cooking@2") == manifest
     gate = manifest.evaluation["gate"]
     assert gate["holds"] is True
     assert gate["parent"] == pytest.approx(parent.evaluation["routed"], abs=2e-5)
@@ -114,9 +114,9 @@ def test_what_was_held_out_stays_held_out(mode: Any, retrained: Any, texts: Any,
 
 
 def test_nothing_that_the_parent_held_out_is_trained_on(registry: Registry, texts: Any, more: Path) -> None:
-    held_out = stored_held_out(registry.store, registry.manifest("cooking"))
+    held_out = stored_held_out(registry.store, registry.show("cooking"))
 
-    plan = plan_retraining(registry.store, registry.manifest("cooking"), [texts["cooking"], more])
+    plan = plan_retraining(registry.store, registry.show("cooking"), [texts["cooking"], more])
 
     assert not {e.digest() for e in plan.data.train} & {e.digest() for e in held_out + plan.data.held_out}
     assert plan.older == held_out
@@ -165,7 +165,7 @@ def test_the_new_version_composes_with_others_and_loads_as_the_model_that_was_sc
 
 def test_extend_keeps_the_files_of_every_expert_of_the_parent(retrained: Any) -> None:
     registry, outcome = retrained("extend")
-    parent = registry.manifest("cooking@1")
+    parent = registry.show("cooking@1")
 
     inherited = {file.path: file.sha256 for file in parent.files if file.kind == "expert"}
     new = {file.path: file.sha256 for file in outcome.manifest.files if file.kind == "expert"}
@@ -177,7 +177,7 @@ def test_extend_keeps_the_files_of_every_expert_of_the_parent(retrained: Any) ->
 
 def test_extend_adds_experts_in_every_layer_of_a_generation_of_their_own(retrained: Any) -> None:
     registry, outcome = retrained("extend")
-    parent = registry.manifest("cooking@1")
+    parent = registry.show("cooking@1")
 
     generations = [expert.generation for expert in outcome.manifest.experts]
     assert generations == [0] * len(parent.experts) + [1] * (len(generations) - len(parent.experts))
@@ -231,7 +231,7 @@ def test_an_expert_of_the_parent_that_moves_stores_nothing(
     sabotage: str, registry: Registry, more: Path, run: Any, state_of: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, train_bank = state_of(registry.store), learning.train_bank
-    kp = read_pack(registry.store, registry.manifest("general")).bank
+    kp = read_pack(registry.store, registry.show("general")).bank
 
     def instead(composed: Any, *args: Any, **options: Any) -> Any:
         figures = train_bank(composed, *args, **options)
@@ -258,7 +258,7 @@ def test_an_expert_of_the_parent_that_moves_stores_nothing(
 
 def test_continue_trains_a_copy_of_the_same_shape(retrained: Any) -> None:
     registry, outcome = retrained("continue")
-    parent = registry.manifest("cooking@1")
+    parent = registry.show("cooking@1")
     old, new = read_pack(*_version(registry, "cooking@1")).bank, read_pack(*_version(registry, "cooking@2")).bank
 
     assert outcome.manifest.experts == parent.experts
@@ -292,7 +292,7 @@ def test_a_version_that_is_worse_is_stored_and_held_back(
     assert outcome.acceptance.change > 0
     assert outcome.manifest.is_held_back
     assert state_of(registry.store)["cooking"] == ([1, 2], {"latest": 1})
-    assert registry.manifest("cooking").version == 1
+    assert registry.show("cooking").version == 1
     registry.store.verify(outcome.manifest)
 
     again = registry.retrain("cooking", data=[texts["sailing"]], **worse)
@@ -300,7 +300,7 @@ def test_a_version_that_is_worse_is_stored_and_held_back(
 
     settings: dict[str, Any] = {**worse, "tolerance": 100.0}
     accepted = registry.retrain("cooking", data=[texts["sailing"]], **settings)
-    assert (accepted.is_repeated, registry.manifest("cooking").version) == (True, 2)
+    assert (accepted.is_repeated, registry.show("cooking").version) == (True, 2)
 
 
 def test_other_text_may_be_the_judge(registry: Registry, texts: Any, more: Path, run: Any) -> None:
@@ -349,7 +349,7 @@ def test_what_cannot_be_done_is_refused_before_the_base_is_loaded(
 def test_new_experts_are_shaped_like_the_parents_as_far_as_its_settings_are_known(
     registry: Registry, more: Path
 ) -> None:
-    manifest = registry.manifest("cooking")
+    manifest = registry.show("cooking")
     told = {"experts": 3.0, "rank_gates": False, "of_a_later_version": 1}
     parent = replace(manifest, train=manifest.train | {"bank": told})
 
@@ -384,7 +384,7 @@ def test_versions_of_several_domains_route_in_any_mix(retrained: Any, both_store
 
 
 def _version(registry: Registry, reference: str) -> tuple[Store, Any]:
-    return registry.store, registry.manifest(reference)
+    return registry.store, registry.show(reference)
 
 
 def _distance(one: Any, other: Any) -> float:

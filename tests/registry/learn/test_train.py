@@ -31,7 +31,7 @@ run = {
 }
 registry = Registry.init(store, base=base, data=[general], **run)
 registry.add_domain("cooking", data=[cooking], **run)
-print(*(manifest.digest for manifest in registry.domains()))
+print(*(manifest.digest for manifest in registry.list()))
 """
 
 
@@ -126,7 +126,7 @@ def test_a_neighbour_of_another_shape_lends_nothing(
 
 
 def test_rare_tokens_are_not_stored(whole: Registry) -> None:
-    statistics = read_pack(whole.store, whole.manifest("cooking")).statistics
+    statistics = read_pack(whole.store, whole.show("cooking")).statistics
 
     for counts in (statistics.token_counts, statistics.pair_counts):
         assert counts.sum() > 200
@@ -166,7 +166,7 @@ def test_the_same_data_and_seed_give_the_same_pack_in_every_process(
 
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True, timeout=200)
 
-    assert done.stdout.split() == [whole.manifest(name).digest for name in ("general", "cooking")], done.stderr
+    assert done.stdout.split() == [whole.show(name).digest for name in ("general", "cooking")], done.stderr
 
 
 def test_another_seed_gives_another_pack(
@@ -174,8 +174,8 @@ def test_another_seed_gives_another_pack(
 ) -> None:
     added = fresh_copy(kp_store).add_domain("cooking", data=[texts["cooking"]], **short_run(seed=1))
 
-    assert added.manifest.digest != whole.manifest("cooking").digest
-    assert added.manifest.train["data"] == whole.manifest("cooking").train["data"]
+    assert added.manifest.digest != whole.show("cooking").digest
+    assert added.manifest.train["data"] == whole.show("cooking").train["data"]
 
 
 def test_the_random_state_of_the_caller_is_left_alone(
@@ -204,4 +204,4 @@ def _plain(pack: DomainPack) -> dict[str, Any]:
 
 def _rows(registry: Registry) -> RouterRows:
     names = ("general", "cooking", "sailing")
-    return router_rows([read_pack(registry.store, registry.manifest(name)).statistics for name in names])
+    return router_rows([read_pack(registry.store, registry.show(name)).statistics for name in names])

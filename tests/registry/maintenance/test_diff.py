@@ -30,9 +30,9 @@ def dense(bank: ExpertBank, index: int) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize(("a", "b"), [("cooking@1", "cooking@2"), ("cooking@2", "cooking@1"), ("cooking", "sailing")])
 def test_norms_are_those_of_the_dense_updates(a: str, b: str, registry: Registry) -> None:
-    found = compare_versions(registry.store, registry.manifest(a), registry.manifest(b))
+    found = compare_versions(registry.store, registry.show(a), registry.show(b))
 
-    banks = [read_pack(registry.store, registry.manifest(reference)).bank for reference in (a, b)]
+    banks = [read_pack(registry.store, registry.show(reference)).bank for reference in (a, b)]
     assert [layer.layer for layer in found.layers] == sorted(banks[0].layers)
     for layer in found.layers:
         old, new = (dense(bank, layer.layer) for bank in banks)
@@ -44,9 +44,9 @@ def test_norms_are_those_of_the_dense_updates(a: str, b: str, registry: Registry
 
 
 def test_an_extension_differs_by_its_own_experts_alone(registry: Registry) -> None:
-    found = compare_versions(registry.store, registry.manifest("cooking@1"), registry.manifest("cooking@2"))
+    found = compare_versions(registry.store, registry.show("cooking@1"), registry.show("cooking@2"))
 
-    bank = read_pack(registry.store, registry.manifest("cooking@2")).bank
+    bank = read_pack(registry.store, registry.show("cooking@2")).bank
     for layer in found.layers:
         both, experts = bank.layers[layer.layer], layer.experts[0]
         total = 0.0
@@ -60,13 +60,13 @@ def test_an_extension_differs_by_its_own_experts_alone(registry: Registry) -> No
     assert found.files["router/router.safetensors"] == "changed"
     assert found.files["experts/e3/adapter_model.safetensors"] == "added"
     assert found.statistics["tokens"][1] > found.statistics["tokens"][0]
-    gate = registry.manifest("cooking@2").evaluation["gate"]
+    gate = registry.show("cooking@2").evaluation["gate"]
     assert found.scores["gate"] == (gate["parent"], gate["new"])
-    assert found.scores["routed"][0] == registry.manifest("cooking@1").evaluation["routed"]
+    assert found.scores["routed"][0] == registry.show("cooking@1").evaluation["routed"]
 
 
 def test_a_version_does_not_differ_from_itself(registry: Registry) -> None:
-    found = compare_versions(registry.store, registry.manifest("cooking"), registry.manifest("cooking"))
+    found = compare_versions(registry.store, registry.show("cooking"), registry.show("cooking"))
 
     assert all(layer.change < 1e-6 and layer.norms[0] == layer.norms[1] > 0 for layer in found.layers)
     assert set(found.files.values()) == {"same"}

@@ -35,7 +35,7 @@ def test_a_whole_store_has_every_file_ok(registry: Registry) -> None:
     found = list(verify_store(registry.store, deep=True))
 
     assert problems(found) == []
-    manifests = registry.domains()
+    manifests = registry.list()
     expected = {(f"{m.name}@1", p) for m in manifests for p in ["lorary.json", "(pack)", *(f.path for f in m.files)]}
     assert {(one.reference, one.path) for one in found} == expected
     assert sum(one.size for one in found) > 10_000
@@ -51,7 +51,7 @@ def test_a_whole_store_has_every_file_ok(registry: Registry) -> None:
     ],
 )
 def test_a_damaged_blob_is_found(change: Any, registry: Registry) -> None:
-    file = registry.manifest("cooking").file(OWN)
+    file = registry.show("cooking").file(OWN)
     damage(registry.store.blobs.path(file.sha256), change)
 
     assert problems(verify_version(registry.store, "cooking", 1)) == [("cooking@1", OWN, "bad")]
@@ -74,7 +74,7 @@ def test_bit_rot_anywhere_is_found(registry: Registry) -> None:
 
 
 def test_a_missing_blob_is_told_from_a_damaged_one(registry: Registry) -> None:
-    file = registry.manifest("cooking").file(OWN)
+    file = registry.show("cooking").file(OWN)
     os.unlink(registry.store.blobs.path(file.sha256))
 
     assert problems(verify_store(registry.store)) == [("cooking@1", OWN, "missing")]

@@ -52,7 +52,7 @@ def test_scores_as_json_are_rounded_and_named() -> None:
 
 
 def test_the_manifest_holds_what_evaluating_again_gives(whole: Registry, cooking_store: Path) -> None:
-    stored = whole.manifest("cooking").evaluation
+    stored = whole.show("cooking").evaluation
 
     found = Registry.open(cooking_store).evaluate("cooking")["cooking"]
 
@@ -98,7 +98,7 @@ def test_of_much_text_routing_is_measured_on_what_is_scored(whole: Registry, tex
 def test_held_out_text_was_never_trained_on(whole: Registry, texts: Any) -> None:
     train, held_out = split(read_examples([texts["cooking"]]), HELD_OUT)
 
-    found = stored_held_out(whole.store, whole.manifest("cooking"))
+    found = stored_held_out(whole.store, whole.show("cooking"))
 
     assert found == held_out
     assert not {e.text for e in found} & {e.text for e in train}

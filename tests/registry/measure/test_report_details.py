@@ -42,7 +42,7 @@ def test_one_point_lies_in_the_middle():
 
 
 def test_details_are_those_of_the_packs(whole: Registry):
-    manifests = {manifest.name: manifest for manifest in whole.domains()}
+    manifests = {manifest.name: manifest for manifest in whole.list()}
 
     details = read_details(whole.store, manifests)
 

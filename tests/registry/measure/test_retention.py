@@ -30,7 +30,7 @@ def reported(whole: Registry) -> Any:
 
 def test_each_cell_is_a_domain_under_the_composition_of_its_step(whole: Registry, reported: Any) -> None:
     texts = {"general": general_examples()}
-    texts |= {name: stored_held_out(whole.store, whole.manifest(name)) for name in ("cooking", "sailing")}
+    texts |= {name: stored_held_out(whole.store, whole.show(name)) for name in ("cooking", "sailing")}
     models: dict[str, Any] = {"base": whole.base.model}
     models |= {"general": whole.compose("general"), "cooking": whole.compose("cooking")}
     models["sailing"] = whole.compose("cooking+sailing")
@@ -47,7 +47,7 @@ def test_the_oracle_is_the_domain_under_its_own_experts_alone(whole: Registry, r
     composed = whole.compose("cooking")
 
     with fixed_slots(composed, {"cooking": 1.0}):
-        text = stored_held_out(whole.store, whole.manifest("cooking"))
+        text = stored_held_out(whole.store, whole.show("cooking"))
         expected = score_language(composed, whole.tokenizer, text).bits_per_byte
 
     assert reported.bits.matrix.oracle[1] == pytest.approx(expected, rel=1e-5)
@@ -115,7 +115,7 @@ def test_what_was_measured_needs_no_base_model_and_no_experts(whole: Registry, r
 
 
 def test_domains_come_in_the_order_in_which_they_were_added(whole: Registry) -> None:
-    manifests = [whole.manifest(name) for name in ("sailing", "general", "cooking")]
+    manifests = [whole.show(name) for name in ("sailing", "general", "cooking")]
 
     assert [m.name for m in in_order_of_addition(whole.store, manifests)] == ["cooking", "sailing"]
     assert whole.retention(["sailing", "cooking"]).steps == ("base", "general", "sailing", "cooking")

@@ -51,14 +51,14 @@ def test_a_pack_that_was_made_here_passes_and_is_read_as_ever(name: str, whole: 
 
     found = check_pack(files, manifest)
 
-    expected = read_pack(whole.store, whole.manifest(name))
+    expected = read_pack(whole.store, whole.show(name))
     assert digest_of_tensors(found.bank.tensors()) == digest_of_tensors(expected.bank.tensors())
     assert torch.equal(found.prototypes, expected.prototypes)
     assert found.temperatures == expected.temperatures
 
 
 def test_a_store_is_checked_in_the_same_way(whole: Registry) -> None:
-    assert check_pack(whole.store, whole.manifest("sailing")).feature_layer == 1
+    assert check_pack(whole.store, whole.show("sailing")).feature_layer == 1
 
 
 # --- adapter_config.json of an expert and of the whole bank: what PEFT and vLLM would believe ---

@@ -37,7 +37,7 @@ def registry(cooking_store: Path, fresh_copy: Callable[[Path], Registry]) -> Reg
 
 @pytest.mark.parametrize("name", ["general", "cooking", "sailing"])
 def test_a_pack_that_is_read_and_written_again_has_the_same_files(name: str, whole: Registry) -> None:
-    manifest = whole.manifest(name)
+    manifest = whole.show(name)
     pack = read_pack(whole.store, manifest)
 
     files = pack_files(pack, layout=whole.base.layout, base_id=manifest.base.id, revision=None)
@@ -49,7 +49,7 @@ def test_a_pack_that_is_read_and_written_again_has_the_same_files(name: str, who
 
 
 def test_experts_come_back_on_one_rank_axis_in_order(whole: Registry) -> None:
-    bank = read_pack(whole.store, whole.manifest("cooking")).bank
+    bank = read_pack(whole.store, whole.show("cooking")).bank
 
     assert bank.counts(4) == (0, 1, 2, 3)
     assert [expert.id for expert in bank.layers[3].experts] == ["e0", "e1", "e2"]
@@ -58,7 +58,7 @@ def test_experts_come_back_on_one_rank_axis_in_order(whole: Registry) -> None:
 
 
 def test_the_manifest_counts_the_parameters_of_the_files(whole: Registry) -> None:
-    manifest = whole.manifest("cooking")
+    manifest = whole.show("cooking")
 
     for record in manifest.experts:
         tensors = load(whole.store.read(manifest, f"experts/{record.id}/adapter_model.safetensors"))
@@ -66,19 +66,19 @@ def test_the_manifest_counts_the_parameters_of_the_files(whole: Registry) -> Non
 
 
 def test_prototypes_are_unit_vectors(whole: Registry) -> None:
-    prototypes = read_pack(whole.store, whole.manifest("sailing")).prototypes
+    prototypes = read_pack(whole.store, whole.show("sailing")).prototypes
 
     torch.testing.assert_close(prototypes.norm(dim=1), torch.ones(len(prototypes)))
 
 
 def test_equal_packs_have_equal_bytes_whatever_the_order_of_their_tensors(whole: Registry) -> None:
-    pack = read_pack(whole.store, whole.manifest("cooking"))
+    pack = read_pack(whole.store, whole.show("cooking"))
     for layer in pack.bank.layers.values():
         layer.A, layer.B = dict(reversed(layer.A.items())), dict(reversed(layer.B.items()))
 
     again = pack_files(pack, layout=whole.base.layout, base_id=whole.base_record.id, revision=None)
 
-    manifest = whole.manifest("cooking")
+    manifest = whole.show("cooking")
     assert {path: data for path, (data, _) in again.items()} == {
         file.path: whole.store.read(manifest, file.path) for file in manifest.files
     }
@@ -187,7 +187,7 @@ def test_a_truncated_file_is_refused(path: str, kept: int, registry: Registry, r
 
 
 def test_a_file_without_recomputed_digest_is_refused(registry: Registry) -> None:
-    file = registry.manifest("cooking").file(EXPERT)
+    file = registry.show("cooking").file(EXPERT)
     path = registry.store.blobs.path(file.sha256)
     path.chmod(0o644)
     path.write_bytes(save(nan_in(load(path.read_bytes()))))
@@ -197,7 +197,7 @@ def test_a_file_without_recomputed_digest_is_refused(registry: Registry) -> None
 
 
 def test_a_rank_of_the_manifest_that_the_file_does_not_have_is_refused(registry: Registry, rewrite: Any) -> None:
-    manifest = registry.manifest("cooking")
+    manifest = registry.show("cooking")
     experts = tuple(replace(expert, rank=4) for expert in manifest.experts)
     rewrite(registry.store, "cooking", EXPERT, lambda data: data, experts=experts)
 
@@ -206,7 +206,7 @@ def test_a_rank_of_the_manifest_that_the_file_does_not_have_is_refused(registry:
 
 
 def test_a_missing_expert_of_the_manifest_is_refused(registry: Registry, rewrite: Any) -> None:
-    manifest = registry.manifest("cooking")
+    manifest = registry.show("cooking")
     rewrite(registry.store, "cooking", EXPERT, lambda data: data, experts=manifest.experts[:1])
 
     with pytest.raises(IntegrityError):
@@ -371,10 +371,10 @@ def test_a_router_made_in_another_way_is_refused(change: dict[str, Any], registr
 
 
 def test_an_unchanged_file_with_a_rewritten_manifest_still_composes(registry: Registry, rewrite: Any) -> None:
-    before = digest_of_tensors(read_pack(registry.store, registry.manifest("cooking")).bank.tensors())
+    before = digest_of_tensors(read_pack(registry.store, registry.show("cooking")).bank.tensors())
 
     rewrite(registry.store, "cooking", EXPERT, lambda data: save(load(data)))
 
     assert registry.compose("cooking")
-    after = digest_of_tensors(read_pack(registry.store, registry.manifest("cooking")).bank.tensors())
+    after = digest_of_tensors(read_pack(registry.store, registry.show("cooking")).bank.tensors())
     assert after == before

@@ -22,7 +22,7 @@ def registry(cooking_store: Path, fresh_copy: Callable[[Path], Registry]) -> Reg
 def test_a_second_generation_keeps_the_files_of_the_first_and_is_read_back(
     registry: Registry,
 ) -> None:
-    manifest, base = registry.manifest("cooking"), registry.base
+    manifest, base = registry.show("cooking"), registry.base
     pack = read_pack(registry.store, manifest)
     config = BankConfig(rank=3, experts=1.0, targets=("q_proj",))  # fewer targets than the first generation has
     generator = torch.Generator().manual_seed(0)

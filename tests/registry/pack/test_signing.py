@@ -40,7 +40,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_a_signature_holds_for_these_bytes_and_this_key(whole: Any, keys: Any) -> None:
-    manifest = whole.manifest("cooking")
+    manifest = whole.show("cooking")
     signature = sign_pack(whole.store, manifest, keys["alice"])
 
     check_signature(whole.store, manifest, signature, keys["alice.pub"])
@@ -48,13 +48,13 @@ def test_a_signature_holds_for_these_bytes_and_this_key(whole: Any, keys: Any) -
     with pytest.raises(IntegrityError, match="is not valid"):
         check_signature(whole.store, manifest, signature, keys["mallory.pub"])
     with pytest.raises(IntegrityError, match="is not valid"):
-        check_signature(whole.store, whole.manifest("sailing"), signature, keys["alice.pub"])
+        check_signature(whole.store, whole.show("sailing"), signature, keys["alice.pub"])
     with pytest.raises(IntegrityError, match="is not valid"):
         check_signature(whole.store, replace(manifest, description="better"), signature, keys["alice.pub"])
 
 
 def test_every_altered_file_is_noticed(whole: Any, keys: Any, loose: Any) -> None:
-    manifest = whole.manifest("cooking")
+    manifest = whole.show("cooking")
     signature = sign_pack(whole.store, manifest, keys["alice"])
     pack = loose("cooking")
 
@@ -67,15 +67,15 @@ def test_every_altered_file_is_noticed(whole: Any, keys: Any, loose: Any) -> Non
 @pytest.mark.parametrize("signature", [b"", b"{}", b"[1]", b"\xff\x00", b'{"mediaType": "x"}', b"[" * 5000])
 def test_what_is_no_signature_is_not_valid(whole: Any, keys: Any, signature: bytes) -> None:
     with pytest.raises(IntegrityError, match="is not valid"):
-        check_signature(whole.store, whole.manifest("cooking"), signature, keys["alice.pub"])
+        check_signature(whole.store, whole.show("cooking"), signature, keys["alice.pub"])
 
 
 def test_a_key_that_cannot_be_used_is_named(whole: Any, keys: Any, tmp_path: Path) -> None:
     for key in (tmp_path / "missing", keys["alice.pub"]):
         with pytest.raises(InputError, match="private key"):
-            sign_pack(whole.store, whole.manifest("cooking"), key)
+            sign_pack(whole.store, whole.show("cooking"), key)
     with pytest.raises(InputError, match="public key"):
-        check_signature(whole.store, whole.manifest("cooking"), b"{}", keys["alice"])
+        check_signature(whole.store, whole.show("cooking"), b"{}", keys["alice"])
 
 
 def test_the_library_alone_verifies_a_download(
