@@ -509,7 +509,7 @@ class Registry:
             InputError: There is no domain, one is named twice, or held-out text is not on this machine.
             NotFoundError: There is no such domain or version.
         """
-        from .measure.reporting import report_retention
+        from .measure.retention import report_retention
 
         return report_retention(
             self.store,

@@ -8,15 +8,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
 from ...adapters.composition import GENERAL
 from ...domains.statistics.intervals import DRAWS, percentile_interval, ratio_draws, wilson_interval
+from ..store.manifest import PackManifest
+from .held_out import HeldOut
 from .metrics import METRICS, RetentionMatrix, Values, mean
-from .retention import RetentionScores
-from .score_cache import CellScores
+from .scores import CellScores
+
+if TYPE_CHECKING:
+    from ..compose.drift import Drift
 
 Interval = tuple[float, float]
 
@@ -76,6 +80,23 @@ class ScoreTable:
     def value(self, step: int, column: int) -> float | None:
         """A score; None where nothing was measured."""
         return _number(self.matrix.R[step, column])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetentionScores:
+    """Everything that was measured; `RetentionReport` computes the figures."""
+
+    steps: tuple[str, ...]  # "base", "general", then the domains as added
+    manifests: tuple[PackManifest, ...]  # KP's first, one for each step but the base
+    data: tuple[HeldOut, ...]  # one for each column: general text first
+    cells: Mapping[tuple[int, int], CellScores]  # by step and column
+    alone: tuple[CellScores, ...]  # each column under its own experts alone
+    drift: "tuple[Drift, ...]"  # of each domain's addition, general's left out
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns: general text, then the domains."""
+        return self.steps[1:]
 
 
 class RetentionReport:

@@ -16,11 +16,11 @@ from typing import Any, Final
 
 from transformers import PreTrainedModel
 
-from ...adapters.composition import GENERAL
+from ...adapters.composition import GENERAL, parse_reference
 from ...adapters.layer.attach import fixed_slots
 from ...adapters.router.router import METHOD
 from ...domains.errors import InputError
-from ...domains.progress import OnProgress
+from ...domains.progress import OnProgress, silent
 from ..base.load import LoadedBase
 from ..compose.build import compose_packs
 from ..compose.drift import Drift, measure_drift
@@ -28,29 +28,71 @@ from ..compose.plan import Plan, plan_composition
 from ..pack.pack import DomainPack, Routable, read_pack, read_routing
 from ..store.manifest import BaseRecord, PackManifest
 from ..store.store import Store
-from .held_out import HeldOut
-from .score_cache import CellScores, ScoreCache
-from .scores import BLOCK, score_held_out
+from .evaluate import BLOCK, score_held_out
+from .held_out import MAX_SCORED_BYTES, HeldOut, general_text, measured_on
+from .report import RetentionReport, RetentionScores
+from .scores import CellScores, ScoreCache
 
 SCORER: Final = 3  # part of every key: raised when scores come out differently under the same gates
 BASE_STEP: Final = "base"
 
 
-@dataclass(frozen=True, kw_only=True)
-class RetentionScores:
-    """Everything that was measured; `retention_report` says what it means."""
+def report_retention(
+    store: Store,
+    base: Callable[[], LoadedBase],
+    record: BaseRecord,
+    domains: Sequence[str] = (),
+    *,
+    machine: Mapping[str, Any],
+    questions: bool = True,
+    max_bytes: int | None = None,
+    on_progress: OnProgress = silent,
+) -> RetentionReport:
+    """Measures what became of each domain after each step.
 
-    steps: tuple[str, ...]  # "base", "general", then the domains as added
-    manifests: tuple[PackManifest, ...]  # KP's first, one for each step but the base
-    data: tuple[HeldOut, ...]  # one for each column: general text first
-    cells: Mapping[tuple[int, int], CellScores]  # by step and column
-    alone: tuple[CellScores, ...]  # each column under its own experts alone
-    drift: tuple[Drift, ...]  # of each domain's addition, general's left out
+    Args:
+        base: Gives the base model; not called if everything was measured before.
+        domains: References, in the order in which they count as added. If none are named: the latest version of every
+            domain, as added; those whose data is not on this machine are left out, and the report says so.
+        machine: What else scores depend on: device and number format.
+        questions: Whether questions with choices are answered too.
+        max_bytes: At most so much text of each domain.
 
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns: general text, then the domains."""
-        return self.steps[1:]
+    Raises:
+        InputError: There is no domain, one is named twice, or data is not on this machine: of a named one, or of all.
+        NotFoundError: There is no such domain or version.
+    """
+    limit = max_bytes or MAX_SCORED_BYTES
+    if domains:
+        chosen = [store.manifest(*parse_reference(reference)) for reference in domains]
+    else:
+        latest = [store.manifest(name) for name in store.domains() if name != GENERAL]
+        chosen = in_order_of_addition(store, latest)
+    data, left_out = {GENERAL: general_text(max_bytes=limit)}, {}
+    for manifest in chosen:
+        try:
+            data[manifest.name] = measured_on(store, manifest, max_bytes=limit, with_questions=questions)
+        except InputError as error:
+            if domains:
+                raise
+            left_out[manifest.name] = error.message
+    added = [manifest for manifest in chosen if manifest.name in data]
+    if chosen and not added:
+        raise InputError(
+            "No domain can be measured: the held-out text of none is to be had.",
+            cause="; ".join(left_out.values()),
+            fix=f"measure one on text of your own: registry evaluate {chosen[0].name} --data FILE",
+        )
+    scores = measure_retention(
+        store,
+        base,
+        record,
+        added=added,
+        data=data,
+        machine=machine,
+        on_progress=on_progress,
+    )
+    return RetentionReport(scores, left_out=left_out)
 
 
 def in_order_of_addition(store: Store, manifests: Sequence[PackManifest]) -> list[PackManifest]:

@@ -1,77 +1,98 @@
-"""Scores of one domain's held-out data under one model: texts, questions, and where the router sent the texts."""
+"""Scores that were measured once, kept in the store's cache: derived, disposable, believed only if they fit their key.
 
-from collections.abc import Sequence
+    <store>/cache/scores/ab/ab12....json       {schema, key, digest, scores}, named by the digest of the key
+
+The key says everything the scores depend on: how is scored and routed, versions of the programs, base, composition with
+its digests and priors, text. A file that is damaged, or that says another key than it is named by, counts as not there.
+"""
+
+import logging
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Final
 
-import torch
-from jaxtyping import Bool
-from torch import Tensor
-from transformers import PreTrainedModel
+from ...domains.errors import IncompatibleError, IntegrityError
+from ..store.blobs import hex_of, sha256_of
+from ..store.files import make_folder, write_atomic
+from ..store.strict_json import JsonObject, canonical_json, minor_of, parse_json, record_from_json, record_to_json
 
-from ...adapters.layer.attach import routing_of
-from ...domains.progress import OnProgress, Progress
-from ...domains.scoring.choices import score_choices
-from ...domains.scoring.language import score_language
-from ..base.load import LoadedBase
-from .held_out import HeldOut
-from .score_cache import CellScores
+SCHEMA: Final = "lorary.scores/1"
 
-BLOCK: Final = 256  # tokens of a window
+logger = logging.getLogger(__name__)
 
 
-class _Observer:
-    """Sums slot gates by text over the positions that predicted a counted token."""
+@dataclass(frozen=True, kw_only=True)
+class CellScores:
+    """One domain's held-out data under one model."""
 
-    def __init__(self, model: PreTrainedModel, texts: int):
-        self._routing = routing_of(model)
-        self.gates = torch.zeros(texts, len(self._routing.stack.names), dtype=torch.float64)
-        self.positions = torch.zeros(texts, 1, dtype=torch.float64)
+    text_nats: tuple[float, ...]  # of each text
+    text_bytes: tuple[int, ...]
+    right: tuple[bool, ...] = ()  # of each question
+    # texts by the slot with the largest mean gate; empty: no router
+    taken: dict[str, int] = field(default_factory=dict)
+    gates: dict[str, float] = field(default_factory=dict)  # mean slot gate of all texts
 
-    def __call__(self, rows: Sequence[int], predicts: Bool[Tensor, "rows length"]) -> None:
-        gate = self._routing.slot_gate
-        assert gate is not None
-        weight = predicts.double()
-        used = gate[:, : predicts.shape[1]].cpu().double()
-        texts = torch.tensor(rows)
-        self.gates.index_add_(0, texts, torch.einsum("rts,rt->rs", used, weight))
-        self.positions.index_add_(0, texts, weight.sum(1, keepdim=True))
+    def __post_init__(self) -> None:
+        if len(self.text_nats) != len(self.text_bytes) or sum(self.text_bytes) <= 0:
+            raise ValueError(f"{len(self.text_nats)} texts and {len(self.text_bytes)} sizes")
 
-    def taken(self) -> dict[str, int]:
-        """Texts by the slot that has most of their gate."""
-        largest = self.gates[self.positions[:, 0] > 0].argmax(1)
-        counts = torch.bincount(largest, minlength=self.gates.shape[1]).tolist()
-        return {name: count for name, count in zip(self._routing.stack.names, counts, strict=True) if count}
+    @property
+    def bits_per_byte(self) -> float:
+        """Lower is better."""
+        return math.fsum(self.text_nats) / math.log(2) / sum(self.text_bytes)
 
-    def means(self) -> dict[str, float]:
-        """Mean gate of each slot over all positions."""
-        means = (self.gates.sum(0) / self.positions.sum()).tolist()
-        return {name: round(mean, 6) for name, mean in zip(self._routing.stack.names, means, strict=True)}
+    @property
+    def accuracy(self) -> float | None:
+        """Share of questions answered right; None without questions."""
+        return sum(self.right) / len(self.right) if self.right else None
 
 
-def score_held_out(
-    model: PreTrainedModel, base: LoadedBase, data: HeldOut, *, what: str, on_progress: OnProgress
-) -> CellScores:
-    """Scores texts and questions; of a routed composition also where the texts went.
+@dataclass(frozen=True, kw_only=True)
+class _CacheFile:
+    key: JsonObject
+    digest: str  # of the scores as canonical JSON
+    scores: CellScores
+    schema: str = SCHEMA
 
-    Args:
-        model: The base, or a composition over it.
-        what: What progress is reported as.
-    """
-    routing = getattr(model, "routing", None)
-    is_routed = routing is not None and routing.router is not None and routing.fixed is None
-    observer = _Observer(model, len(data.texts)) if is_routed else None
 
-    def tell(done: int, total: int) -> None:
-        on_progress(Progress(what, done, total))
+class ScoreCache:
+    """Scores by key; what all keys share is given once."""
 
-    found = score_language(model, base.tokenizer, data.texts, block=BLOCK, on_progress=tell, on_batch=observer)
-    right: tuple[bool, ...] = ()
-    if data.questions:
-        right = score_choices(model, base.tokenizer, data.questions, on_progress=tell).right
-    return CellScores(
-        text_nats=found.text_nats,
-        text_bytes=found.text_bytes,
-        right=right,
-        taken=observer.taken() if observer else {},
-        gates=observer.means() if observer else {},
-    )
+    def __init__(self, folder: Path, shared: JsonObject):
+        self._folder = folder
+        self._shared = shared
+
+    def find(self, key: JsonObject) -> CellScores | None:
+        """The scores measured under this key, if they are there and whole."""
+        path = self._path(key)
+        try:
+            value = parse_json(path.read_bytes(), source=str(path))
+            schema = value.get("schema") if isinstance(value, dict) else None
+            minor_of(schema, known=SCHEMA, source=str(path))
+            found = record_from_json(_CacheFile, value, source=str(path))
+        except FileNotFoundError:
+            return None
+        except (IntegrityError, IncompatibleError) as error:
+            logger.info("%s is measured again: %s", path, error)
+            return None
+        is_whole = found.key == self._shared | key and found.digest == _digest(found.scores)
+        return found.scores if is_whole else None
+
+    def put(self, key: JsonObject, scores: CellScores) -> None:
+        """Keeps scores, unless the store may not be written to."""
+        path = self._path(key)
+        if not os.access(self._folder.parent, os.W_OK):
+            return
+        make_folder(path.parent)
+        kept = _CacheFile(key=self._shared | key, digest=_digest(scores), scores=scores)
+        write_atomic(path, canonical_json(record_to_json(kept)))
+
+    def _path(self, key: JsonObject) -> Path:
+        name = hex_of(sha256_of(canonical_json(self._shared | key)))
+        return self._folder / name[:2] / f"{name}.json"
+
+
+def _digest(scores: CellScores) -> str:
+    return sha256_of(canonical_json(record_to_json(scores)))

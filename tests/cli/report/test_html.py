@@ -15,10 +15,10 @@ from lorary.domains.data.example import Example
 from lorary.registry import Registry
 from lorary.registry.compose.drift import Drift
 from lorary.registry.measure.held_out import HeldOut
-from lorary.registry.measure.report import RetentionReport
+from lorary.registry.measure.report import RetentionReport, RetentionScores
 from lorary.registry.measure.report_details import ReportDetails
-from lorary.registry.measure.retention import RetentionScores, measured_cells
-from lorary.registry.measure.score_cache import CellScores
+from lorary.registry.measure.retention import measured_cells
+from lorary.registry.measure.scores import CellScores
 from lorary.registry.measure.thresholds import judge, parse_threshold
 
 HOSTILE = "</td></script><img src=x onerror=alert(1)>\"'&<b style=x>\x00\u202e"

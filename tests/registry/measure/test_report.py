@@ -11,7 +11,7 @@ import pytest
 from lorary.domains.statistics.intervals import wilson_interval
 from lorary.registry.compose.drift import Drift
 from lorary.registry.measure.report import RetentionReport, figure_names
-from lorary.registry.measure.score_cache import CellScores
+from lorary.registry.measure.scores import CellScores
 
 STEPS = ("base", "general", "medicine", "legal")
 BITS = {  # by step: general, medicine, legal

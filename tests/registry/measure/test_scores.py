@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lorary.registry.measure.score_cache import CellScores, ScoreCache
+from lorary.registry.measure.scores import CellScores, ScoreCache
 
 SCORES = CellScores(
     text_nats=(1.5, 2.25), text_bytes=(10, 20), right=(True, False), taken={"legal": 2}, gates={"legal": 0.75}
