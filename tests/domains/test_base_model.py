@@ -1,4 +1,4 @@
-"""Base models: loaded frozen, and their decoder layers found in every family."""
+"""Base models are loaded frozen; decoder layers are found in every model family."""
 
 from pathlib import Path
 from typing import Any
@@ -70,13 +70,13 @@ def model_of() -> Any:
     return make
 
 
-@pytest.mark.parametrize(("family", "most"), [("llama", 64), ("gpt2", 64), ("bloom", None)])
-def test_a_model_without_a_bound_reads_as_many_tokens_as_there_are(family: str, most: int | None) -> None:
+@pytest.mark.parametrize(("family", "expected"), [("llama", 64), ("gpt2", 64), ("bloom", None)])
+def test_the_maximum_sequence_length_is_that_of_the_config(family: str, expected: int | None) -> None:
     bound = {"llama": {"max_position_embeddings": 64}, "gpt2": {"n_positions": 64}, "bloom": {}}[family]
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **bound))
 
-    assert max_positions(model) == most
+    assert max_positions(model) == expected
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_model_without_decoder_layers_is_refused(tiny_llama: Any) -> None:
         find_layout(model)
 
 
-def test_an_encoder_has_layers_too_and_is_found(model_of: Any) -> None:
+def test_layers_of_an_encoder_are_found(model_of: Any) -> None:
     small: dict[str, Any] = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
@@ -121,7 +121,7 @@ def test_an_encoder_has_layers_too_and_is_found(model_of: Any) -> None:
     assert find_layout(model).layers == "encoder.layer"
 
 
-def test_targets_are_named_by_the_last_part_of_their_path(tiny_llama: Any) -> None:
+def test_target_modules_are_selected_by_the_last_part_of_their_path(tiny_llama: Any) -> None:
     model = tiny_llama()
     layout = find_layout(model)
 
@@ -130,7 +130,7 @@ def test_targets_are_named_by_the_last_part_of_their_path(tiny_llama: Any) -> No
     assert found == ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
 
 
-def test_a_target_that_is_not_there_is_named_with_those_that_are(tiny_llama: Any) -> None:
+def test_an_unknown_target_is_refused_with_the_known_ones(tiny_llama: Any) -> None:
     model = tiny_llama()
 
     with pytest.raises(InputError, match="c_attn") as refusal:
@@ -140,14 +140,14 @@ def test_a_target_that_is_not_there_is_named_with_those_that_are(tiny_llama: Any
     assert "q_proj" in refusal.value.fix
 
 
-def test_the_shape_of_a_linear_module_is_input_then_output() -> None:
+def test_the_shape_of_a_linear_module_is_d_in_and_d_out() -> None:
     assert linear_shape(nn.Linear(3, 5)) == (3, 5)
     assert linear_shape(Conv1D(5, 3)) == (3, 5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi"])
 @pytest.mark.parametrize("layer", [0, 1, 2])
-def test_hidden_states_are_those_that_enter_the_layer(family: str, layer: int, model_of: Any) -> None:
+def test_hidden_states_are_the_input_of_the_layer(family: str, layer: int, model_of: Any) -> None:
     model = model_of(family)
     ids = torch.randint(0, 64, (2, 7), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -158,7 +158,7 @@ def test_hidden_states_are_those_that_enter_the_layer(family: str, layer: int, m
     assert torch.equal(found, expected)
 
 
-def test_reading_hidden_states_runs_no_later_layer_and_leaves_no_hook(tiny_llama: Any) -> None:
+def test_hidden_states_are_computed_without_later_layers_and_hooks_are_removed(tiny_llama: Any) -> None:
     model = tiny_llama()
     ran: list[int] = []
     for index, layer in enumerate(model.model.layers):
@@ -170,7 +170,7 @@ def test_reading_hidden_states_runs_no_later_layer_and_leaves_no_hook(tiny_llama
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_hooks_go_when_the_model_fails(tiny_llama: Any) -> None:
+def test_hooks_are_removed_if_the_model_fails(tiny_llama: Any) -> None:
     model = tiny_llama()
 
     with pytest.raises(IndexError):
@@ -179,18 +179,18 @@ def test_hooks_go_when_the_model_fails(tiny_llama: Any) -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_arguments_are_found_by_name_however_they_were_passed(tiny_llama: Any) -> None:
+def test_arguments_passed_by_position_or_name_are_bound_by_name(tiny_llama: Any) -> None:
     ids, mask = torch.ones(1, 2), torch.zeros(1, 2)
 
-    by_place = bind_arguments(tiny_llama().model, (ids, mask), {"unheard_of": 1})
+    by_place = bind_arguments(tiny_llama().model, (ids, mask), {"unknown": 1})
     by_name = bind_arguments(tiny_llama().model, (), {"attention_mask": mask, "input_ids": ids})
 
     assert by_place["input_ids"] is by_name["input_ids"] is ids
     assert by_place["attention_mask"] is by_name["attention_mask"] is mask
-    assert by_place["unheard_of"] == 1
+    assert by_place["unknown"] == 1
 
 
-def test_hidden_states_are_the_first_argument_or_go_by_their_name() -> None:
+def test_hidden_states_are_the_first_argument_or_a_named_one() -> None:
     hidden = torch.zeros(1)
 
     assert first_tensor((hidden, 1), {}) is hidden
@@ -202,7 +202,7 @@ def test_hidden_states_are_the_first_argument_or_go_by_their_name() -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path, tiny_llama: Any, tiny_tokenizer: Any) -> Path:
-    """A checkpoint in bfloat16 with its tokenizer."""
+    """Checkpoint in bfloat16 with its tokenizer."""
     tiny_llama(vocab_size=len(tiny_tokenizer)).bfloat16().save_pretrained(tmp_path)
     tiny_tokenizer.save_pretrained(tmp_path)
     return tmp_path
@@ -217,22 +217,22 @@ def test_a_base_model_is_loaded_frozen_in_evaluation_mode_with_its_tokenizer(sav
 
 
 @pytest.mark.parametrize(
-    ("asked", "found"), [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float32", torch.float32)]
+    ("dtype", "expected"), [("auto", torch.float32), ("bfloat16", torch.bfloat16), ("float32", torch.float32)]
 )
-def test_a_cpu_computes_in_float32_unless_told_otherwise(saved: Path, asked: str, found: torch.dtype) -> None:
-    model, _ = load_base_model(saved, dtype=asked)
+def test_the_default_dtype_on_a_cpu_is_float32(saved: Path, dtype: str, expected: torch.dtype) -> None:
+    model, _ = load_base_model(saved, dtype=dtype)
 
-    assert {parameter.dtype for parameter in model.parameters()} == {found}
+    assert {parameter.dtype for parameter in model.parameters()} == {expected}
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:x"])
-def test_a_word_that_is_no_device_is_refused(device: str) -> None:
+def test_an_invalid_device_name_is_refused(device: str) -> None:
     with pytest.raises(InputError, match="not a device"):
         check_device(device)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_a_missing_device_is_refused_before_loading(tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="'cuda'") as refusal:
         load_base_model(tmp_path / "nothing", device="cuda:1")
 

@@ -1,4 +1,4 @@
-"""The built-in domains: enough text, clean, and questions that the text does not give away."""
+"""Built-in domains have enough clean text, and questions that are not in the text."""
 
 import re
 from collections import Counter
@@ -27,7 +27,7 @@ def questions(spec):
 
 
 def words(text):
-    """The text without case, punctuation and line breaks."""
+    """Return the words of a text in lower case, separated by spaces."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
@@ -35,7 +35,7 @@ def sentences(text):
     return {sentence.strip() for sentence in re.split(r"(?<=[.!?])\s+|\n+", text) if len(sentence.strip()) > 60}
 
 
-def test_spec_says_what_it_is(spec):
+def test_spec_is_complete(spec):
     assert spec.description.endswith(".")
     assert spec.license == "Apache-2.0"
     assert spec.hub
@@ -69,14 +69,14 @@ def test_questions_have_four_choices_with_the_answer_among_them(questions):
     assert [question.id for question in questions if question.completion not in question.choices] == []
 
 
-def test_answer_is_not_always_in_the_same_place(questions):
+def test_answers_are_in_different_places(questions):
     places = Counter(question.choices.index(question.completion) for question in questions)
 
     assert set(places) == {0, 1, 2, 3}
     assert max(places.values()) <= len(questions) / 2
 
 
-def test_no_question_is_asked_twice(questions):
+def test_questions_are_unique(questions):
     assert [prompt for prompt, count in Counter(words(q.prompt) for q in questions).items() if count > 1] == []
 
 

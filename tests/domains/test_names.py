@@ -7,7 +7,7 @@ from lorary.domains.names import NAME_PATTERN, check_alias, check_name, is_name,
 
 
 @pytest.mark.parametrize("name", ["a", "7", "medicine", "contract-law", "a_b", "a" * 64, "2024", "general"])
-def test_good_name_is_returned_as_it_came(name):
+def test_valid_name_is_returned_unchanged(name):
     assert check_name(name) == name
     assert is_name(name)
 
@@ -16,7 +16,7 @@ def test_good_name_is_returned_as_it_came(name):
     "name",
     ["", "-a", "a-", "_a", "A", "a b", "a.b", "a/b", "..", "a@b", "a:b", "a+b", "a" * 65, "é", "a\n", "\u0661", "a\0"],
 )
-def test_name_outside_the_grammar_is_refused(name):
+def test_invalid_name_is_refused(name):
     with pytest.raises(InputError, match="cannot be a domain name") as caught:
         check_name(name)
 
@@ -33,7 +33,7 @@ def test_reserved_name_is_refused(name):
 
 
 @given(st.from_regex(NAME_PATTERN, fullmatch=True))
-def test_check_and_is_agree(name):
+def test_check_name_agrees_with_is_name(name):
     if is_name(name):
         assert check_name(name) == name
     else:
@@ -42,22 +42,22 @@ def test_check_and_is_agree(name):
 
 
 @pytest.mark.parametrize("alias", ["latest", "production", "v2", "base"])
-def test_good_alias_is_returned_as_it_came(alias):
+def test_valid_alias_is_returned_unchanged(alias):
     assert check_alias(alias) == alias
 
 
 @pytest.mark.parametrize("alias", ["", "2", "007", "con", "Prod", "a/b", ".."])
-def test_alias_that_is_a_number_or_breaks_the_grammar_is_refused(alias):
+def test_invalid_alias_is_refused(alias):
     with pytest.raises(InputError, match="cannot be an alias"):
         check_alias(alias)
 
 
-@pytest.mark.parametrize(("selector", "meaning"), [("1", 1), ("20", 20), ("latest", "latest"), ("v2", "v2")])
-def test_selector_is_a_version_or_an_alias(selector, meaning):
-    assert parse_selector(selector) == meaning
+@pytest.mark.parametrize(("selector", "expected"), [("1", 1), ("20", 20), ("latest", "latest"), ("v2", "v2")])
+def test_selector_is_a_version_or_an_alias(selector, expected):
+    assert parse_selector(selector) == expected
 
 
 @pytest.mark.parametrize("selector", ["0", "02", "1234567890", "-1", "1.5", "", "\u00b2"])
-def test_selector_that_is_neither_is_refused(selector):
+def test_invalid_selector_is_refused(selector):
     with pytest.raises(InputError):
         parse_selector(selector)

@@ -13,7 +13,7 @@ revisions = st.none() | st.sampled_from(["main", "v3", "refs/pr/12", "a" * 40, "
 
 
 @given(repos, revisions)
-def test_written_form_reads_back_as_the_same(repo, revision):
+def test_formatted_reference_is_parsed_back(repo, revision):
     ref = RemoteRef(repo, revision)
 
     assert RemoteRef.parse(str(ref)) == ref
@@ -37,7 +37,7 @@ def test_written_form_reads_back_as_the_same(repo, revision):
         "é/b",
     ],
 )
-def test_anything_else_is_refused(text):
+def test_invalid_reference_is_refused(text):
     with pytest.raises(InputError) as raised:
         RemoteRef.parse(text)
 
@@ -45,7 +45,7 @@ def test_anything_else_is_refused(text):
 
 
 @given(st.text(max_size=30))
-def test_any_text_is_read_or_refused(text):
+def test_any_text_is_parsed_or_refused(text):
     try:
         ref = RemoteRef.parse(text)
     except InputError:

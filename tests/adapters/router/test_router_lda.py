@@ -1,4 +1,4 @@
-"""The hidden-state evidence, computed from added sums, is scikit-learn's linear discriminant analysis of the rows."""
+"""Hidden-state evidence from additive sums equals scikit-learn's linear discriminant analysis of the rows."""
 
 from collections.abc import Sequence
 
@@ -15,13 +15,13 @@ from lorary.domains.statistics.statistics import PAIR_BUCKETS, DomainStatistics
 discriminant_analysis = pytest.importorskip("sklearn.discriminant_analysis")
 
 FEATURES = 6
-# scikit-learn mixes (1 - s) C + s (tr C / p) I where the router adds RIDGE (tr C / p) I to C: with this s its
-# covariance is the router's divided by 1 + RIDGE
+# scikit-learn uses (1 - s) C + s (tr C / p) I, the router C + RIDGE (tr C / p) I: with this s the covariance of
+# scikit-learn is that of the router divided by 1 + RIDGE
 SHRINKAGE = RIDGE / (1 + RIDGE)
 
 
 def feature_rows(seed: int, sizes: Sequence[int]) -> list[Tensor]:
-    """Correlated features around a mean of their own for each slot."""
+    """Correlated features with a random mean for each slot."""
     generator = torch.Generator().manual_seed(seed)
     mix = torch.randn(FEATURES, FEATURES, generator=generator, dtype=torch.float64)
     rows = [torch.randn(size, FEATURES, generator=generator, dtype=torch.float64) @ mix for size in sizes]

@@ -1,4 +1,4 @@
-"""The token evidence is scikit-learn's multinomial naive Bayes, smoothed towards the background."""
+"""Token evidence equals scikit-learn's multinomial naive Bayes with smoothing towards the background."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_token_evidence_is_the_log_probability_of_scikit_learn(counts: list[list
 
     evidence = router_rows([statistics_of(slot) for slot in counts]).token_evidence.numpy()
 
-    # shares instead of counts, because pseudo-counts weigh less in slots with more text
+    # fitted on shares, not counts: the weight of pseudo-counts depends on the amount of text
     bayes = naive_bayes.MultinomialNB(alpha=SMOOTHING / (1 - SMOOTHING) * background, fit_prior=False)
     bayes.fit(shares, np.arange(len(counts)))
     np.testing.assert_allclose(evidence + np.log(background)[:, None], bayes.feature_log_prob_.T, rtol=1e-9)

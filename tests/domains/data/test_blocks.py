@@ -1,4 +1,4 @@
-"""Blocks: which tokens are targets, and packing that loses and repeats none."""
+"""Which tokens of an example are targets; packing keeps each of them exactly once."""
 
 from collections import Counter
 
@@ -23,7 +23,7 @@ CONVERSATION = Example(
 )
 
 
-def spoken(encoded, tokenizer):
+def target_text(encoded, tokenizer):
     """The text of the targets."""
     ids, is_target = encoded
     return tokenizer.decode([token for token, flag in zip(ids, is_target, strict=True) if flag])
@@ -43,7 +43,7 @@ def other_tokenizer(tiny_tokenizer):
 
 @pytest.fixture(scope="module")
 def spaced_tokenizer():
-    """A tokenizer of the SentencePiece kind, which puts a space before every text, as Llama 2 does."""
+    """A SentencePiece tokenizer, which adds a space before every text, as that of Llama 2 does."""
     from tokenizers import Tokenizer, decoders, models, normalizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -56,7 +56,7 @@ def spaced_tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
-def test_all_of_a_text_but_its_beginning_is_target(tiny_tokenizer):
+def test_all_tokens_of_a_text_but_its_prefix_are_targets(tiny_tokenizer):
     text = "The dog ran."
 
     ids, is_target = encode(Example(completion=text), tiny_tokenizer)
@@ -74,7 +74,7 @@ def test_all_of_a_text_but_its_beginning_is_target(tiny_tokenizer):
         ("def f():\n", "    pass", "    pass"),
     ],
 )
-def test_only_the_completion_and_the_end_are_targets(tiny_tokenizer, prompt, completion, learned):
+def test_only_completion_and_end_token_are_targets(tiny_tokenizer, prompt, completion, learned):
     ids, is_target = encode(Example(prompt, completion), tiny_tokenizer)
 
     boundary = is_target.index(True)
@@ -84,22 +84,22 @@ def test_only_the_completion_and_the_end_are_targets(tiny_tokenizer, prompt, com
 
 
 @pytest.mark.parametrize(
-    ("prompt", "completion", "spoken_text"),
+    ("prompt", "completion", "expected"),
     [("yes or", "no", "\u2581no"), ("yes or ", "no", "no"), ("yes\n", "no", "no"), ("yes", " no", "\u2581no")],
 )
-def test_tokenizer_that_adds_spaces_adds_none_after_the_prompt(spaced_tokenizer, prompt, completion, spoken_text):
+def test_tokenizer_that_adds_spaces_adds_none_after_the_prompt(spaced_tokenizer, prompt, completion, expected):
     ids, is_target = encode(Example(prompt, completion), spaced_tokenizer)
 
     learned = [token for token, flag in zip(ids, is_target, strict=True) if flag]
-    assert "".join(spaced_tokenizer.convert_ids_to_tokens(learned)) == spoken_text + "</s>"
+    assert "".join(spaced_tokenizer.convert_ids_to_tokens(learned)) == expected + "</s>"
 
 
-def test_beginning_is_what_the_tokenizer_adds(tiny_tokenizer, spaced_tokenizer):
+def test_prefix_is_what_the_tokenizer_adds_before_a_text(tiny_tokenizer, spaced_tokenizer):
     assert begin_ids(tiny_tokenizer) == [BEGIN]
     assert begin_ids(spaced_tokenizer) == []
 
 
-def test_tokenizer_without_end_adds_none(other_tokenizer):
+def test_tokenizer_without_end_token_adds_none(other_tokenizer):
     other_tokenizer.eos_token = None
 
     ids, _ = encode(Example(completion="dog"), other_tokenizer)
@@ -107,26 +107,26 @@ def test_tokenizer_without_end_adds_none(other_tokenizer):
     assert ids == [BEGIN, *plain("dog", other_tokenizer)]
 
 
-def test_only_the_turns_of_the_assistant_are_targets(tiny_tokenizer):
+def test_only_assistant_turns_are_targets(tiny_tokenizer):
     encoded = encode(CONVERSATION, tiny_tokenizer)
 
-    assert spoken(encoded, tiny_tokenizer) == "The party.<|end|>The one which broke the contract.<|end|>"
+    assert target_text(encoded, tiny_tokenizer) == "The party.<|end|>The one which broke the contract.<|end|>"
     assert tiny_tokenizer.decode(encoded[0]) == tiny_tokenizer.apply_chat_template(
         [{"role": role, "content": content} for role, content in CONVERSATION.messages], tokenize=False
     )
 
 
-def test_conversation_ends_with_the_last_turn_of_the_assistant(tiny_tokenizer):
+def test_conversation_ends_with_the_last_assistant_turn(tiny_tokenizer):
     example = Example(messages=(("assistant", "Hello."), ("user", "The dog ran.")))
 
     encoded = encode(example, tiny_tokenizer)
 
-    assert spoken(encoded, tiny_tokenizer) == "Hello.<|end|>"
+    assert target_text(encoded, tiny_tokenizer) == "Hello.<|end|>"
     assert tiny_tokenizer.decode(encoded[0]) == "<|begin|><|assistant|>Hello.<|end|>"
 
 
 def test_template_that_renders_the_last_turn_differently_still_marks_the_turns(other_tokenizer):
-    # as Qwen3 does: an empty thought before the last turn, none before the earlier ones
+    # like Qwen3: an empty thought before the last turn only
     other_tokenizer.chat_template = (
         "{% for m in messages %}<|{{ m['role'] }}|>"
         "{% if m['role'] == 'assistant' and loop.last %}(thought)\n{% endif %}{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -136,10 +136,10 @@ def test_template_that_renders_the_last_turn_differently_still_marks_the_turns(o
     encoded = encode(CONVERSATION, other_tokenizer)
 
     expected = "The party.<|end|>(thought)\nThe one which broke the contract.<|end|>\n"
-    assert spoken(encoded, other_tokenizer) == expected
+    assert target_text(encoded, other_tokenizer) == expected
 
 
-def test_tokenizer_without_chat_template_says_what_to_do(other_tokenizer):
+def test_tokenizer_without_chat_template_is_refused_with_a_fix(other_tokenizer):
     other_tokenizer.chat_template = None
 
     with pytest.raises(InputError) as raised:
@@ -148,7 +148,7 @@ def test_tokenizer_without_chat_template_says_what_to_do(other_tokenizer):
     assert "prompt and completion" in str(raised.value.fix)
 
 
-def test_template_that_refuses_a_role_gives_its_reason(other_tokenizer):
+def test_error_of_a_chat_template_is_the_cause(other_tokenizer):
     other_tokenizer.chat_template = "{{ raise_exception('no system role') }}"
 
     with pytest.raises(InputError, match="no system role"):
@@ -157,7 +157,7 @@ def test_template_that_refuses_a_role_gives_its_reason(other_tokenizer):
 
 @st.composite
 def encodings(draw):
-    """Encoded examples whose tokens are all different, so that each can be followed."""
+    """Encoded examples with unique tokens, so that each can be traced."""
     lengths = draw(st.lists(st.integers(0, 23), min_size=1, max_size=12))
     encoded, token = [], 1
     for length in lengths:
@@ -180,7 +180,7 @@ def test_packing_keeps_every_target_exactly_once(encoded, block):
 
 
 @given(encoded=encodings(), block=st.integers(2, 11))
-def test_packing_cuts_only_whole_blocks_from_the_end(encoded, block):
+def test_packing_splits_examples_into_whole_blocks_from_the_end(encoded, block):
     if not any(any(flags) for _, flags in encoded):
         return
 
@@ -210,7 +210,7 @@ def test_packing_pads_on_the_right(encoded, block):
     assert (blocks.labels[is_target] == blocks.input_ids[is_target]).all()
 
 
-def test_short_pieces_share_blocks_and_long_ones_are_cut_from_their_end():
+def test_short_pieces_share_blocks_and_long_ones_are_split_from_the_end():
     encoded = [([1, 2, 3], [True] * 3), (list(range(10, 21)), [False] * 9 + [True] * 2), ([5], [True])]
 
     blocks = pack_blocks(encoded, 4, min_targets=1)
@@ -219,7 +219,7 @@ def test_short_pieces_share_blocks_and_long_ones_are_cut_from_their_end():
     assert blocks.labels.tolist() == [[1, 2, 3, 5], [-100, -100, 19, 20]]
 
 
-def test_packing_wastes_little():
+def test_packing_fills_blocks():
     lengths = [7, 3, 9, 5, 1, 8, 2, 10, 4, 6] * 10
 
     blocks = pack_blocks([([1] * n, [True] * n) for n in lengths], 10)
@@ -227,7 +227,7 @@ def test_packing_wastes_little():
     assert len(blocks.input_ids) == sum(lengths) / 10
 
 
-def test_packing_twice_gives_the_same():
+def test_packing_is_deterministic():
     encoded = [(list(range(n)), [True] * n) for n in (5, 9, 3, 3, 8, 70)]
 
     first, second = pack_blocks(encoded, 16), pack_blocks(iter(encoded), 16)
@@ -239,6 +239,6 @@ def test_packing_twice_gives_the_same():
 @pytest.mark.parametrize(
     ("encoded", "found"), [([], 0), ([([1, 2], [False, False])], 0), ([([1] * 80, [False] * 20 + [True] * 60)], 60)]
 )
-def test_too_little_data_says_how_much_there_is_and_is_needed(encoded, found):
+def test_too_little_data_is_refused_with_both_counts(encoded, found):
     with pytest.raises(InputError, match=f"has {found} tokens to learn from; at least 64 are needed"):
         pack_blocks(encoded, 16)

@@ -1,4 +1,4 @@
-"""The catalog finds built-in domains and those of a folder."""
+"""Specs of built-in domains and of a catalog folder."""
 
 import pytest
 
@@ -19,17 +19,17 @@ def test_builtin_domains_are_known_by_name():
     assert list(builtin_domains()) == ["code", "finance", "general", "legal", "medicine"]
 
 
-def test_folders_without_a_spec_are_passed_over(folder):
+def test_folders_without_a_spec_are_skipped(folder):
     assert list(domains_in(folder)) == ["medicine", "tax"]
 
 
-def test_a_folder_adds_domains_and_wins_over_the_built_in_ones(folder):
+def test_specs_of_a_folder_take_precedence_over_built_in_ones(folder):
     assert find_domain("tax", folder).name == "tax"
     assert find_domain("medicine", folder).description == "Our own."
     assert find_domain("legal", folder) == find_domain("legal")
 
 
-def test_unknown_name_lists_the_known_ones_and_the_closest(folder):
+def test_unknown_name_is_refused_with_known_names_and_the_closest(folder):
     with pytest.raises(NotFoundError) as raised:
         find_domain("leagl", folder)
 

@@ -1,4 +1,4 @@
-"""A corpus: which sources are accepted, and a split and a digest that depend on content alone."""
+"""Which data is accepted as a source; split and digest depend on the content of examples only."""
 
 import io
 import random
@@ -58,7 +58,7 @@ def test_folder_is_refused(tmp_path):
         ("rows.parquet.gz", "'.parquet.gz'"),
     ],
 )
-def test_unknown_suffix_is_refused_with_those_known(tmp_path, name, found):
+def test_unknown_suffix_is_refused_with_the_known_ones(tmp_path, name, found):
     (tmp_path / name).touch()
 
     with pytest.raises(InputError) as raised:
@@ -68,7 +68,7 @@ def test_unknown_suffix_is_refused_with_those_known(tmp_path, name, found):
     assert ".jsonl, .ndjson, .json, .csv, .tsv, .txt, .md, .parquet" in str(raised.value)
 
 
-def test_suffix_may_be_in_capitals_and_names_may_have_dots(tmp_path):
+def test_suffix_may_be_upper_case_and_names_may_have_dots(tmp_path):
     path = tmp_path / "rows.v1.2.TXT"
     path.write_text("One.")
 
@@ -86,7 +86,7 @@ def test_split_does_not_depend_on_order(examples, fraction, seed):
 
 
 @given(examples=EXAMPLES, fraction=FRACTION)
-def test_split_keeps_all_examples_and_divides_no_equal_ones(examples, fraction):
+def test_split_keeps_all_examples_and_separates_no_equal_ones(examples, fraction):
     train, held_out = split(examples, fraction)
 
     assert sorted(train + held_out, key=Example.digest) == sorted(examples, key=Example.digest)
@@ -94,7 +94,7 @@ def test_split_keeps_all_examples_and_divides_no_equal_ones(examples, fraction):
 
 
 @given(examples=EXAMPLES, fraction=FRACTION)
-def test_both_parts_have_something_if_two_examples_differ(examples, fraction):
+def test_no_part_is_empty_if_two_examples_differ(examples, fraction):
     train, held_out = split(examples, fraction)
 
     differ = len({example.digest() for example in examples}) >= 2
@@ -114,10 +114,10 @@ def test_held_out_share_is_near_the_fraction():
     assert 0.08 < share < 0.12
 
 
-def test_held_out_examples_stay_the_same_for_ever():
+def test_held_out_examples_never_change():
     held_out = [i for i in range(60) if is_held_out(Example("", f"text {i}"), 0.1)]
 
-    # other numbers would move rows between the training and the held-out text of every existing domain
+    # other indices would move rows between training set and held-out set of every existing domain
     assert held_out == [0, 17, 21, 37, 39, 57]
 
 
@@ -143,13 +143,13 @@ def test_digest_changes_with_every_row():
     assert all(digest.startswith("sha256:") and len(digest) == 71 for digest in digests)
 
 
-def test_counts_are_rows_and_bytes():
+def test_rows_and_bytes_are_counted():
     rows = [Example("é", "ab", ("ab", "c")), Example(messages=(("user", "x"), ("assistant", "ü")))]
 
     assert corpus_counts(rows) == CorpusCounts(rows=2, bytes=7)
 
 
-# --- data as callers give it ---
+# --- as_sources ---
 
 ROWS = ({"text": "One."}, {"text": "Two."})
 
@@ -213,7 +213,7 @@ def test_rows_directly_in_a_list_are_one_source_at_the_place_of_the_first():
     ]
 
 
-def test_rows_that_are_added_to_a_list_later_are_no_part_of_its_source():
+def test_source_of_a_list_is_a_copy():
     rows = list(ROWS)
 
     (source,) = as_sources(rows)
@@ -222,7 +222,7 @@ def test_rows_that_are_added_to_a_list_later_are_no_part_of_its_source():
     assert len(list(read_examples([source]))) == 2
 
 
-def test_data_set_is_read_again_and_again():
+def test_data_set_can_be_read_more_than_once():
     (source,) = as_sources(TinyDataset(["One.", "Two."]))
 
     assert [len(list(read_examples([source]))) for _ in range(2)] == [2, 2]
@@ -240,7 +240,7 @@ def test_a_list_may_mix_names_rows_and_data_sets(tmp_path):
     assert found == ["One.", "Two.", "Three.", "Four."]
 
 
-def test_several_row_lists_have_names_of_their_own():
+def test_row_lists_have_unique_names():
     sources = as_sources([TinyDataset(["One."]), {"text": "Two."}, TinyDataset([""])])
 
     assert [str(source) for source in sources] == ["rows in memory", "rows in memory (2)", "rows in memory (3)"]
@@ -292,14 +292,14 @@ def test_path_of_bytes_is_refused():
         as_sources(cast(Any, BytesPath()))
 
 
-def test_text_in_place_of_a_path_is_told_to_be_a_row():
+def test_text_in_place_of_a_path_is_refused_with_a_fix():
     with pytest.raises((InputError, NotFoundError)) as raised:
         completions(["The patient was given five milligrams twice a day. " * 20])
 
     assert '[{"text": "..."}]' in str(raised.value.fix)
 
 
-def test_data_sets_of_the_package_are_rows_and_their_dicts_are_refused():
+def test_datasets_of_the_package_are_read_and_dataset_dicts_refused():
     datasets = pytest.importorskip("datasets")
     import pyarrow  # pyright: ignore[reportMissingImports]
 
@@ -315,7 +315,7 @@ def test_data_sets_of_the_package_are_rows_and_their_dicts_are_refused():
         as_sources(datasets.IterableDatasetDict(train=dataset.to_iterable_dataset()))
 
 
-def test_data_sets_are_recognised_without_importing_the_package():
+def test_datasets_are_recognised_without_importing_the_package():
     program = "import sys; from lorary.domains.data.corpus import as_sources; as_sources([{'text': 'One.'}])"
     check = "assert not {'datasets', 'torch', 'numpy', 'huggingface_hub'} & set(sys.modules)"
 

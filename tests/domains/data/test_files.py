@@ -1,4 +1,4 @@
-"""Files: every format gives the same rows, and what is wrong is found with its line."""
+"""All formats give the same rows; errors name the line."""
 
 import csv
 import gzip
@@ -57,7 +57,7 @@ def problems(path):
 
 @given(rows=ROWS, compressed=st.sampled_from(["", ".gz", ".xz"]))
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".tsv"])
-def test_rows_come_back_as_they_were_written(scratch, suffix, rows, compressed):
+def test_written_rows_are_read_back_unchanged(scratch, suffix, rows, compressed):
     write = {
         ".jsonl": as_jsonl,
         ".json": lambda rows: json.dumps(rows, indent=1).encode(),
@@ -83,7 +83,7 @@ def test_two_blank_lines_separate_documents(write):
     assert [e.completion for e in examples(path)] == ["One.\n\nStill one.", "Two.", "  Three."]
 
 
-def test_byte_order_mark_and_blank_lines_are_passed_over(write):
+def test_byte_order_mark_and_blank_lines_are_skipped(write):
     path = write("rows.jsonl", b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \n{"text": "b"}')
 
     assert [e.completion for e in examples(path)] == ["a", "b"]
@@ -99,7 +99,7 @@ def test_table_cells_may_hold_choices_and_messages_as_json(write):
     assert examples(path) == [Example("?", "b", ("a", "b")), Example("?", "c")]
 
 
-def test_long_table_cells_are_read_and_the_limit_of_the_interpreter_stays(write):
+def test_long_table_cells_are_read_and_the_global_limit_is_restored(write):
     limit = csv.field_size_limit()
     path = write("rows.csv", "text\n" + "a" * 200_000 + "\n")
 
@@ -119,7 +119,7 @@ def test_all_bad_lines_are_found_with_their_numbers(write):
     assert check_corpus([path], limit=2)[1].line == 3
 
 
-def test_first_bad_row_stops_the_reading(write):
+def test_first_bad_row_stops_reading(write):
     reading = read_examples([write("rows.jsonl", '{"text": "ok"}\n{"text": 1}\n')])
 
     assert next(reading).completion == "ok"
@@ -150,7 +150,7 @@ def test_first_bad_row_stops_the_reading(write):
         ("r.txt", "a\n\n\n\nb\0\n", 5, "NUL"),
     ],
 )
-def test_bad_data_is_named_with_its_line(write, name, data, line, problem):
+def test_error_has_line_and_problem(write, name, data, line, problem):
     found = problems(write(name, data))
 
     assert found[0][0] == line
@@ -159,19 +159,19 @@ def test_bad_data_is_named_with_its_line(write, name, data, line, problem):
 
 @pytest.mark.parametrize("name", ["r.jsonl", "r.json", "r.csv", "r.txt", "r.jsonl.gz"])
 @pytest.mark.parametrize("data", [b"", b"\n \n"])
-def test_file_without_rows_is_an_error(write, name, data):
+def test_file_without_rows_is_refused(write, name, data):
     path = write(name, gzip.compress(data) if name.endswith("gz") else data)
 
     assert problems(path) == [(None, "has no rows")]
 
 
-def test_table_with_only_a_header_and_empty_list_are_errors(write):
+def test_table_with_only_a_header_and_empty_list_are_refused(write):
     assert problems(write("r.csv", "text\n")) == [(None, "has no rows")]
     assert problems(write("r.json", "[ ]")) == [(None, "has no rows")]
 
 
 @pytest.mark.parametrize(("name", "line"), [("r.jsonl", 2), ("r.csv", 2), ("r.txt", 2)])
-def test_too_long_line_is_named_and_the_next_ones_are_read(write, monkeypatch, name, line):
+def test_too_long_line_is_reported_and_later_ones_are_read(write, monkeypatch, name, line):
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
     first, text = ("text", "%s") if name == "r.csv" else ('{"text": "a"}', '{"text": "%s"}')
     path = write(name, "\n".join([first, text % ("b" * 250), text % "c", text % 3]))
@@ -181,7 +181,7 @@ def test_too_long_line_is_named_and_the_next_ones_are_read(write, monkeypatch, n
     assert found == [(line, "the line is over 16 MiB")]
 
 
-def test_too_long_document_is_named(write, monkeypatch):
+def test_too_long_document_is_reported(write, monkeypatch):
     monkeypatch.setattr(files, "MAX_LINE_BYTES", 100)
     path = write("r.txt", "short\n\n\n" + "0123456789\n" * 20)
 
@@ -189,7 +189,7 @@ def test_too_long_document_is_named(write, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["r.jsonl.gz", "r.jsonl.xz"])
-def test_damaged_compression_is_an_error(write, name):
+def test_damaged_compression_is_reported(write, name):
     compress = gzip.compress if name.endswith("gz") else lzma.compress
     whole = compress(b'{"text": "abc"}\n' * 100)
 

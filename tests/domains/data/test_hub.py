@@ -1,4 +1,4 @@
-"""Parquet files and Hub data sets go through `datasets`, which may not be there."""
+"""Parquet files and Hub data sets are read with `datasets`, which is optional."""
 
 import sys
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ ROWS = [{"question": "1 + 1?", "answer": "2", "source": None}, {"question": "2 +
 
 @pytest.fixture
 def hub(monkeypatch):
-    """Stands for `datasets`: records how it is called, and gives rows or raises."""
+    """Fake `datasets` module that records calls, and returns rows or raises."""
     hub = SimpleNamespace(calls=[], rows=ROWS, error=None)
 
     def load_dataset(*names, **options):
@@ -29,7 +29,7 @@ def hub(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["hf:a/b", "rows.parquet"])
-def test_missing_package_says_what_to_install(monkeypatch, tmp_path, name):
+def test_missing_package_is_refused_with_the_command_to_install_it(monkeypatch, tmp_path, name):
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "rows.parquet").touch()
     source = name if name.startswith("hf:") else tmp_path / name
@@ -65,14 +65,14 @@ def test_parquet_files_are_read_as_a_stream(hub, tmp_path):
     assert hub.calls == [(("parquet",), {"data_files": str(path), "split": "train", "streaming": True})]
 
 
-def test_bad_row_is_named_by_data_set_and_number(hub):
+def test_error_has_data_set_and_row_number(hub):
     hub.rows = [{"text": "One."}, {"text": ""}]
 
     with pytest.raises(InputError, match=r"hf:a/b:2: 'text' is empty"):
         list(read_examples(["hf:a/b"]))
 
 
-def test_missing_column_is_named_with_those_there(hub):
+def test_missing_column_is_refused_with_the_known_ones(hub):
     with pytest.raises(InputError) as raised:
         list(read_examples([HubData(id="a/b", columns={"text": "body"})]))
 
@@ -88,7 +88,7 @@ def test_missing_column_is_named_with_those_there(hub):
         (ValueError("BuilderConfig 'c' not found"), InputError),
     ],
 )
-def test_errors_of_the_package_become_ours(hub, error, expected):
+def test_errors_of_the_package_are_translated(hub, error, expected):
     hub.error = error
 
     with pytest.raises(expected) as raised:

@@ -1,4 +1,4 @@
-"""Rows in memory mean what the same rows in a JSONL file mean, and are stored so that they can be read again."""
+"""Rows in memory give the same examples as a JSONL file of them, also when stored and read again."""
 
 import json
 from pathlib import Path
@@ -40,12 +40,12 @@ ROWS = st.lists(st.builds(lambda label, form: label | form, LABEL, FORMS), min_s
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file that every example of a property writes anew."""
+    """File that each hypothesis example overwrites."""
     return tmp_path_factory.mktemp("rows") / "rows.jsonl"
 
 
 @given(rows=ROWS)
-def test_rows_in_memory_are_read_as_those_of_a_file(path: Path, rows: list[dict[str, Any]]) -> None:
+def test_rows_in_memory_are_read_like_those_of_a_file(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     from_file, from_memory = list(read_examples([path])), list(read_examples([RowList(rows)]))
@@ -61,7 +61,7 @@ def test_stored_rows_read_back_as_the_same_examples(path: Path, rows: list[dict[
     assert list(read_examples([path])) == list(read_examples([RowList(rows)]))
 
 
-def test_equal_examples_are_stored_as_equal_bytes_whatever_their_form() -> None:
+def test_equal_examples_in_different_forms_are_stored_as_equal_bytes() -> None:
     alpaca = {"instruction": "Greet.", "output": "Hé.", "source": object()}
     plain = {"completion": "Hé.", "prompt": "Greet.\n\n"}
 
@@ -87,12 +87,12 @@ def test_first_bad_row_stops_reading_and_storing(read: Any) -> None:
         read(RowList([{"text": "ok"}, {"text": 1}]))
 
 
-def test_no_rows_are_an_error() -> None:
+def test_empty_list_is_refused() -> None:
     with pytest.raises(CorpusError, match="rows in memory: has no rows"):
         list(read_examples([RowList([])]))
 
 
-def test_row_that_no_file_could_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_row_over_the_line_limit_of_files_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_list, "MAX_LINE_BYTES", 40)
     fits = {"text": "a" * 26}
     assert len(RowList([fits]).to_jsonl()) == 40 - 1

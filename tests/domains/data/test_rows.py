@@ -1,4 +1,4 @@
-"""Rows: which keys mean what, and how a row that cannot be used is described."""
+"""Keys of rows, and errors of rows that cannot be used."""
 
 import pytest
 
@@ -30,7 +30,7 @@ USER, ASSISTANT = ("user", "Hi?"), ("assistant", "Hello.")
             {"conversations": [{"from": "human", "value": "Hi?"}, {"from": "gpt", "value": "Hello."}]},
             Example(messages=(USER, ASSISTANT)),
         ),
-        # of several forms the first that has something in it
+        # of several forms, the first that is not empty
         ({"text": "", "instruction": "Greet.", "output": "Hello."}, Example("Greet.\n\n", "Hello.")),
         ({"text": None, "messages": [], "prompt": "?", "completion": "!"}, Example("?", "!")),
         ({"text": "A text.", "prompt": "?", "completion": "!"}, Example(completion="A text.")),
@@ -69,7 +69,7 @@ def test_known_keys_become_an_example(value, example):
         ({"messages": [{"role": "assistant", "content": ""}]}, "'messages[0].content' is empty"),
     ],
 )
-def test_bad_row_names_file_line_and_what_was_found(value, problem):
+def test_error_has_file_line_and_problem(value, problem):
     with pytest.raises(CorpusError) as raised:
         to_example(Row(12, value), "rows.jsonl")
 
@@ -81,7 +81,7 @@ def test_bad_row_names_file_line_and_what_was_found(value, problem):
     ("prompt", "completion", "text"),
     [("a", "b", "a b"), ("a ", "b", "a b"), ("a", " b", "a b"), ("a\n", "\nb", "a\n\nb"), ("", "b", "b")],
 )
-def test_prompt_and_completion_are_separated_by_one_space_unless_there_is_white_space(prompt, completion, text):
+def test_prompt_and_completion_are_joined_by_a_space_unless_there_is_white_space(prompt, completion, text):
     assert Example(prompt, completion).text == text
 
 

@@ -1,4 +1,4 @@
-"""Domain specs: what TOML may say, and how each mistake is named."""
+"""Domain specs in TOML, and errors of invalid ones."""
 
 from pathlib import Path
 
@@ -26,21 +26,21 @@ def test_paths_are_relative_to_the_folder_of_the_file(tmp_path):
     )
 
 
-def test_name_of_a_lone_file_is_its_stem(tmp_path):
+def test_default_name_of_another_file_is_its_stem(tmp_path):
     path = tmp_path / "tax.toml"
     path.write_text('description = "Taxes."\nlicense = "MIT"\n')
 
     assert DomainSpec.load(path).name == "tax"
 
 
-def test_spec_can_be_a_key_of_a_dict():
+def test_spec_is_hashable():
     spec = DomainSpec.from_dict(COMPLETE | {"hub": [{"id": "a/b", "columns": {"text": "body"}}]}, source="test")
 
     assert {spec: 1}[spec] == 1
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "problem"),
     [
         ({"colour": 1, "size": 2}, "'colour', 'size'"),
         ({"description": 3}, "'description' is a number"),
@@ -56,19 +56,19 @@ def test_spec_can_be_a_key_of_a_dict():
         ({"name": "Law & Order"}, "Law & Order"),
     ],
 )
-def test_each_mistake_is_named(change, named):
+def test_error_names_the_key(change, problem):
     with pytest.raises(InputError) as raised:
         DomainSpec.from_dict(COMPLETE | change, source="law.toml")
 
-    assert named in str(raised.value)
+    assert problem in str(raised.value)
 
 
-def test_all_missing_keys_are_named_with_the_source():
+def test_error_names_source_and_all_missing_keys():
     with pytest.raises(InputError, match=r"law\.toml: missing key 'description', 'license'"):
         DomainSpec.from_dict({"name": "law"}, source="law.toml")
 
 
-def test_bad_toml_names_the_file_and_the_line(tmp_path):
+def test_error_of_bad_toml_has_file_and_line(tmp_path):
     path = tmp_path / "law.toml"
     path.write_text("description = \n")
 
@@ -92,7 +92,7 @@ def test_missing_file_is_not_found(tmp_path):
         ("hf:a/b.x:c:test", HubData(id="a/b.x", config="c", split="test")),
     ],
 )
-def test_hub_names_are_parsed_and_printed(text, data):
+def test_hub_names_are_parsed_and_formatted(text, data):
     assert HubData.parse(text) == data
     assert str(data) == text
 

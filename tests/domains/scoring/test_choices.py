@@ -1,4 +1,4 @@
-"""Questions by likelihood: the preferred choice is that of a plain loop without cache or batch."""
+"""Choices are scored as in a plain loop without cache and batches."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def model(tiny_llama, tiny_tokenizer):
 
 
 def nats_of(model, context, tokens):
-    """Negative log likelihood of each token, one forward pass without batch, padding or cache."""
+    """Negative log-likelihood of each token, by one forward pass without batch, padding or cache."""
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([context + tokens])).logits[0].double()
     rows = torch.log_softmax(logits, -1)[len(context) - 1 : -1]
@@ -45,7 +45,7 @@ def preferred(model, tokenizer, question):
 
 
 @pytest.mark.parametrize("batch", [1, 4, 16])
-def test_choices_score_as_in_a_plain_loop(model, tiny_tokenizer, batch):
+def test_choices_are_scored_as_in_a_plain_loop(model, tiny_tokenizer, batch):
     winners = [preferred(model, tiny_tokenizer, question) for question in QUESTIONS]
     answered = [
         Example(question.prompt, winner, question.choices) for question, winner in zip(QUESTIONS, winners, strict=True)
@@ -59,13 +59,13 @@ def test_choices_score_as_in_a_plain_loop(model, tiny_tokenizer, batch):
     assert list(score.right) == [q.completion == winner for q, winner in zip(QUESTIONS, winners, strict=True)]
 
 
-def test_examples_without_choices_are_passed_over(model, tiny_tokenizer):
+def test_examples_without_choices_are_skipped(model, tiny_tokenizer):
     assert score_choices(model, tiny_tokenizer, [Example(completion="The dog ran."), *QUESTIONS]).total == 3
     with pytest.raises(InputError, match="no questions"):
         score_choices(model, tiny_tokenizer, [Example("1 + 1 = ", "2")])
 
 
-def test_a_prompt_is_read_once(model, tiny_tokenizer):
+def test_each_prompt_is_computed_once(model, tiny_tokenizer):
     read = []
     handle = model.register_forward_pre_hook(
         lambda _model, _args, named: read.append(tuple(named["input_ids"].shape)), with_kwargs=True

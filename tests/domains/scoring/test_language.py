@@ -1,4 +1,4 @@
-"""Scores are what a plain loop over single texts computes, whatever the batch and the padding."""
+"""Scores equal those of a plain loop over single texts, for any batch size and padding."""
 
 import math
 
@@ -32,7 +32,7 @@ def other_tokenizer(tiny_tokenizer):
 
 
 def nats_of(model, context, tokens):
-    """Negative log likelihood of each token, one forward pass without batch or padding."""
+    """Negative log-likelihood of each token, by one forward pass without batch or padding."""
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([context + tokens])).logits[0].double()
     rows = torch.log_softmax(logits, -1)[len(context) - 1 : -1]
@@ -43,7 +43,7 @@ def plain(text, tokenizer):
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def test_short_text_scores_as_in_a_plain_loop(model, tiny_tokenizer):
+def test_short_text_is_scored_as_in_a_plain_loop(model, tiny_tokenizer):
     score = score_language(model, tiny_tokenizer, TEXTS[:1])
 
     tokens = plain("The dog ran.", tiny_tokenizer)
@@ -53,7 +53,7 @@ def test_short_text_scores_as_in_a_plain_loop(model, tiny_tokenizer):
     assert (score.bytes, score.tokens, score.texts) == (12, len(tokens), 1)
 
 
-def test_long_text_is_read_in_windows_that_each_begin_with_the_begin_token(model, tiny_tokenizer):
+def test_each_window_of_a_long_text_begins_with_the_begin_token(model, tiny_tokenizer):
     score = score_language(model, tiny_tokenizer, TEXTS[1:2], block=17, batch=3)
 
     tokens = plain(TEXTS[1].completion, tiny_tokenizer)
@@ -72,7 +72,7 @@ def test_only_the_completion_counts_after_a_prompt(model, tiny_tokenizer):
     assert score.bytes == len("five milligrams twice a day")
 
 
-def test_only_what_the_assistant_says_counts_in_a_conversation(model, tiny_tokenizer):
+def test_only_assistant_turns_count_in_a_conversation(model, tiny_tokenizer):
     score = score_language(model, tiny_tokenizer, TEXTS[4:])
 
     user = plain("What fell?", tiny_tokenizer)
@@ -84,14 +84,14 @@ def test_batch_and_padding_do_not_change_scores(model, tiny_tokenizer):
     alone = [score_language(model, tiny_tokenizer, [text], block=33, batch=1) for text in TEXTS]
 
     for batch in (1, 2, 8):
-        together = score_language(model, tiny_tokenizer, TEXTS, block=33, batch=batch)
-        assert together.text_nats == pytest.approx([score.nats for score in alone], rel=1e-5)
-        assert together.text_bytes == tuple(score.bytes for score in alone)
-        assert together.nats == pytest.approx(sum(together.text_nats), rel=1e-12)
+        batched = score_language(model, tiny_tokenizer, TEXTS, block=33, batch=batch)
+        assert batched.text_nats == pytest.approx([score.nats for score in alone], rel=1e-5)
+        assert batched.text_bytes == tuple(score.bytes for score in alone)
+        assert batched.nats == pytest.approx(sum(batched.text_nats), rel=1e-12)
 
 
 @pytest.mark.parametrize(("bos", "context"), [("<|begin|>", [1]), (None, [2])])
-def test_tokenizer_that_adds_no_beginning_gets_its_begin_or_end_token(model, other_tokenizer, bos, context):
+def test_window_of_a_tokenizer_without_prefix_begins_with_begin_or_end_token(model, other_tokenizer, bos, context):
     from tokenizers import processors
 
     other_tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="$A", special_tokens=[])
@@ -102,12 +102,12 @@ def test_tokenizer_that_adds_no_beginning_gets_its_begin_or_end_token(model, oth
     assert score.nats == pytest.approx(sum(nats_of(model, context, plain("The dog ran.", other_tokenizer))), rel=1e-5)
 
 
-def test_byte_limit_takes_the_first_texts_and_at_least_one(model, tiny_tokenizer):
+def test_byte_limit_keeps_the_first_texts_and_at_least_one(model, tiny_tokenizer):
     assert score_language(model, tiny_tokenizer, TEXTS, max_bytes=220).texts == 2
     assert score_language(model, tiny_tokenizer, TEXTS, max_bytes=1).texts == 1
 
 
-def test_model_keeps_its_modes(tiny_llama, tiny_tokenizer):
+def test_training_modes_are_restored(tiny_llama, tiny_tokenizer):
     model = tiny_llama(vocab_size=len(tiny_tokenizer), attention_dropout=0.5)
     expected = score_language(model, tiny_tokenizer, TEXTS).nats
     model.train()
@@ -121,20 +121,22 @@ def test_model_keeps_its_modes(tiny_llama, tiny_tokenizer):
 
 
 def test_progress_counts_windows(model, tiny_tokenizer):
-    told = []
+    reported = []
 
-    score_language(model, tiny_tokenizer, TEXTS, batch=2, on_progress=lambda done, total: told.append((done, total)))
+    score_language(
+        model, tiny_tokenizer, TEXTS, batch=2, on_progress=lambda done, total: reported.append((done, total))
+    )
 
-    assert told == [(2, 5), (4, 5), (5, 5)]
+    assert reported == [(2, 5), (4, 5), (5, 5)]
 
 
 @pytest.mark.parametrize("examples", [[], [Example()]])
-def test_nothing_to_score_is_an_error(model, tiny_tokenizer, examples):
+def test_no_text_is_refused(model, tiny_tokenizer, examples):
     with pytest.raises(InputError, match="no held-out text"):
         score_language(model, tiny_tokenizer, examples)
 
 
-def test_confidence_interval_holds_the_score_and_is_seeded(model, tiny_tokenizer):
+def test_confidence_interval_contains_the_score_and_is_seeded(model, tiny_tokenizer):
     score = score_language(model, tiny_tokenizer, TEXTS)
 
     low, high = confidence_interval(score)

@@ -9,7 +9,7 @@ ASKED = Example("The dog ran after", "the ball", ("the ball", "a patient"))
 INTENTS = [Example(f"User: {text}\nIntent:", label) for label in ("pay bill", "freeze account") for text in "abcde"]
 
 
-def test_a_small_closed_set_of_completions_is_a_set_of_labels():
+def test_completions_of_a_small_closed_set_are_labels():
     assert find_labels(INTENTS) == ("freeze account", "pay bill")
 
 
@@ -23,13 +23,13 @@ def test_a_small_closed_set_of_completions_is_a_set_of_labels():
         [Example(str(i), f"label {i // 2}") for i in range(20)],
         [Example(str(i), f"label {i // 4}") for i in range(4 * 151)],
     ],
-    ids=["once", "text", "own choices", "lines", "hardly repeats", "too many"],
+    ids=["once", "text", "own choices", "lines", "few repeats", "too many"],
 )
-def test_other_rows_are_no_classification_task(changed):
+def test_other_rows_are_not_a_classification_task(changed):
     assert find_labels([*INTENTS, *changed]) == ()
 
 
-def test_nothing_is_no_classification_task():
+def test_few_rows_are_not_a_classification_task():
     assert find_labels([]) == find_labels(INTENTS[:5]) == ()
 
 

@@ -1,4 +1,4 @@
-"""Intervals: published values of Wilson's, and what the bootstrap must give whatever the draws."""
+"""Wilson intervals against published values, and properties of the bootstrap."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def test_rows_share_their_draws():
     assert np.allclose(draws[:, 1] - draws[:, 0], 0.5)
 
 
-def test_the_interval_of_a_mean_has_its_textbook_width():
+def test_the_interval_of_a_mean_has_the_width_of_the_normal_approximation():
     values = np.random.default_rng(1).normal(0, 1, 400)
 
     low, high = percentile_interval(ratio_draws([values], np.ones(400), draws=4000)) or (0, 0)
@@ -42,6 +42,6 @@ def test_the_interval_of_a_mean_has_its_textbook_width():
     assert high - low == pytest.approx(2 * 1.96 * values.std() / 20, rel=0.08)
 
 
-def test_a_figure_without_a_value_has_no_interval():
+def test_draws_that_are_not_finite_are_ignored():
     assert percentile_interval([np.nan, np.nan]) is None
     assert percentile_interval([np.nan, 1.0]) == (1.0, 1.0)

@@ -1,4 +1,4 @@
-"""Prototypes and the index of them: deterministic, nearest to themselves, sorted."""
+"""Prototypes are deterministic; the index sorts domains by similarity."""
 
 import faiss
 import numpy as np
@@ -19,7 +19,7 @@ FEATURES = 24
 
 
 def means(seed: int, blocks: int = 40, spread: float = 0.3) -> Tensor:
-    """Block means scattered around a direction of their own, far from the origin as hidden states are."""
+    """Block means scattered around a random direction, far from the origin like hidden states."""
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(FEATURES, generator=generator)
     return 10 + direction + spread * torch.randn(blocks, FEATURES, generator=generator)
@@ -61,7 +61,7 @@ def test_the_same_text_gives_the_same_prototypes_bit_for_bit() -> None:
     assert torch.equal(make_prototypes(means(0, 200), CENTRE), first)
 
 
-def test_the_number_of_threads_changes_nothing_and_is_left_alone() -> None:
+def test_the_number_of_threads_has_no_effect_and_is_restored() -> None:
     threads = faiss.omp_get_max_threads()
     first = make_prototypes(means(0, 200), CENTRE)
     faiss.omp_set_num_threads(3)
@@ -72,7 +72,7 @@ def test_the_number_of_threads_changes_nothing_and_is_left_alone() -> None:
         faiss.omp_set_num_threads(threads)
 
 
-def test_the_text_is_left_alone() -> None:
+def test_the_inputs_are_not_changed() -> None:
     blocks, before = means(0), means(0)
 
     make_prototypes(blocks, CENTRE)
@@ -100,7 +100,7 @@ def test_a_domain_is_nearest_to_itself(name: str, domains: dict[str, Tensor], in
     assert second.similarity >= third.similarity
 
 
-def test_other_text_of_a_domain_is_nearest_to_it_too(index: PrototypeIndex) -> None:
+def test_other_text_of_a_domain_is_nearest_to_it(index: PrototypeIndex) -> None:
     generator = torch.Generator().manual_seed(77)
     other = means(1, 3) + 0.3 * torch.randn(3, FEATURES, generator=generator)
 
@@ -128,7 +128,7 @@ def test_the_length_of_a_query_does_not_matter(index: PrototypeIndex) -> None:
     assert [n.similarity for n in long] == pytest.approx([n.similarity for n in short], abs=1e-5)
 
 
-def test_the_opposite_of_a_domain_is_as_far_as_can_be() -> None:
+def test_the_opposite_of_a_domain_has_similarity_minus_one() -> None:
     query = torch.eye(FEATURES)[:1]
 
     (neighbour,) = PrototypeIndex(["legal"], [-query]).neighbours(query)
@@ -148,7 +148,7 @@ def test_an_empty_index_has_no_neighbours() -> None:
     assert PrototypeIndex([], []).neighbours(torch.eye(FEATURES)[:1]) == []
 
 
-def test_k_means_centroids_are_of_the_points() -> None:
+def test_k_means_finds_two_clusters() -> None:
     points = np.concatenate([np.zeros((10, 3)), np.ones((10, 3))]).astype(np.float32)
 
     found = cluster(points, 2, spherical=False)

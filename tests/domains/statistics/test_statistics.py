@@ -1,4 +1,4 @@
-"""Statistics of a domain: sums that add up whatever way the text is split, and are what the router will see."""
+"""Statistics are additive over any split of the text, and equal what the router computes at routing time."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ SEED = st.integers(0, 2**31 - 1)
 
 
 def blocks_of(lengths: list[int], *, block: int = 16, seed: int = 0, vocabulary: int = 128) -> Blocks:
-    """Random text of these lengths, padded on the right with 0, which is a token as well."""
+    """Random text of these lengths, padded on the right with 0, which is also a token."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (len(lengths), block), generator=generator)
     mask = (torch.arange(block) < torch.tensor(lengths)[:, None]).long()
@@ -59,7 +59,7 @@ def assert_equal(found: DomainStatistics, expected: DomainStatistics, tolerance:
 
 @pytest.fixture(scope="module")
 def measure(tiny_llama: Any) -> Callable[..., tuple[DomainStatistics, Tensor]]:
-    """Measures blocks under one random model, at decoder layer 1."""
+    """`measure(blocks, ...)`: statistics under one random model, at decoder layer 1."""
     model = tiny_llama()
 
     def run(blocks: Blocks, **options: Any) -> tuple[DomainStatistics, Tensor]:
@@ -82,7 +82,7 @@ def test_tokens_are_counted_and_padding_is_not(measure: Any) -> None:
     assert found.token_counts.sum() == 22
 
 
-def test_pairs_are_counted_inside_the_text_only(measure: Any) -> None:
+def test_pairs_are_counted_without_padding(measure: Any) -> None:
     blocks = blocks_of([16, 5, 1])
 
     found, _ = measure(blocks)
@@ -114,7 +114,7 @@ def test_feature_rows_are_causal_means_at_powers_of_two(measure: Any) -> None:
 
 @settings(deadline=None, max_examples=15)
 @given(lengths=st.lists(st.integers(1, 16), min_size=2, max_size=7), seed=SEED, data=st.data())
-def test_statistics_of_split_text_add_up_to_those_of_the_whole(
+def test_statistics_of_parts_add_up_to_those_of_the_whole(
     lengths: list[int], seed: int, data: st.DataObject, measure: Any
 ) -> None:
     blocks = blocks_of(lengths, seed=seed)
@@ -128,18 +128,18 @@ def test_statistics_of_split_text_add_up_to_those_of_the_whole(
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16])
-def test_the_batch_size_changes_nothing(measure: Any, batch: int) -> None:
-    blocks, told = blocks_of([16, 3, 9, 1, 16]), []
+def test_the_batch_size_has_no_effect(measure: Any, batch: int) -> None:
+    blocks, reported = blocks_of([16, 3, 9, 1, 16]), []
 
-    found, means = measure(blocks, batch=batch, on_batch=lambda done, of: told.append((done, of)))
+    found, means = measure(blocks, batch=batch, on_batch=lambda done, of: reported.append((done, of)))
     expected, expected_means = measure(blocks, batch=5)
 
     assert_equal(found, expected, tolerance=1e-4)
     torch.testing.assert_close(means, expected_means)
-    assert told[-1] == (5, 5)
+    assert reported[-1] == (5, 5)
 
 
-def test_measuring_leaves_the_model_as_it_was(measure: Any) -> None:
+def test_measuring_does_not_change_the_model(measure: Any) -> None:
     before = {name: tensor.clone() for name, tensor in measure.model.state_dict().items()}
 
     measure(blocks_of([16, 2]))
@@ -161,18 +161,18 @@ def test_wide_hidden_states_are_projected(tiny_llama: Any) -> None:
 # --- features ---
 
 
-def test_the_projection_is_always_the_same() -> None:
+def test_the_projection_never_changes() -> None:
     first, again = feature_projection(300), feature_projection(300)
 
     assert first is not None
     assert again is not None
     assert torch.equal(first, again)
-    # read off once (torch 2.13): another number means that stored statistics no longer fit
+    # recorded with torch 2.13: another value would invalidate stored statistics
     assert first[0, 0].item() == pytest.approx(0.0295334850, rel=1e-5)
     assert feature_projection(MAX_FEATURES) is None
 
 
-def test_features_do_not_depend_on_the_size_of_the_hidden_state() -> None:
+def test_features_do_not_depend_on_the_norm_of_the_hidden_state() -> None:
     hidden = torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
 
     torch.testing.assert_close(hidden_features(hidden * 1e4, None), hidden_features(hidden, None), rtol=1e-4, atol=1e-5)
@@ -181,7 +181,7 @@ def test_features_do_not_depend_on_the_size_of_the_hidden_state() -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(seed=SEED, masked=st.lists(st.booleans(), min_size=9, max_size=9))
-def test_causal_means_leave_padding_out(seed: int, masked: list[bool]) -> None:
+def test_causal_means_ignore_padding(seed: int, masked: list[bool]) -> None:
     features = torch.randn(1, 9, 4, generator=torch.Generator().manual_seed(seed))
     mask = torch.tensor([masked])
 
@@ -198,7 +198,7 @@ def test_causal_means_leave_padding_out(seed: int, masked: list[bool]) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(seeds=st.tuples(SEED, SEED, SEED))
-def test_sums_have_no_order_and_removing_is_exact(seeds: tuple[int, int, int]) -> None:
+def test_addition_is_commutative_and_subtraction_is_exact(seeds: tuple[int, int, int]) -> None:
     a, b, c = (random_statistics(seed) for seed in seeds)
 
     assert_equal((a + b) + c, a + (c + b), tolerance=1e-12)
@@ -220,7 +220,7 @@ def test_rare_tokens_are_dropped_and_the_rest_is_kept(seed: int) -> None:
 
 @settings(deadline=None, max_examples=30)
 @given(seed=SEED)
-def test_stored_statistics_come_back_bit_for_bit(seed: int) -> None:
+def test_stored_statistics_are_restored_bit_for_bit(seed: int) -> None:
     statistics = random_statistics(seed).without_rare_tokens()
 
     loaded = DomainStatistics.from_tensors(load(save(statistics.tensors())))
@@ -230,7 +230,7 @@ def test_stored_statistics_come_back_bit_for_bit(seed: int) -> None:
     assert loaded.feature_sum.dtype == torch.float64
 
 
-def test_statistics_of_no_text_are_stored_as_well() -> None:
+def test_empty_statistics_are_restored() -> None:
     nothing = DomainStatistics(
         torch.zeros(9, dtype=torch.int64),
         torch.zeros(PAIR_BUCKETS, dtype=torch.int64),
@@ -242,14 +242,14 @@ def test_statistics_of_no_text_are_stored_as_well() -> None:
     assert_equal(DomainStatistics.from_tensors(load(save(nothing.tensors()))), nothing)
 
 
-def test_measured_statistics_are_stored_bit_for_bit(measure: Any) -> None:
+def test_measured_statistics_are_restored_bit_for_bit(measure: Any) -> None:
     found, _ = measure(blocks_of([16, 7]))
 
     assert_equal(DomainStatistics.from_tensors(load(save(found.tensors()))), found)
 
 
 @pytest.mark.parametrize("other", [{"vocabulary": 31}, {"features": 7}])
-def test_statistics_of_different_models_do_not_add_up(other: dict[str, int]) -> None:
+def test_statistics_of_different_models_cannot_be_added(other: dict[str, int]) -> None:
     for operation in (DomainStatistics.__add__, DomainStatistics.__sub__):
         with pytest.raises(IncompatibleError, match="different base models"):
             operation(random_statistics(0), random_statistics(0, **other))
