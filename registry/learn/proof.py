@@ -21,7 +21,7 @@ from ..store.store import Store
 
 @dataclass(frozen=True)
 class FrozenDigests:
-    """What was frozen, as digests."""
+    """Digests of everything that must not change."""
 
     base: str  # of all tensors of the base model
     attached: str  # of all frozen expert tensors and gates in the composed model
@@ -30,7 +30,7 @@ class FrozenDigests:
 
 
 def frozen_digests(base: PreTrainedModel, composed: PreTrainedModel, store: Store) -> FrozenDigests:
-    """Digests of the base, of what is attached and frozen, and of the stored packs.
+    """Hash the base model and the frozen part of the composed one, and verify the stored packs.
 
     Raises:
         IntegrityError: A file of a version that is not removed differs from its digest.
@@ -54,13 +54,13 @@ def frozen_digests(base: PreTrainedModel, composed: PreTrainedModel, store: Stor
 
 
 def trainable_parameters(composed: PreTrainedModel) -> list[Tensor]:
-    """The new bank's parameters: the only ones that may be trained."""
+    """Return the new bank's parameters, the only ones that may be trained."""
     names = ("new_A", "new_B", "new_expert_gate", "new_rank_gate")
     return [p for name, p in composed.named_parameters() if name.rpartition(".")[2] in names]
 
 
 def check_only_new_is_trainable(composed: PreTrainedModel) -> None:
-    """Refuses a model in which anything but the new bank would be trained.
+    """Refuse a model in which anything but the new bank would be trained.
 
     Raises:
         IntegrityError: Names the first parameter that must be frozen and is not.
@@ -76,7 +76,7 @@ def check_only_new_is_trainable(composed: PreTrainedModel) -> None:
 
 
 def prove(before: FrozenDigests, after: FrozenDigests) -> dict[str, object]:
-    """The proof, as it is stored in the manifest.
+    """Compare two sets of digests and return the proof that the manifest records.
 
     Raises:
         IntegrityError: Something that must be frozen has changed; names it, with both digests.
@@ -89,7 +89,7 @@ def prove(before: FrozenDigests, after: FrozenDigests) -> dict[str, object]:
 
 
 def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over names, types, shapes and bytes, in the order of the names."""
+    """Return the sha256 over names, dtypes, shapes and bytes, in the order of the names."""
     total = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda item: item[0]):
         plain = tensor.detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""The plan of a retraining: parent, new text, shape of the new experts, known before anything heavy is loaded."""
+"""Plan a retraining: parent, new text, shape of the new experts. Nothing heavy is loaded."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,14 +29,14 @@ TOLERANCE: Final = 0.005  # share by which bits per byte may rise on the parent'
 
 @dataclass(frozen=True, kw_only=True)
 class RetrainingPlan:
-    """A retraining that is about to begin."""
+    """A checked retraining, ready to run."""
 
     parent: PackManifest
     spec: DomainSpec
     mode: str
-    bank: BankConfig  # of the new experts; of the parent's, where they are trained further
-    data: DomainData  # nothing that was ever held out is trained on; held out is the parent's and its own
-    older: list[Example]  # the parent's held-out text, or what was given in its place: what the gate is measured on
+    bank: BankConfig  # of the experts that are trained
+    data: DomainData  # its held-out set includes the parent's
+    older: list[Example]  # text of the acceptance check
     tolerance: float
 
 
@@ -50,12 +50,12 @@ def plan_retraining(
     gate_data: Sequence[Source] = (),
     tolerance: float | None = None,
 ) -> RetrainingPlan:
-    """Reads and checks everything that a retraining needs.
+    """Read and check everything that a retraining needs.
 
     Args:
-        bank: What is to be different in the new experts from the settings of the parent's, by name.
-        gate_data: Text on which the new version is judged, instead of the parent's held-out text.
-        tolerance: Share by which bits per byte may rise there; None is the default.
+        bank: Fields of `BankConfig` in which the new experts differ from the parent's.
+        gate_data: Text for the acceptance check, instead of the parent's held-out text.
+        tolerance: Share by which bits per byte may rise on that text; None means the default.
 
     Raises:
         CorpusError: A row cannot be used.
@@ -108,7 +108,7 @@ def _check(parent: PackManifest, *, mode: str, has_data: bool, has_bank: bool, t
 
 
 def _bank_config(parent: PackManifest, changes: Mapping[str, Any]) -> BankConfig:
-    """The settings of the parent's newest experts with some changes; in the same target modules."""
+    """Return the settings of the parent's newest experts with some changes, for the same target modules."""
     usual, told = asdict(BankConfig()), parent.train.get("bank") or {}
     saved = usual | {key: told[key] for key in usual.keys() & told.keys()}
     last = parent.experts[-1]
