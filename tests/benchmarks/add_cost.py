@@ -1,11 +1,11 @@
-"""What adding the n-th domain costs, n = 2 to 10, against the second: seconds and the highest memory.
+"""Cost of adding the n-th domain, n = 2 to 10, relative to the second: seconds and peak memory.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/add_cost.py [--base FOLDER] [--steps 5] [--domains 10] [--repeat 3]
 
-Every domain is added by a process of its own, as a command would, so that its memory is its own. Texts are rows of
-random words that differ from domain to domain: how well anything is learned does not matter here, and few steps let the
-cost of what is stored show. Time that passes while others use the machine is not counted: seconds are those of the
-processor. Of `--repeat` such streams the least of each step counts.
+Each domain is added in a separate process, as a command does, so that its peak memory can be measured. Texts are rows
+of random words that differ between domains: what is learned is irrelevant here, and with few training steps the cost of
+stored domains is visible. CPU seconds exclude other processes. The table has the minimum over `--repeat` streams for
+each step.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from lorary.registry import Registry
 
 store, name, data, steps = sys.argv[1:]
 registry = Registry.open(store)
-registry.base.model  # loading it is the same every time
+registry.base.model  # load it before timing
 began, wall = time.process_time(), time.monotonic()
 registry.add_domain(name, data=[data], training=TrainingConfig(steps=int(steps)))
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -39,7 +39,7 @@ Registry.init(sys.argv[1], base=sys.argv[2], training=TrainingConfig(steps=int(s
 
 
 def write_rows(path: Path, *, seed: int) -> Path:
-    """About 60 kB of made-up words; every domain has its own."""
+    """Write about 60 kB of random words, different for each seed."""
     chooser = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["".join(chooser.choices(letters, k=chooser.randint(3, 9))) for _ in range(300)]
@@ -49,13 +49,13 @@ def write_rows(path: Path, *, seed: int) -> Path:
 
 
 def run(program: str, *words: object) -> str:
-    """What the program prints."""
+    """Run a program and return its output."""
     command = [sys.executable, "-c", program, *map(str, words)]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def stream(folder: Path, base: str, *, steps: int, domains: int) -> list[dict[str, float]]:
-    """The cost of each addition to a new registry."""
+    """Return the cost of each addition to a new registry."""
     store = folder / "store"
     run(INIT, store, base, steps)
     costs = []
@@ -67,7 +67,7 @@ def stream(folder: Path, base: str, *, steps: int, domains: int) -> list[dict[st
 
 
 def main() -> None:
-    """Prints a table of the least cost of each step and its ratio to the second's."""
+    """Print a table of the minimum cost of each step and its ratio to the second."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", default="pocket")
     parser.add_argument("--steps", type=int, default=5)
@@ -78,10 +78,10 @@ def main() -> None:
     for _ in range(chosen.repeat):
         with tempfile.TemporaryDirectory() as folder:
             streams.append(stream(Path(folder), chosen.base, steps=chosen.steps, domains=chosen.domains))
-    least = [{key: min(costs[i][key] for costs in streams) for key in streams[0][0]} for i in range(chosen.domains)]
-    print("| n | processor s | ratio | wall s | ratio | peak MB | ratio |\n|---|---|---|---|---|---|---|")
-    for n, cost in enumerate(least, start=1):
-        cells = [f"{cost[key] / (1e6 if key == 'peak' else 1):.2f} | {cost[key] / least[1][key]:.3f}" for key in cost]
+    minima = [{key: min(costs[i][key] for costs in streams) for key in streams[0][0]} for i in range(chosen.domains)]
+    print("| n | CPU s | ratio | wall s | ratio | peak MB | ratio |\n|---|---|---|---|---|---|---|")
+    for n, cost in enumerate(minima, start=1):
+        cells = [f"{cost[key] / (1e6 if key == 'peak' else 1):.2f} | {cost[key] / minima[1][key]:.3f}" for key in cost]
         print(f"| {n} | {' | '.join(cells)} |")
 
 

@@ -1,6 +1,6 @@
-"""Ablations of one bank alone: what it looks like, and what its first values are.
+"""Ablations of a single bank: its shape and its initialization.
 
-The bank is trained over the bare base, slot gate 1 and no KP beside it, on every other row of a domain.
+The bank is trained on the bare base, with slot gate 1 and without KP bank, on every other row of a domain.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from lorary.domains.statistics.statistics import measure_statistics
 from lorary.registry.base.find import POCKET, find_base
 from lorary.registry.base.load import LoadedBase
 
-# 64 ranks over 8 layers; alpha stays, so scale times expert gate is the same for any number of experts
+# 64 ranks over 8 layers; alpha is constant, so scale * expert gate is the same for any number of experts
 SHAPES: dict[str, dict[str, Any]] = {
     "linear": {},
     "quarters": {"schedule": "quarters"},
@@ -41,16 +41,16 @@ SHAPES: dict[str, dict[str, Any]] = {
     "free-quarter": {"experts": 16 / 6, "expert_free": 0.25},
     "one-expert": {"experts": 1.0, "rank": 8},
     "four-experts": {"experts": 4.0, "rank": 2},
-    "no-rank-gates": {"experts": 17 / 8, "rank_gates": False},  # an expert more for the parameters of the gates
+    "no-rank-gates": {"experts": 17 / 8, "rank_gates": False},  # one more expert in place of the gates' parameters
     "one-expert-no-rank-gates": {"experts": 1.0, "rank": 8, "rank_gates": False},
 }
 STARTS = ("zero", "random", "neighbour", "stranger")
-LENT = ("neighbour", "stranger")
+COPIED = ("neighbour", "stranger")
 RANDOM_B = 0.02  # standard deviation of B in the row `random`
 
 
 def measure_bank(arguments: argparse.Namespace, row: str) -> dict[str, Any]:
-    """Trains one bank and scores it on the domain's test text."""
+    """Train one bank and score it on the domain's test text."""
     base = LoadedBase(find_base(POCKET))
     stream = read_stream(
         arguments.stream, arguments.data, order="forward", domains=None, max_bytes=arguments.max_bytes, questions=0
@@ -59,7 +59,7 @@ def measure_bank(arguments: argparse.Namespace, row: str) -> dict[str, Any]:
     blocks = _blocks(domain.training_examples()[::2], base, arguments)
     config = BankConfig(**SHAPES.get(row, {}))
     bank = _fresh(base, config, blocks, arguments.seed)
-    notes = start_bank(row, bank, blocks, base, stream, arguments)
+    notes = initialize_bank(row, bank, blocks, base, stream, arguments)
     model, losses = _trained(base, bank, blocks, arguments)
     return {
         "domain": domain.name,
@@ -72,7 +72,7 @@ def measure_bank(arguments: argparse.Namespace, row: str) -> dict[str, Any]:
     } | notes
 
 
-def start_bank(
+def initialize_bank(
     row: str,
     bank: ExpertBank,
     blocks: Blocks,
@@ -80,18 +80,18 @@ def start_bank(
     stream: Sequence[Domain],
     arguments: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Gives a fresh bank, whose A is random and B zero, its first values.
+    """Initialize a new bank, whose A is random and B zero.
 
-    Shapes start as `add-domain` starts without a close neighbour: each layer's experts at centroids of the activations.
+    Rows of shapes start like `add-domain` without a similar domain: expert gates at centroids of the activations.
 
     Returns:
-        Of a lender, its domain and how like the two texts are: `add-domain` lends from `warm_start.MIN_SIMILARITY` on.
+        For copied experts, their domain and its similarity; `add-domain` copies from `warm_start.MIN_SIMILARITY` on.
     """
-    if row in LENT:
-        rows, name = _lenders_text(row, stream, base, arguments)
-        lender = _fresh(base, BankConfig(), rows, arguments.seed + 100)
-        seed_expert_gates(lender, base.model, rows)
-        copy_experts(trained_bank(_trained(base, lender, rows, arguments)[0]), bank)
+    if row in COPIED:
+        rows, name = _source_text(row, stream, base, arguments)
+        source = _fresh(base, BankConfig(), rows, arguments.seed + 100)
+        seed_expert_gates(source, base.model, rows)
+        copy_experts(trained_bank(_trained(base, source, rows, arguments)[0]), bank)
         return {"lender": name, "similarity": _similarity(blocks, rows, base, arguments)}
     if row == "random":
         generator = torch.Generator().manual_seed(arguments.seed + 1)
@@ -103,10 +103,10 @@ def start_bank(
     return {}
 
 
-def _lenders_text(
+def _source_text(
     row: str, stream: Sequence[Domain], base: LoadedBase, arguments: argparse.Namespace
 ) -> tuple[Blocks, str]:
-    """`neighbour`: the other half of the same domain's rows. `stranger`: the next domain of the stream."""
+    """Return the other half of the domain's rows (`neighbour`) or the next domain of the stream (`stranger`)."""
     found = {domain.name: domain for domain in stream}
     after = dict(pairwise([*found, stream[0].name]))
     name = arguments.domain if row == "neighbour" else after[arguments.domain]
@@ -115,7 +115,7 @@ def _lenders_text(
 
 
 def _similarity(blocks: Blocks, others: Blocks, base: LoadedBase, arguments: argparse.Namespace) -> float:
-    """Of two texts by their prototypes around the mean of general text, as `add-domain` measures it."""
+    """Return the similarity of two texts by their prototypes, centred on general text as in `add-domain`."""
     general = _blocks(list(read_examples([arguments.data / "general" / "lm.train.jsonl"])), base, arguments)
     layer = expert_free_layers(base.layout.count, BankConfig().expert_free)
     centre = measure_statistics(base.model, base.layout, general, layer=layer)[0].feature_mean

@@ -1,16 +1,16 @@
-"""The methods that lorary is compared with, on real PEFT adapters.
+"""Baselines that lorary is compared with, made of PEFT adapters.
 
-    separate     one adapter for each domain, and an oracle that picks the right one: no forgetting by construction
-    sequential   one adapter, trained on one domain after the other
-    joint        one adapter as large as all of the stream's together, trained on all domains at once, all steps
-    olora        a new adapter for each domain on top of the frozen earlier ones, its A kept orthogonal to theirs
+    separate     one adapter per domain, selected by an oracle: no forgetting by construction
+    sequential   one adapter, fine-tuned on the domains sequentially
+    joint        one adapter with the total size and steps of all domains, trained on all of them at once
+    olora        a new adapter per domain on top of the frozen earlier ones, with A orthogonal to theirs
                  (O-LoRA, Wang et al. 2023, arXiv:2310.14152)
-    replay       sequential, with 5 % of each earlier domain's rows mixed into the data
-    arrow        PEFT's Arrow over the separate adapters (Ostapenko et al. 2024, arXiv:2405.11157): nothing is trained
-    xlora        PEFT's X-LoRA over the separate adapters (Buehler and Buehler 2024, arXiv:2402.07148): its classifier
-                 is trained on 5 % of each domain's rows for as many steps as a domain has
+    replay       sequential, with 5 % of each earlier domain's rows mixed in
+    arrow        PEFT's Arrow over the separate adapters (Ostapenko et al. 2024, arXiv:2405.11157), without training
+    xlora        PEFT's X-LoRA over the separate adapters (Buehler and Buehler 2024, arXiv:2402.07148); its classifier
+                 is trained on 5 % of each domain's rows for as many steps as a domain
 
-Methods share what they have in common: the first step of four of them is the same adapter.
+Trained adapters are shared between methods: the first step of four of them is the same adapter.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,11 +22,11 @@ from streams import Domain
 
 from lorary.domains.data.example import Example
 
-REPLAYED = 0.05  # share of an earlier domain's rows
+REPLAYED = 0.05  # fraction of an earlier domain's rows
 
 
 def separate(bench: Bench) -> Iterator[Step]:
-    """One adapter for each domain; the oracle answers general text with the bare base."""
+    """Train one adapter per domain; the oracle selects the bare base for general text."""
     known: dict[str, Scored] = {}
     for domain in bench.domains:
         adapter = _separate_adapter(bench, domain)
@@ -36,7 +36,7 @@ def separate(bench: Bench) -> Iterator[Step]:
 
 
 def sequential(bench: Bench, *, replayed: float = 0.0) -> Iterator[Step]:
-    """One adapter trained on after the other domain, with a share of the earlier domains' rows."""
+    """Fine-tune one adapter sequentially, with a fraction of the earlier domains' rows."""
     adapter, memory = None, []
     for domain in bench.domains:
         examples = domain.training_examples()
@@ -47,7 +47,7 @@ def sequential(bench: Bench, *, replayed: float = 0.0) -> Iterator[Step]:
 
 
 def joint(bench: Bench) -> Iterator[Step]:
-    """One adapter with the parameters and the steps of all domains together; only the last step exists."""
+    """Train one adapter with the parameters and steps of all domains; there is only a last step."""
     examples = [example for domain in bench.domains for example in domain.training_examples()]
     adapter = train_adapter(bench, examples, times=len(bench.domains), name="joint")
     scored = Scored(adapter.id, partial(with_adapters, bench, [adapter]))
@@ -55,7 +55,7 @@ def joint(bench: Bench) -> Iterator[Step]:
 
 
 def olora(bench: Bench) -> Iterator[Step]:
-    """The sum of all adapters so far, each trained on top of the earlier ones and orthogonal to them."""
+    """Sum all adapters so far, each trained on top of the earlier ones and orthogonal to them."""
     adapters: list[Adapter] = []
     for domain in bench.domains:
         examples = domain.training_examples()
@@ -65,7 +65,7 @@ def olora(bench: Bench) -> Iterator[Step]:
 
 
 def arrow(bench: Bench) -> Iterator[Step]:
-    """Arrow's routing by token over the separate adapters, with PEFT's own settings."""
+    """Route tokens over the separate adapters with Arrow, with PEFT's default settings."""
     adapters: list[Adapter] = []
     for domain in bench.domains:
         adapters.append(_separate_adapter(bench, domain))
@@ -74,7 +74,7 @@ def arrow(bench: Bench) -> Iterator[Step]:
 
 
 def xlora(bench: Bench) -> Iterator[Step]:
-    """X-LoRA's classifier over the separate adapters, trained once, after the last one: only the last step exists."""
+    """Train X-LoRA's classifier over the separate adapters after the last one; there is only a last step."""
     adapters = [_separate_adapter(bench, domain) for domain in bench.domains]
     examples = [e for domain in bench.domains for e in _sample(domain.training_examples(), REPLAYED)]
     router = train_xlora(bench, adapters, examples)
@@ -109,6 +109,6 @@ def _step(domain: Domain, adapters: Sequence[Adapter], model_for: Callable[[str]
     )
 
 
-def _sample(examples: list[Example], share: float) -> list[Example]:
-    """A fixed share of the examples: those with the smallest digests."""
-    return sorted(examples, key=Example.digest)[: round(share * len(examples))]
+def _sample(examples: list[Example], fraction: float) -> list[Example]:
+    """Return a fixed fraction of the examples: those with the smallest digests."""
+    return sorted(examples, key=Example.digest)[: round(fraction * len(examples))]

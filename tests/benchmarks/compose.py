@@ -1,10 +1,9 @@
-"""Composing 16 experts from a store, against 16 `load_adapter` calls of PEFT and against reading the same bytes.
+"""Time to compose 16 experts from a store, against 16 `load_adapter` calls of PEFT and reading the same bytes.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/compose.py [--stored 8,24] [--out compose.json]
 
-A base of about 100 M parameters with random weights; packs of two experts of rank 8 on all linears of every layer.
-Files are in the page cache. `cold` reads and verifies packs, stacks them and keeps the result; `warm` reads what was
-kept.
+The base has about 100 M random parameters, each pack two experts of rank 8 on all linears of every layer. Files are in
+the page cache. `cold` reads, verifies and stacks packs and caches the result; `warm` reads the cache.
 """
 
 import argparse
@@ -40,11 +39,11 @@ BASE = BaseRecord(
     chat_template=None,
     dtype="float32",
 )
-COMPOSED = 8  # slots of two experts each
+COMPOSED = 8  # slots, of two experts each
 
 
 class Base:
-    """What `compose_model` needs of a loaded base."""
+    """The part of a loaded base that `compose_model` needs."""
 
     def __init__(self, model: Any):
         self.model = model
@@ -52,7 +51,7 @@ class Base:
 
 
 def fill(store: Store, base: Base, packs: int) -> None:
-    """Commits packs until there are so many."""
+    """Commit packs until the store has `packs` domains."""
     stack = models.make_stack(base.model, slots=2, experts=2)
     statistics = models.make_statistics(2)
     for number in range(len(store.domains()), packs):
@@ -86,7 +85,7 @@ def fill(store: Store, base: Base, packs: int) -> None:
 
 
 def seconds(run: Callable[[], Any], *, rounds: int) -> float:
-    """Lower quartile of the thread's CPU time."""
+    """Return the lower quartile of the thread's CPU time."""
     times = []
     for _ in range(rounds):
         began = time.thread_time()
@@ -122,7 +121,7 @@ def main() -> None:
             cold = seconds(compose, rounds=1)
             file = CompositionCache(store.cache).path(plan_composition(store, text, base=BASE), torch.float32)
             warm, read = [], []
-            for _ in range(3):  # taken in turns
+            for _ in range(3):  # interleaved
                 warm.append(seconds(compose, rounds=7))
                 read.append(seconds(file.read_bytes, rounds=7))
             row = {
@@ -131,7 +130,7 @@ def main() -> None:
                 "MB": file.stat().st_size / 2**20,
                 "cold ms": cold * 1e3,
                 "warm ms": min(warm) * 1e3,
-                "read ms": min(read) * 1e3,
+                "file read ms": min(read) * 1e3,
                 "warm / read": min(warm) / min(read),
             }
             rows.append(row)

@@ -1,15 +1,15 @@
-"""Ablations of a composition: the domains of a stored registry composed in another way, nothing trained again.
+"""Ablations of a composition: the domains of a stored registry composed in other ways, without training.
 
-    token+pair+hidden   as lorary composes: routed by all three kinds of evidence
-    token, pair+hidden  and so on: by these kinds only
-    no-kp-bank          the KP slot is there, but changes nothing
-    no-kp               the KP slot has no prior, so domains share all text
-    known               somebody says which domain a text is of (general text is KP's); own expert and rank gates
+    token+pair+hidden   the default: routed by all three kinds of evidence
+    token, pair+hidden  etc.: routed by these kinds only
+    no-kp-bank          the KP slot has an untrained bank without effect
+    no-kp               the KP slot has a prior of 0, so the domains share all text
+    known               the domain of the text is given (KP for general text); expert and rank gates as usual
     static-known        the same with expert and rank gates constant at their means
-    static-experts      routed slots; expert and rank gates are constant
-    static-equal        all gates constant, every domain alike: what soft merging folds into the weights
+    static-experts      routed slots; expert and rank gates constant at their means
+    static-equal        all gates constant, with equal slots, as in soft merging
 
-`known` is the oracle's choice, by which the share of its gain is measured.
+`known` is the oracle that defines the share of the oracle's gain.
 """
 
 import argparse
@@ -45,7 +45,7 @@ COMPOSITIONS = (*ROUTED, *WITHOUT_KP, "static-experts", *CONSTANT_SLOTS)
 
 
 def measure_composition(arguments: argparse.Namespace, row: str) -> dict[str, Any]:
-    """All domains of a stream that a registry has, in one composition: what is kept of each, and of general text."""
+    """Compose all domains of a stream that the registry has and score each of them and general text."""
     registry = Registry.open(arguments.store)
     stream = read_stream(
         arguments.stream,
@@ -81,10 +81,10 @@ def measure_composition(arguments: argparse.Namespace, row: str) -> dict[str, An
 
 
 def composed(row: str, column: str, plan: Plan, packs: list[DomainPack], base: LoadedBase) -> PreTrainedModel:
-    """The composition of one row.
+    """Return the composition of one row.
 
     Args:
-        column: The domain whose text will be read, for rows in which it is known.
+        column: The domain of the text to score, for rows in which it is known.
     """
     names = tuple(slot.name for slot in plan.slots)
     banks = [pack.bank for pack in packs]
@@ -103,7 +103,7 @@ def composed(row: str, column: str, plan: Plan, packs: list[DomainPack], base: L
 
 
 def constant_slots(row: str, column: str, names: tuple[str, ...]) -> Float[Tensor, " slots"]:
-    """Slot gates that do not depend on the text."""
+    """Return slot gates that do not depend on the text."""
     if row == "static-equal":
         open_slots = [name for name in names if name != GENERAL]
     else:
@@ -112,7 +112,7 @@ def constant_slots(row: str, column: str, names: tuple[str, ...]) -> Float[Tenso
 
 
 def keep_terms(router: DomainRouter, terms: list[str]) -> None:
-    """Takes every other kind of evidence out of a router."""
+    """Remove all other kinds of evidence from a router."""
     for term, buffers in TERMS.items():
         if term not in terms:
             for name in buffers:

@@ -1,13 +1,13 @@
-"""The fused layer on one GPU, at the shapes of Llama-3-8B in bfloat16 with a stacked rank of 128.
+"""Speed of the fused layer on one GPU, at the shapes of Llama-3-8B in bfloat16 with a stacked rank of 128.
 
     python tests/benchmarks/gpu.py [--budget 480] [--out gpu.json]
-    TRITON_INTERPRET=1 python tests/benchmarks/gpu.py --dry     small shapes on the CPU: shows that it runs
+    TRITON_INTERPRET=1 python tests/benchmarks/gpu.py --dry     smoke test with small shapes on the CPU
 
-Written for an H100 or H200, and not run on one yet. Jobs run in the order of what matters most and stop when the budget
-of seconds is spent; the JSON is written after each. Every variant is checked against the reference before it is timed.
-Decoding and prefill are timed as CUDA graphs over several layers' weights, so that weights come from memory and not
-from the cache; eager figures stand beside. Columns are ratios to the bare linears in the same job; the gates of every
-layer are in ours, and PEFT has none.
+Written for an H100 or H200 and not yet run on one. Jobs run in order of importance until the budget (seconds) is spent;
+the JSON is written after each. All variants are checked against the reference before they are timed. Decoding and
+prefill are timed as CUDA graphs over the weights of several layers, so that weights are read from memory and not from
+the cache; eager execution is timed as well. Columns are ratios to the bare linears in the same job. Times of lorary
+include the gates of every layer; PEFT has none.
 """
 
 import argparse
@@ -44,7 +44,7 @@ def normal(*size: int) -> Tensor:
 
 
 class Group:
-    """Weights of one group in one decoder layer, and inputs for it."""
+    """Weights and inputs of one group in one decoder layer."""
 
     def __init__(self, tokens: int, d_in: int, d_outs: tuple[int, ...]):
         self.x = torch.randn(tokens, d_in, device=DEVICE, dtype=torch.bfloat16)
@@ -59,13 +59,13 @@ class Group:
         return kernels.outputs(self.x, self.linears, gates, self.weights)[0]
 
     def base_first(self, gates: Tensor) -> list[Tensor]:
-        """The other order: the experts' part is added to what the base has written."""
+        """Run the base modules first, then add the update to their outputs."""
         outputs = self.base()
         triton_group.update_(self.x, outputs, gates, self.weights)
         return outputs
 
     def peft(self) -> list[Tensor]:
-        """As PEFT adds 8 active adapters of rank 16, one after the other; without gates."""
+        """Add 8 active adapters of rank 16 one by one without gates, as PEFT does."""
         found = []
         for place, output in enumerate(self.base()):
             own = self.weights.A[place * RANK : (place + 1) * RANK]
@@ -75,7 +75,7 @@ class Group:
         return found
 
     def train(self, kernels: Any | None) -> None:
-        """Forward, gradient of x, and with kernels the experts' part of both, 16 of the ranks trainable."""
+        """Run forward and the gradient of x; with `kernels`, those of experts too, with 16 trainable ranks."""
         if kernels is None:
             outputs = self.base()
             grad_x = outputs[0] @ self.linears[0][0]
@@ -92,7 +92,7 @@ class Group:
 
 
 class Layer:
-    """The groups of one decoder layer and what its gates are computed from."""
+    """Groups and gates of one decoder layer."""
 
     def __init__(self, tokens: int):
         self.groups = [Group(tokens, d_in, d_outs) for d_in, d_outs in GROUPS.values()]
@@ -132,7 +132,7 @@ class Layer:
 
 
 def graph(run: Callable[[], Any]) -> Callable[[], Any]:
-    """The run as a CUDA graph."""
+    """Capture a run as a CUDA graph."""
     if DRY:
         return run
     stream = torch.cuda.Stream()
@@ -148,7 +148,7 @@ def graph(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def milliseconds(variants: dict[str, Callable[[], Any]], *, rounds: int = 15, repeat: int = 5) -> dict[str, float]:
-    """Medians of interleaved rounds, by the device's own clock."""
+    """Return median times over interleaved rounds, measured with CUDA events."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     names = list(variants)
     for run in variants.values():
@@ -169,7 +169,7 @@ def milliseconds(variants: dict[str, Callable[[], Any]], *, rounds: int = 15, re
 
 
 def layer_job(tokens: int, *, in_graph: bool) -> dict[str, Any]:
-    """All four groups of a decoder layer and its gates, several layers after one another."""
+    """Time the four groups and the gates of several consecutive decoder layers."""
     layers = [Layer(tokens) for _ in range(LAYERS)]
     layers[0].check()
     variants: dict[str, Callable[[], Any]] = {
@@ -178,7 +178,7 @@ def layer_job(tokens: int, *, in_graph: bool) -> dict[str, Any]:
         "triton, base first": lambda: [layer.base_first() for layer in layers],
         "torch": lambda: [layer.composed(eager) for layer in layers],
         "PEFT": lambda: [group.peft() for layer in layers for group in layer.groups],
-        "gates alone": lambda: [layer.gates(triton_group) for layer in layers],
+        "gates only": lambda: [layer.gates(triton_group) for layer in layers],
     }
     times = milliseconds({name: graph(run) if in_graph else run for name, run in variants.items()})
     floor = 1 + sum((d_in * len(o) + sum(o)) * RANK for d_in, o in GROUPS.values()) / sum(
@@ -189,7 +189,7 @@ def layer_job(tokens: int, *, in_graph: bool) -> dict[str, Any]:
 
 
 def training_job(tokens: int) -> dict[str, Any]:
-    """Forward and backward of all linears of one decoder layer; gates are given."""
+    """Time forward and backward of all linears of one decoder layer, with given gates."""
     groups = [Group(tokens, d_in, d_outs) for d_in, d_outs in GROUPS.values()]
     variants = {
         name: (lambda kernels=kernels: [group.train(kernels) for group in groups])
@@ -200,7 +200,7 @@ def training_job(tokens: int) -> dict[str, Any]:
 
 
 def kernel_job(tokens: int) -> list[dict[str, Any]]:
-    """Each group's experts alone, over the larger of their FLOP floor and byte floor as the device was measured."""
+    """Time the experts of each group relative to the larger of their FLOP and byte floors on this device."""
     flops, bandwidth = ceilings()
     rows = []
     for name, (d_in, d_outs) in GROUPS.items():
@@ -214,12 +214,12 @@ def kernel_job(tokens: int) -> list[dict[str, Any]]:
         work = 2 * tokens * RANK * (d_in * len(d_outs) + sum(d_outs)) / flops * 1e3
         moved = 2 * (tokens * d_in + columns * d_in + RANK * sum(d_outs) + 2 * tokens * sum(d_outs))
         floor = max(work, moved / bandwidth * 1e3)
-        rows.append({"group": name, "T": tokens, "ms": found, "floor ms": floor, "over floor": found / floor})
+        rows.append({"group": name, "T": tokens, "ms": found, "floor ms": floor, "ms / floor": found / floor})
     return rows
 
 
 def ceilings() -> tuple[float, float]:
-    """FLOP/s of a large bfloat16 product and bytes/s of a large copy."""
+    """Measure FLOP/s of a large bfloat16 product and bytes/s of a large copy."""
     side, long = (64, 1 << 10) if DRY else (8192, 1 << 29)
     a, b = (torch.randn(side, side, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     big = torch.zeros(long, device=DEVICE, dtype=torch.bfloat16)
@@ -230,9 +230,9 @@ def ceilings() -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--budget", type=float, default=480, help="seconds after which no further job begins")
+    parser.add_argument("--budget", type=float, default=480, help="seconds after which no further job starts")
     parser.add_argument("--out", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--dry", action="store_true", help="small shapes on the CPU, without figures")
+    parser.add_argument("--dry", action="store_true", help="smoke test with small shapes on the CPU, without timings")
     args = parser.parse_args()
     if args.dry != DRY:
         raise SystemExit("This benchmark needs a CUDA device." if DRY else "--dry is for machines without CUDA.")
@@ -241,23 +241,23 @@ def main() -> None:
     began = time.monotonic()
     prefill, long = (20, 17) if DRY else (2048, 8192)
     jobs: list[tuple[str, Callable[[], Any]]] = [
-        ("Decoder layer, decoding in a graph", lambda: [layer_job(1, in_graph=True)]),
-        ("Decoder layer, prefill in a graph", lambda: [layer_job(prefill, in_graph=True)]),
+        ("Decoder layer, decoding, CUDA graph", lambda: [layer_job(1, in_graph=True)]),
+        ("Decoder layer, prefill, CUDA graph", lambda: [layer_job(prefill, in_graph=True)]),
         ("Training", lambda: [training_job(prefill)]),
-        ("Decoder layer, decoding eagerly", lambda: [layer_job(1, in_graph=False)]),
-        ("Decoder layer, a batch of 16", lambda: [layer_job(16, in_graph=True)]),
+        ("Decoder layer, decoding, eager", lambda: [layer_job(1, in_graph=False)]),
+        ("Decoder layer, decoding, batch of 16", lambda: [layer_job(16, in_graph=True)]),
         ("Decoder layer, long prefill", lambda: [layer_job(long, in_graph=True)]),
-        ("Kernels at one token", lambda: kernel_job(1)),
-        ("Kernels at 2048 tokens", lambda: kernel_job(prefill)),
+        ("Kernels, 1 token", lambda: kernel_job(1)),
+        ("Kernels, 2048 tokens", lambda: kernel_job(prefill)),
     ]
     for title, job in jobs:
         if time.monotonic() - began > args.budget:
-            print(f"The budget is spent before: {title}")
+            print(f"Budget spent, skipped: {title} and all that follow")
             break
         with torch.inference_mode():
             rows = job()
         if DRY:
-            print(f"{title}: it runs")
+            print(f"{title}: ok")
         else:
             report(title, rows, args.out)
             torch.cuda.empty_cache()

@@ -1,10 +1,11 @@
-"""One linear module with E experts of rank 8, and the seven of a decoder layer with their gates, against the bare ones.
+"""Speed of one linear with E experts of rank 8, and of a decoder layer's seven with gates, against the bare modules.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/layer.py [--quick] [--out layer.json]
 
-Columns are ratios to the bare modules in the same run. `floor` is the multiplications (at one token: the bytes of the
-weights) with experts over those without; the gates' own work is in the time, not in the floor. For the one linear its
-gates are given; for the seven they are computed. PEFT has its E adapters active and no gates.
+Columns: d is the width, T the tokens; the others are ratios to the bare modules in the same run. `floor` is the ratio
+of multiply-adds (for one token: of weight bytes) with and without experts; the gates are part of the time but not of
+the floor. For the single linear the gates are given, for the seven they are computed. PEFT has E active adapters and no
+gates.
 """
 
 import argparse
@@ -28,7 +29,7 @@ REPEATS = {1: 100, 64: 20, 512: 3}
 
 
 def shapes_of(width: int) -> dict[str, tuple[int, int]]:
-    """The linears of a Llama layer with a third of the key heads."""
+    """Return the shapes of a Llama layer's linears, with a third of the heads for keys and values."""
     inner, keys = 8 * width // 3 // 64 * 64, width // 3 // 64 * 64
     attention = {"q_proj": (width, width), "k_proj": (width, keys), "v_proj": (width, keys), "o_proj": (width, width)}
     return attention | {"gate_proj": (width, inner), "up_proj": (width, inner), "down_proj": (inner, width)}
@@ -138,7 +139,7 @@ def timed(variants: dict[str, Callable[[], Any]], tokens: int, args: argparse.Na
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Geometric means over E (and d, where it is 1024 or more) of the ratio over its floor."""
+    """Return geometric means of ratio / floor over E, and over d from 1024 on."""
     found = []
     for tokens in sorted({row["T"] for row in rows}):
         for name, fits in (("d = 576", lambda d: d < 1024), ("d >= 1024", lambda d: d >= 1024)):
@@ -155,14 +156,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="without PEFT")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--divide", type=int, default=1, help="fewer calls in each round")
+    parser.add_argument("--divide", type=int, default=1, help="divisor of the calls per round")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     cases = [(d, t, e) for d in (576, 1024, 2048) for t in REPEATS for e in (2, 4, 8, 16, 32)]
     for title, bench in (("One linear, gates given", bench_linear), ("Seven linears with their gates", bench_layer)):
         rows = [bench(*case, args) for case in cases]
         report(title, rows, args.out)
-        report(f"{title}: over the floor", summary(rows), args.out)
+        report(f"{title}: ratio / floor", summary(rows), args.out)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the methods of the benchmark have in common: what they get, and the steps they give back."""
+"""Inputs and results that all methods of the benchmark share."""
 
 import hashlib
 import json
@@ -15,23 +15,23 @@ from lorary.adapters.config import TrainingConfig
 from lorary.domains.progress import OnProgress
 from lorary.registry.base.load import LoadedBase
 
-SCHEMA = 1  # counted up when what was trained before would not be trained the same way again
+SCHEMA = 1  # increase when stored adapters would be trained differently
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A model that is to be scored: built only if its score is not known yet."""
+    """A model to score, built only if its score is not stored yet."""
 
-    id: str  # two models with the same id score the same
+    id: str  # models with equal ids have equal scores
     build: Callable[[], nn.Module]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """The state of a method after one domain was added."""
+    """State of a method after one domain was added."""
 
     name: str
-    model_for: Callable[[str], Scored]  # by column: an oracle may choose by domain, others may not
+    model_for: Callable[[str], Scored]  # by column; only the oracle may depend on it
     trained_parameters: int
     seconds: float  # of training
     steps: int
@@ -40,25 +40,25 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Bench:
-    """What all methods share."""
+    """Base model, domains and settings of a run."""
 
     base: LoadedBase
-    domains: Sequence[Domain]  # in the order in which they are learned
+    domains: Sequence[Domain]  # in training order
     recipe: TrainingConfig
     out: Path
-    general: Path | None  # text that lorary's KP bank learns from; None: the bundled corpus
+    general: Path | None  # training text of lorary's KP bank; None: the bundled corpus
     on_progress: OnProgress
 
     def fresh_base(self) -> PreTrainedModel:
-        """A base model that may be written into."""
+        """Return a new copy of the base model that can be modified."""
         return LoadedBase(self.base.folder).model
 
     @property
     def base_scored(self) -> Scored:
-        """The bare base model."""
+        """Bare base model."""
         return Scored("base", lambda: self.base.model)
 
 
 def digest(origin: Any) -> str:
-    """A short name for all that something was made from."""
+    """Return a short digest of the inputs of an artifact."""
     return hashlib.sha256(json.dumps([SCHEMA, origin], sort_keys=True).encode()).hexdigest()[:16]

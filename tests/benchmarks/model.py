@@ -1,9 +1,9 @@
-"""A whole model with E experts of rank 8 on all seven linears, against its bare base and its peers.
+"""Speed of a whole model with E experts of rank 8 on all seven linears, against its bare base and PEFT methods.
 
     OMP_NUM_THREADS=1 python tests/benchmarks/model.py [--quick] [--only prefill,decode,...] [--out model.json]
-    OMP_NUM_THREADS=1 python tests/benchmarks/model.py --only profile       where the time goes, by operator
+    OMP_NUM_THREADS=1 python tests/benchmarks/model.py --only profile       time by operator
 
-Gates and router are part of every figure of ours. Columns are ratios to the bare base in the same run.
+Times of lorary include gates and router. Columns are ratios to the bare base in the same run.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def prefill(model: Any, ids: torch.Tensor, **options: Any) -> Callable[[], Any]:
 
 
 def decode(model: Any, prompt: torch.Tensor, *, steps: int = 4) -> Callable[[], Any]:
-    """Some steps after a prompt, which the cache keeps from call to call."""
+    """Return a run of some decode steps after a prompt, which stays in the cache between calls."""
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         model(input_ids=prompt, past_key_values=cache)
@@ -60,7 +60,7 @@ def peers(base: Any, experts: int, folder: Path, *, with_all: bool) -> dict[str,
 def bench_prefill_decode(base: Any, args: argparse.Namespace) -> None:
     rows = []
     for experts in (8, 16):
-        # all experts are computed: that closed slots are skipped is the business of `sparse`
+        # threshold 0 computes all experts; `sparse` measures the skipping of closed slots
         ours = models.compose(base, slots=experts // 2, experts=2, threshold=0.0)
         ids = models.text_of(0, 1, PROMPT)
         with tempfile.TemporaryDirectory() as folder:
@@ -70,7 +70,7 @@ def bench_prefill_decode(base: Any, args: argparse.Namespace) -> None:
                 times = measure({name: prefill(model, ids) for name, model in variants.items()}, rounds=args.rounds)
                 rows.append(
                     {
-                        "what": "prefill",
+                        "phase": "prefill",
                         "E": experts,
                         "floor": models.flop_floor(experts, with_head=False),
                         "base ms": times["base"] * 1e3,
@@ -84,14 +84,14 @@ def bench_prefill_decode(base: Any, args: argparse.Namespace) -> None:
                 )
                 rows.append(
                     {
-                        "what": "decode",
+                        "phase": "decode",
                         "E": experts,
                         "floor": models.flop_floor(experts, with_head=True),
                         "base ms": times["base"] * 250,
                         **ratios(times),
                     }
                 )
-    report("Prefill of 512 tokens, and decoding, one sequence", rows, args.out)
+    report("Prefill (512 tokens) and decoding, batch size 1", rows, args.out)
 
 
 def bench_sparse(base: Any, args: argparse.Namespace) -> None:
@@ -100,13 +100,13 @@ def bench_sparse(base: Any, args: argparse.Namespace) -> None:
     rows = []
     one = models.text_of(5, slots, PROMPT)
     mixed = torch.cat([models.text_of(4 * row + 1, slots, PROMPT // 4, seed=row) for row in range(8)])
-    for what, ids in (("one sequence, one domain", one), ("8 rows, 8 domains", mixed)):
+    for what, ids in (("1 row, 1 domain", one), ("8 rows, 8 domains", mixed)):
         for name, run in (("prefill", prefill), ("decode", decode)):
             variants = {"base": run(base, ids), "ours": run(ours, ids)}
             times = measure(variants, rounds=args.rounds * (1 if name == "prefill" else 3))
             dense = models.flop_floor(slots, with_head=name == "decode")
-            rows.append({"what": what, "phase": name, "floor of all 32": dense, **ratios(times)})
-    report("32 composed domains, few of them active", rows, args.out)
+            rows.append({"input": what, "phase": name, "dense floor": dense, **ratios(times)})
+    report("32 composed domains, few active", rows, args.out)
 
 
 def bench_merged(base: Any, args: argparse.Namespace) -> None:
@@ -124,7 +124,7 @@ def bench_merged(base: Any, args: argparse.Namespace) -> None:
         merge_experts(ours)
 
     merging = measure({"merge": merge_and_unmerge}, rounds=args.rounds)["merge"]
-    row = {"E": 8, **ratios(times), "merge, in decode steps": merging / (times["base"] / 4)}
+    row = {"E": 8, **ratios(times), "merge / decode step": merging / (times["base"] / 4)}
     report("Decoding with merged experts", [row], args.out)
 
 
@@ -146,14 +146,14 @@ def bench_training(base: Any, args: argparse.Namespace) -> None:
         rows.append(
             {
                 "E": experts,
-                "new": new,
+                "new experts": new,
                 **times,
                 "PEFT / ours": times["PEFT"] / times["ours"],
-                **{f"saved MB, {name}": value for name, value in saved.items()},
-                "saved, ours / PEFT": saved["ours"] / saved["PEFT"],
+                **{f"activations MB, {name}": value for name, value in saved.items()},
+                "activations, ours / PEFT": saved["ours"] / saved["PEFT"],
             }
         )
-    report("Training step of 2 x 256 tokens, ratio to base forward and gradient of its input", rows, args.out)
+    report("Training step of 2 x 256 tokens, relative to forward and input gradient of the base", rows, args.out)
 
 
 def base_gradient_step(base: Any, ids: torch.Tensor) -> Callable[[], Any]:
@@ -178,7 +178,7 @@ def training_step(model: Any, ids: torch.Tensor) -> Callable[[], Any]:
 
 
 def saved_bytes(run: Callable[[], Any]) -> int:
-    """Bytes of different memory that autograd keeps for the backward pass, parameters left out."""
+    """Return the bytes of distinct storage that autograd saves for backward, without parameters."""
     kept: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -193,7 +193,7 @@ def saved_bytes(run: Callable[[], Any]) -> int:
 
 
 def bench_profile(base: Any, args: argparse.Namespace) -> None:
-    """Each operator's own time, ours and the base's, and what passes outside of all; the profiler's cost is in it."""
+    """Report self time by operator and time outside of operators; both include the profiler's overhead."""
     ids = models.text_of(0, 1, PROMPT)
     ours = models.compose(base, slots=4, experts=2, threshold=0.0)
     trained = models.compose(base, slots=4, experts=2, trainable=True).train()
@@ -212,7 +212,7 @@ def bench_profile(base: Any, args: argparse.Namespace) -> None:
 
 
 def operators(run: Callable[[], Any]) -> dict[str, tuple[float, int]]:
-    """Milliseconds and calls of each operator in one run."""
+    """Return milliseconds and calls of each operator in one run."""
     run()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         began = time.thread_time()
@@ -234,7 +234,7 @@ PARTS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--quick", action="store_true", help="without the peers that are slow to build")
+    parser.add_argument("--quick", action="store_true", help="without the PEFT methods that are slow to build")
     parser.add_argument(
         "--only", type=lambda text: text.split(","), default=[name for name in PARTS if name != "profile"]
     )

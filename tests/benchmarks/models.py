@@ -1,4 +1,4 @@
-"""The models that are compared: one random base of about 100 M parameters, and the same experts in each peer's form."""
+"""Models to compare: a random base of about 100 M parameters, with the same experts in lorary and in PEFT methods."""
 
 import copy
 import math
@@ -27,7 +27,7 @@ warnings.filterwarnings("ignore", module="peft")
 
 
 def make_base(layers: int = LAYERS) -> Any:
-    """The frozen base."""
+    """Return the frozen base."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=WIDTH,
@@ -43,7 +43,7 @@ def make_base(layers: int = LAYERS) -> Any:
 
 
 def make_stack(base: Any, *, slots: int, experts: int, trainable: bool = False, static: bool = False) -> Stack:
-    """`slots` banks of `experts` experts in each decoder layer, with random B and rank gates."""
+    """Return `slots` banks with `experts` experts per decoder layer, with random B and rank gates."""
     config = BankConfig(rank=RANK, experts=float(experts), schedule="uniform", expert_free=0.0)
     layout = find_layout(base)
     generator = torch.Generator().manual_seed(1)
@@ -61,7 +61,7 @@ def make_stack(base: Any, *, slots: int, experts: int, trainable: bool = False, 
 
 
 def make_statistics(slots: int) -> list[DomainStatistics]:
-    """Domains that use their own part of the vocabulary; slot 0 uses all of it."""
+    """Return statistics of domains with disjoint parts of the vocabulary; slot 0 uses all of it."""
     part = VOCABULARY // slots
     statistics = []
     for slot in range(slots):
@@ -75,14 +75,14 @@ def make_statistics(slots: int) -> list[DomainStatistics]:
 
 
 def make_router(slots: int) -> DomainRouter:
-    """The router of these."""
+    """Return the router of `make_statistics`."""
     statistics = make_statistics(slots)
     prior = torch.tensor([0.7, *[0.3 / (slots - 1)] * (slots - 1)])
     return DomainRouter(statistics, prior=prior, temperatures=Temperatures(), width=WIDTH)
 
 
 def compose(base: Any, *, threshold: float = SLOT_THRESHOLD, **options: Any) -> Any:
-    """Ours; a threshold of 0 computes every slot, whatever its gate."""
+    """Return a composed model; a threshold of 0 computes all slots, whatever their gates."""
     stack = make_stack(base, **options)
     if stack.static:
         return attach(base, stack, router=None, fixed=torch.full((len(stack.names),), 1 / len(stack.names)))
@@ -90,7 +90,7 @@ def compose(base: Any, *, threshold: float = SLOT_THRESHOLD, **options: Any) -> 
 
 
 def text_of(slot: int, slots: int, tokens: int, *, seed: int = 0) -> torch.Tensor:
-    """Tokens of one domain's part of the vocabulary."""
+    """Return tokens from one domain's part of the vocabulary."""
     part = VOCABULARY // slots
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(slot * part, (slot + 1) * part, (1, tokens), generator=generator)
@@ -101,7 +101,7 @@ def _config() -> LoraConfig:
 
 
 def peft_multi(base: Any, experts: int, *, new: int = 0) -> Any:
-    """PEFT with all adapters active; the last `new` train."""
+    """Return a PEFT model with all adapters active and the last `new` trainable."""
     model: Any = get_peft_model(copy.deepcopy(base), _config(), adapter_name="e0")
     for index in range(1, experts):
         model.add_adapter(f"e{index}", _config())
@@ -113,14 +113,14 @@ def peft_multi(base: Any, experts: int, *, new: int = 0) -> Any:
 
 
 def saved_adapters(base: Any, experts: int, folder: Path) -> list[str]:
-    """The adapters of `peft_multi` as files."""
+    """Save the adapters of `peft_multi` and return their folders."""
     model = peft_multi(base, experts)
     model.save_pretrained(folder, selected_adapters=[f"e{index}" for index in range(experts)])
     return [str(folder / f"e{index}") for index in range(experts)]
 
 
 def peft_xlora(base: Any, paths: list[str]) -> Any:
-    """PEFT's X-LoRA, which runs the base first to find its scalings."""
+    """Return PEFT's X-LoRA, which runs the base first to compute its scalings."""
     copied = copy.deepcopy(base)
     copied.config.use_cache = False
     config = XLoraConfig(
@@ -133,16 +133,16 @@ def peft_xlora(base: Any, paths: list[str]) -> Any:
 
 
 def peft_arrow(base: Any, paths: list[str]) -> Any:
-    """PEFT's Arrow, which routes by the adapters' own directions."""
+    """Return PEFT's Arrow, which routes by the adapters' principal directions."""
     config = ArrowConfig(top_k=min(3, len(paths)), router_temperature=1.0)
     model = create_arrow_model(base_model=copy.deepcopy(base), task_specific_adapter_paths=paths, arrow_config=config)
     return model.eval()
 
 
 def flop_floor(experts: int, *, with_head: bool) -> float:
-    """Multiplications of the linears with experts over those without; attention's and the gates' are left out.
+    """Return the ratio of the linears' multiply-adds with and without experts, ignoring attention and gates.
 
-    The same is the floor of bytes read while one token is decoded, which takes the output head along.
+    It is also the floor of the bytes read to decode one token; `with_head` includes the output head.
     """
     shapes = [(WIDTH, WIDTH), *[(WIDTH, WIDTH * KEY_HEADS // HEADS)] * 2, (WIDTH, WIDTH)]
     shapes += [(WIDTH, INNER)] * 2 + [(INNER, WIDTH)]

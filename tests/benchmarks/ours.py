@@ -1,9 +1,9 @@
-"""lorary itself on a stream: init once, add_domain for each domain, every composition from the store.
+"""lorary on a stream: init once, add_domain for each domain, all compositions read from the store.
 
-Scored are, after each step, the routed composition of KP and all domains so far; of each domain also
+The routed composition of KP and all domains so far is scored after each step. For each domain these are scored as well:
 
-    alone       its own experts, slot gate 1: the oracle's choice, which the share of the oracle's gain is measured by
-    explicit    the composition of KP and this domain only, right after it was added and after the last step
+    alone       its own experts with slot gate 1: the oracle that defines the share of the oracle's gain
+    explicit    the composition of KP and this domain only, once after it was added and once after the last step
 """
 
 import json
@@ -32,12 +32,12 @@ from lorary.registry.compose.build import read_packs
 from lorary.registry.measure.evaluate import routed_right
 from lorary.registry.pack.pack import read_pack
 
-KP_STEPS = 50  # at most; KP only has to know what general text looks like
+MAX_KP_STEPS = 50  # enough to learn what general text looks like
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def ours(bench: Bench, book: ScoreBook) -> Iterator[Step]:
-    """Adds the domains one after the other; what is stored already is not trained again."""
+    """Add the domains one by one; stored domains are not trained again."""
     registry = _registry(bench)
     version = code_version()
     for i, domain in enumerate(bench.domains):
@@ -57,20 +57,20 @@ def ours(bench: Bench, book: ScoreBook) -> Iterator[Step]:
 
 
 def order_invariance(statistics: list[DomainStatistics]) -> dict[str, float]:
-    """The largest relative difference between router rows of the domains in one order and in the reverse."""
-    there, back = router_rows(statistics), router_rows([statistics[0], *statistics[:0:-1]])
-    unturned = [0, *range(len(statistics) - 1, 0, -1)]
+    """Return the maximum relative difference between router rows for one order of domains and its reverse."""
+    forward, reverse = router_rows(statistics), router_rows([statistics[0], *statistics[:0:-1]])
+    order = [0, *range(len(statistics) - 1, 0, -1)]
     pairs = {
-        "token_evidence": (there.token_evidence.T, back.token_evidence.T[unturned]),
-        "pair_evidence": (there.pair_evidence.T, back.pair_evidence.T[unturned]),
-        "rows": (there.rows, back.rows[unturned]),
-        "bias": (there.bias[:, None], back.bias[unturned, None]),
+        "token_evidence": (forward.token_evidence.T, reverse.token_evidence.T[order]),
+        "pair_evidence": (forward.pair_evidence.T, reverse.pair_evidence.T[order]),
+        "rows": (forward.rows, reverse.rows[order]),
+        "bias": (forward.bias[:, None], reverse.bias[order, None]),
     }
     return {name: ((a - b).norm(dim=1) / a.norm(dim=1)).max().item() for name, (a, b) in pairs.items()}
 
 
 def code_version() -> str:
-    """The commit that last changed what computes the scores; marked if the working tree differs from it."""
+    """Return the last commit that changed the scored code, marked if the working tree differs from it."""
     paths = ["--", "adapters", "registry", "domains"]
     commit = _git("log", "-1", "--format=%h", *paths)
     return commit + ("+changes" if _git("status", "--porcelain", *paths) else "")
@@ -82,8 +82,8 @@ def _git(*arguments: str) -> str:
 
 
 def _registry(bench: Bench) -> Registry:
-    """A registry of its own for each recipe and order; the KP bank is trained once for all of them."""
-    kp_recipe = TrainingConfig(seed=bench.recipe.seed, most_steps=KP_STEPS)
+    """Return the registry of this recipe and order; all share a KP bank that is trained once."""
+    kp_recipe = TrainingConfig(seed=bench.recipe.seed, most_steps=MAX_KP_STEPS)
     text = bench.general and corpus_digest(read_examples([bench.general]))
     kp = bench.out / "ours" / f"kp-{digest([asdict(kp_recipe), asdict(BANK), text])}"
     if not (kp / "domains" / GENERAL).is_dir():
@@ -100,7 +100,7 @@ def _registry(bench: Bench) -> Registry:
 
 
 def _added(registry: Registry, bench: Bench, book: ScoreBook, domain: Domain) -> dict[str, Any]:
-    """Adds a domain unless it is stored; what was found right afterwards is kept beside the store."""
+    """Add a domain unless it is stored; scores right after the addition are kept beside the store."""
     notes = registry.store.path.with_suffix(".json")
     known: dict[str, Any] = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
     if domain.name not in known:
@@ -120,7 +120,7 @@ def _added(registry: Registry, bench: Bench, book: ScoreBook, domain: Domain) ->
 def _finals(
     registry: Registry, bench: Bench, book: ScoreBook, domain: Domain, routed: Scored, *, is_last: bool
 ) -> dict[str, Any]:
-    """After the last step: every domain alone and explicit, and how often the router is right."""
+    """Score every domain alone and explicit after the last step, and the accuracy of routing."""
     if not is_last:
         return {}
     model: Any = routed.build()
@@ -135,7 +135,7 @@ def _finals(
 
 
 def _explicit(registry: Registry, domain: Domain, when: str) -> Scored:
-    """KP and one domain; scored again at another time, it has another id."""
+    """Return KP and one domain; `when` is part of the id, so that it is scored again."""
     return Scored(f"{_id(registry, [domain.name], code_version())} {when}", lambda: registry.compose(domain.name))
 
 
@@ -149,6 +149,6 @@ def _alone(registry: Registry, domain: Domain) -> Scored:
 
 
 def _id(registry: Registry, names: list[str], version: str) -> str:
-    """A composition's id: its packs and the code that composes and routes."""
+    """Return the id of a composition: its packs and the version of the code."""
     digests = [registry.show(name).digest for name in (GENERAL, *names)]
     return f"ours-{digest(digests)} {version}"

@@ -1,7 +1,6 @@
-"""PEFT adapters that are trained with lorary's own loop, stored whole or not at all, and put on a base model.
+"""PEFT adapters: trained with lorary's training loop, stored atomically, and loaded on a base model.
 
-An adapter is stored under the digest of all that it came from, so that methods share what they have in common and an
-interrupted run goes on where it was.
+An adapter is stored under the digest of its inputs: methods share adapters, and an interrupted benchmark resumes.
 """
 
 import json
@@ -26,8 +25,8 @@ from lorary.domains.data.corpus import corpus_digest
 from lorary.domains.data.example import Example
 from lorary.registry.base.load import LoadedBase
 
-BANK = BankConfig(experts=1.5)  # lorary's own: 12 experts of rank 4 over the 8 layers of the pocket base
-PARAMETERS = 186_624  # of such a bank; no method may train more for a domain
+BANK = BankConfig(experts=1.5)  # lorary's bank: 12 experts of rank 4 over the 8 layers of the pocket base
+PARAMETERS = 186_624  # of such a bank; the limit per domain for every method
 SCALE = BANK.alpha / BANK.rank
 ORTHOGONALITY = 0.5  # weight of O-LoRA's loss, as in its paper
 
@@ -43,14 +42,14 @@ class Adapter:
 
     @property
     def id(self) -> str:
-        """The digest of all that it came from."""
+        """Digest of the adapter's inputs."""
         return self.folder.name
 
 
 def lora_shape(base: LoadedBase, *, times: int) -> peft.LoraConfig:
-    """A LoRA on every linear module of every layer, as large as the budget of so many domains allows.
+    """Return a LoRA on all linear modules of all layers, as large as the budget of `times` domains allows.
 
-    The rank is the same in all layers but for the deepest ones, which get one more until the budget is spent.
+    All layers have the same rank, except for the deepest ones, which get one more until the budget is spent.
     """
     layer = base.model.get_submodule(f"{base.layout.layers}.0")
     targets = target_modules(base.model, base.layout)
@@ -77,12 +76,12 @@ def train_adapter(
     frozen: tuple[Adapter, ...] = (),
     times: int = 1,
 ) -> Adapter:
-    """An adapter trained with lorary's own loop: same optimizer, schedule, batches and seed as a bank.
+    """Train an adapter with lorary's training loop: same optimizer, schedule, batches and seed as a bank.
 
     Args:
-        parent: The adapter whose values it starts with; a fresh one if not given.
-        frozen: Adapters that are active underneath and that the new one is kept orthogonal to.
-        times: Its parameters and steps, as a multiple of one domain's.
+        parent: Adapter to initialize from; None: a new one.
+        frozen: Frozen active adapters, to which the new one is kept orthogonal.
+        times: Parameters and steps as a multiple of one domain's.
     """
     recipe = _times(bench.recipe, times)
     origin = [asdict(recipe), corpus_digest(examples), parent and parent.id, [a.id for a in frozen], times]
@@ -112,7 +111,7 @@ def _train(
 
 
 def _keep(model: Any, folder: Path, figures: dict[str, Any]) -> Adapter:
-    """Stores an adapter whole or not at all."""
+    """Store an adapter atomically."""
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     model.save_pretrained(str(unfinished), selected_adapters=["new"])
@@ -136,7 +135,7 @@ def _load_values(model: Any, adapter: Adapter, name: str) -> None:
 
 
 def _stack_frozen(model: Any, frozen: Sequence[Adapter]) -> None:
-    """Makes earlier adapters active beside the trainable one, without gradients."""
+    """Activate earlier adapters, frozen, beside the trainable one."""
     for adapter in frozen:
         model.load_adapter(str(adapter.folder), adapter_name=adapter.id)
     model.base_model.set_adapter([*(adapter.id for adapter in frozen), "new"])
@@ -145,7 +144,7 @@ def _stack_frozen(model: Any, frozen: Sequence[Adapter]) -> None:
 
 
 def _add_overlap(model: Any, frozen: list[str], _module: nn.Module, _args: Any, output: Any) -> Any:
-    """Adds O-LoRA's loss: the squared inner products of the new A's rows with those of the earlier ones."""
+    """Add O-LoRA's loss: the squared inner products of the new A's rows with those of the earlier ones."""
     if model.training and output.loss is not None:
         layers = [module.lora_A for module in model.modules() if hasattr(module, "lora_A")]
         overlaps = [(a[old].weight @ a["new"].weight.T).square().sum() for a in layers for old in frozen]
@@ -154,7 +153,7 @@ def _add_overlap(model: Any, frozen: list[str], _module: nn.Module, _args: Any, 
 
 
 def with_adapters(bench: Bench, adapters: Sequence[Adapter]) -> nn.Module:
-    """The base with the sum of these adapters."""
+    """Return the base with the sum of these adapters."""
     first, *others = adapters
     model: Any = peft.PeftModel.from_pretrained(bench.fresh_base(), str(first.folder), adapter_name=first.id)
     for adapter in others:
@@ -164,14 +163,14 @@ def with_adapters(bench: Bench, adapters: Sequence[Adapter]) -> nn.Module:
 
 
 def arrow_model(bench: Bench, adapters: Sequence[Adapter]) -> nn.Module:
-    """Arrow's routing by token over these adapters, with PEFT's own settings."""
+    """Return Arrow over these adapters, with PEFT's default settings."""
     config = peft.ArrowConfig(top_k=min(3, len(adapters)), rng_seed=bench.recipe.seed)
     model = peft.create_arrow_model(bench.fresh_base(), [str(adapter.folder) for adapter in adapters], config)
     return model.eval()
 
 
 def xlora_model(bench: Bench, adapters: Sequence[Adapter], router: Adapter | None) -> nn.Module:
-    """X-LoRA over these adapters; its classifier is a fresh one if none is given."""
+    """Return X-LoRA over these adapters, with a new classifier if `router` is None."""
     base = bench.fresh_base()
     base.config.use_cache = False
     with torch.random.fork_rng(devices=[]):
@@ -191,7 +190,7 @@ def xlora_model(bench: Bench, adapters: Sequence[Adapter], router: Adapter | Non
 
 
 def train_xlora(bench: Bench, adapters: Sequence[Adapter], examples: list[Example]) -> Adapter:
-    """X-LoRA's classifier, trained on these examples; the adapters stay as they are."""
+    """Train X-LoRA's classifier on these examples; the adapters are frozen."""
     origin = ["xlora", asdict(bench.recipe), [adapter.id for adapter in adapters], corpus_digest(examples)]
     folder = bench.out / "adapters" / digest(origin)
     if folder.is_dir():

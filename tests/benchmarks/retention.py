@@ -1,11 +1,11 @@
-"""The retention benchmark: what is kept of every domain after others were learned, by method.
+"""Retention benchmark: scores of every domain after others were learned, by method.
 
     python tests/benchmarks/retention.py --stream A --method ours separate sequential --data DATA --out FOLDER
     python tests/benchmarks/retention.py --table --out FOLDER --plot docs/retention.svg
 
-Each stream, method, order and seed gives one file FOLDER/results/*.json. All that was trained and scored is kept in
-FOLDER, so an interrupted run goes on where it was, and nothing is measured twice: after a change of the router only
-lorary's own scores are taken again. What the figures mean is in docs/benchmarks.md.
+Each stream, method, order and seed gives one file FOLDER/results/*.json. Everything trained and scored is stored in
+FOLDER, so that an interrupted run resumes and nothing is measured twice: after a change of the router only the scores
+of lorary are computed again. docs/benchmarks.md explains the figures.
 """
 
 import argparse
@@ -33,11 +33,11 @@ from lorary.domains.progress import Progress
 from lorary.registry.base.find import POCKET, find_base
 from lorary.registry.base.load import LoadedBase
 
-RECIPES = {"A": (50, 256), "B": (100, 64), "C": (50, 256)}  # optimizer steps of a domain, tokens of a block
+RECIPES = {"A": (50, 256), "B": (100, 64), "C": (50, 256)}  # optimizer steps per domain, tokens per block
 
 
 def main() -> None:
-    """Runs what the command line asks for."""
+    """Run the requested methods, or print the tables."""
     arguments = parse_arguments()
     if arguments.table:
         for line in write_tables(arguments.out, arguments.plot):
@@ -77,10 +77,10 @@ def main() -> None:
 def measure(
     steps: Iterator[Step], bench: Bench, book: ScoreBook, columns: list[Domain], *, sparse: bool
 ) -> dict[str, Any]:
-    """Every column after every step; accuracy where a domain was just added, and after the last step.
+    """Score every column after every step; accuracy only for the domain just added and after the last step.
 
     Args:
-        sparse: Leave out what neither the averages nor backward transfer need: older domains before the last step.
+        sparse: Skip older domains before the last step, which neither averages nor backward transfer need.
     """
     rows = [{c.name: book.cell(bench.base_scored, c, with_questions=True) for c in columns}]
     done = []
@@ -108,7 +108,7 @@ def measure(
 
 
 def write_result(out: Path, result: dict[str, Any]) -> None:
-    """One file for each stream, method, order, seed and rate; a later recipe replaces an earlier one."""
+    """Write the file of a stream, method, order, seed and learning rate; later recipes overwrite earlier ones."""
     name = "-".join(str(result[key]) for key in ("stream", "method", "order", "seed"))
     name += f"-{result['recipe']['learning_rate']:.3g}"
     path = out / "results" / f"{name}.json"
@@ -117,7 +117,7 @@ def write_result(out: Path, result: dict[str, Any]) -> None:
 
 
 def command_of(arguments: argparse.Namespace, method: str) -> str:
-    """The command that gives this one row."""
+    """Return the command that reproduces one row."""
     given = {
         "stream": arguments.stream,
         "method": method,
@@ -139,33 +139,33 @@ def command_of(arguments: argparse.Namespace, method: str) -> str:
 
 
 def report(progress: Progress) -> None:
-    """One line a stage on the terminal."""
+    """Show progress on the terminal, one line per stage."""
     if sys.stderr.isatty():
         print(f"\r{progress.stage} {progress.done}/{progress.total}\033[K", end="", file=sys.stderr)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stream", choices=STREAMS, default="A")
     parser.add_argument("--method", choices=["ours", *METHODS], nargs="+", default=["ours"])
     parser.add_argument("--order", choices=["forward", "reverse"], default="forward")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--data", type=Path, help="folder with medicine/lm.train.jsonl and so on")
-    parser.add_argument("--out", type=Path, required=True, help="folder for all that is trained and measured")
-    parser.add_argument("--general", type=Path, help="text of lorary's KP bank; the bundled corpus if not given")
-    parser.add_argument("--steps", type=int, help="optimizer steps of a domain")
-    parser.add_argument("--block", type=int, help="tokens of a block; a step has 8")
+    parser.add_argument("--data", type=Path, help="folder with medicine/lm.train.jsonl etc.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of adapters, scores and results")
+    parser.add_argument("--general", type=Path, help="training text of lorary's KP bank; default: the bundled corpus")
+    parser.add_argument("--steps", type=int, help="optimizer steps per domain")
+    parser.add_argument("--block", type=int, help="tokens per block; a step has 8 blocks")
     parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--domains", type=int, help="only the first so many of the stream")
-    parser.add_argument("--max-bytes", type=int, default=40_000, help="of held-out text of a domain")
-    parser.add_argument("--questions", type=int, default=100, help="of a domain, for accuracy")
+    parser.add_argument("--domains", type=int, help="number of domains, from the start of the stream")
+    parser.add_argument("--max-bytes", type=int, default=40_000, help="bytes of held-out text per domain")
+    parser.add_argument("--questions", type=int, default=100, help="questions per domain, for accuracy")
     parser.add_argument("--sparse", action="store_true", help="score older domains after the last step only")
-    parser.add_argument("--table", action="store_true", help="print tables of what was measured")
-    parser.add_argument("--plot", type=Path, help="with --table: draw it into this SVG file too")
+    parser.add_argument("--table", action="store_true", help="print tables of all results")
+    parser.add_argument("--plot", type=Path, help="with --table: also draw this SVG file")
     arguments = parser.parse_args()
     if not arguments.table and arguments.data is None:
-        parser.error("--data is needed to measure")
+        parser.error("--data is required to measure")
     return arguments
 
 

@@ -1,4 +1,4 @@
-"""Scores of models on domains, each measured once and kept as a line of JSON."""
+"""Scores of models on domains, each computed once and stored as a line of JSON."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ Cell = Mapping[str, Any]  # bits, interval, bytes; with questions also accuracy,
 
 
 class ScoreBook:
-    """What was scored before; a line for each model, test and metric."""
+    """File of scores, one line per model, test and metric."""
 
     def __init__(self, path: Path, tokenizer: PreTrainedTokenizerBase):
         self.path = path
@@ -33,7 +33,7 @@ class ScoreBook:
                 self._known[entry.pop("model"), entry.pop("test")] = entry
 
     def cell(self, scored: Scored, column: Domain, *, with_questions: bool) -> Cell:
-        """A model's scores on one domain."""
+        """Return a model's scores on one domain."""
         cell = dict(self._entry(scored, f"bits:{self._digest(column, 'texts')}", self._bits, column))
         if with_questions and column.questions:
             test = f"accuracy:{self._digest(column, 'questions')}"
@@ -61,7 +61,7 @@ class ScoreBook:
         return {"accuracy": score["accuracy"], "accuracy_interval": score["interval"], "asked": score["total"]}
 
     def _model(self, scored: Scored) -> nn.Module:
-        """Built once for all columns in a row."""
+        """Return the model, cached while consecutive columns use it."""
         if self._built is None or self._built[0] != scored.id:
             self._built = None
             self._built = (scored.id, scored.build())

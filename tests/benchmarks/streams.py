@@ -1,11 +1,11 @@
-"""Streams of domains, and the text that scores them: read once, cut to size, the same for every method.
+"""Streams of domains and their test sets, the same for every method.
 
 A   medicine, legal, finance, math        running text
-B   the ten domains of CLINC150           an utterance, and its intent as text, among the domain's 15
-C   medquad, cuad, banking, gsm8k         questions of four kinds, and their answers
+B   the ten domains of CLINC150           an utterance and its intent as text, one of 15 per domain
+C   medquad, cuad, banking, gsm8k         questions of four kinds and their answers
 
-Every method trains on what `registry add-domain` would train on: the rows of the training file without those that it
-holds out by their content.
+Every method trains on the rows that `registry add-domain` would train on: those of the training file that are not held
+out by the hash of their content.
 """
 
 import json
@@ -45,15 +45,15 @@ GENERAL_COLUMNS = ("general", "bundled")
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
-    """One domain of a stream, or general text that is only measured."""
+    """One domain of a stream, or general text, which is only scored."""
 
     name: str
-    source: Path | None  # what is trained on; None for general text
-    texts: tuple[Example, ...]  # scored in bits per byte of what is to be learned
+    source: Path | None  # training file; None for general text
+    texts: tuple[Example, ...]  # scored in bits per byte of the targets
     questions: tuple[Example, ...] = ()  # scored by accuracy
 
     def training_examples(self) -> list[Example]:
-        """The rows that are trained on."""
+        """Return the training rows."""
         assert self.source is not None
         return split(list(read_examples([self.source])), HELD_OUT)[0]
 
@@ -61,14 +61,14 @@ class Domain:
 def read_stream(
     name: str, data: Path, *, order: str, domains: int | None, max_bytes: int, questions: int
 ) -> list[Domain]:
-    """The domains of a stream in the order in which they are learned.
+    """Return the domains of a stream in training order.
 
     Args:
-        data: The folder that holds the files.
+        data: Folder of the files.
         order: `forward` or `reverse`.
-        domains: Only the first so many.
-        max_bytes: Of the text that scores a domain.
-        questions: So many score a domain by accuracy.
+        domains: Number of domains, from the start of the stream; None: all.
+        max_bytes: Maximum size of a domain's test text.
+        questions: Maximum number of a domain's test questions.
     """
     chosen = list(STREAMS[name].items())[:domains]
     found = [_read_domain(domain, data, path, max_bytes=max_bytes, questions=questions) for domain, path in chosen]
@@ -76,7 +76,7 @@ def read_stream(
 
 
 def general_columns(data: Path, *, max_bytes: int) -> list[Domain]:
-    """General text: from the same source as the base's own, and the held-out part of the bundled corpus."""
+    """Return general text: from the base's pretraining source, and the held-out part of the bundled corpus."""
     texts = _spread(list(read_examples([data / "general" / "lm.test.jsonl"])), max_bytes)
     bundled = _spread(general_examples(), max_bytes)
     return [
@@ -102,7 +102,7 @@ def _read_domain(name: str, data: Path, path: str, *, max_bytes: int, questions:
 
 
 def _spread(examples: Sequence[Example], max_bytes: int) -> list[Example]:
-    """Examples from the whole file, evenly, that together stay within so many bytes of text."""
+    """Return evenly spaced examples with about `max_bytes` bytes of text."""
     total = sum(len(example.text.encode()) for example in examples)
     step = max(1, round(total / max_bytes))
     return list(examples[::step])

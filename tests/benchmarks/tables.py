@@ -1,4 +1,4 @@
-"""The benchmark's results as Markdown tables and as one plot."""
+"""Results of the retention benchmark as Markdown tables and a plot."""
 
 import json
 import math
@@ -22,7 +22,7 @@ ORDER = ("separate", "joint", "ours", "replay", "olora", "sequential", "xlora", 
 HEAD = (
     "average",
     "share of gain",
-    "least share",
+    "min share",
     "backward transfer",
     "forgetting",
     *GENERAL_COLUMNS,
@@ -36,7 +36,7 @@ Groups = dict[tuple, Group]  # by stream, order and seed
 
 
 class Run:
-    """One method's matrix in one metric, with the separate adapters as its oracle."""
+    """Retention matrix of one method in one metric, with the separate adapters as the oracle."""
 
     def __init__(self, result: Result, metric: str, separate: Result):
         rows, steps = result["rows"], result["steps"]
@@ -51,18 +51,18 @@ class Run:
             R=[[row.get(domain, {}).get(metric, math.nan) for domain in self.domains] for row in rows],
             lower_is_better=metric == "bits",
             oracle=[separate["rows"][-1][domain][metric] for domain in self.domains],
-            # a method that only has a last step learned everything there
+            # methods with a last step only learned everything there
             learned=[steps.index(domain) if domain in steps else len(steps) - 1 for domain in self.domains],
         )
 
     def general_changes(self) -> list[float]:
-        """Change of bits per byte on both general texts, as a share of the base's; positive is worse."""
+        """Return the relative change of bits per byte on both general texts; positive is worse."""
         first, last = self.result["rows"][0], self.result["rows"][-1]
         return [last[column]["bits"] / first[column]["bits"] - 1 for column in GENERAL_COLUMNS]
 
 
 def write_tables(out: Path, plot: Path | None) -> Iterator[str]:
-    """The lines of all tables; the plot is written on the way."""
+    """Write the plot and yield the lines of all tables."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "results").glob("*.json"))]
     groups: Groups = {}
     for result in results:
@@ -76,7 +76,7 @@ def write_tables(out: Path, plot: Path | None) -> Iterator[str]:
 
 
 def rate(result: Result) -> float:
-    """The learning rate of a run."""
+    """Return the learning rate of a run."""
     return result["recipe"]["learning_rate"]
 
 
@@ -85,7 +85,7 @@ def _group_tables(group: Group) -> Iterator[str]:
     recipe = first["recipe"]
     yield ""
     yield (
-        f"{recipe['steps']} steps a domain of {recipe['batch']} x {recipe['block']} tokens, rate "
+        f"{recipe['steps']} steps per domain of {recipe['batch']} x {recipe['block']} tokens, learning rate "
         f"{recipe['learning_rate']:.4g}; domains: {', '.join(first['domains'])}."
     )
     for metric in ("bits", "accuracy"):
@@ -101,12 +101,12 @@ def _group_tables(group: Group) -> Iterator[str]:
 
 
 def _only(group: Group, method: str) -> Result | None:
-    """A method's run at its highest rate."""
+    """Return a method's run with the highest learning rate."""
     return max((result for (name, _), result in group.items() if name == method), key=rate, default=None)
 
 
 def _runs(group: Group, metric: str) -> list[Run]:
-    """The group's methods in the order of the tables; none without the oracle that all are measured by."""
+    """Return the group's runs in table order; empty without the oracle that defines their shares."""
     separate = _only(group, "separate")
     if separate is None:
         return []
@@ -141,7 +141,7 @@ def _domain_table(runs: list[Run]) -> Iterator[str]:
 
 
 def _own_table(result: Result, metric: str) -> Iterator[str]:
-    """lorary's figures by domain: the oracle is its own experts alone."""
+    """Yield lorary's scores by domain; the oracle is the domain's own experts alone."""
     last = result["notes"][result["domains"][-1]]
     domains = [domain for domain in result["domains"] if metric in result["rows"][0][domain]]
     if not domains:
@@ -156,10 +156,11 @@ def _own_table(result: Result, metric: str) -> Iterator[str]:
 
 
 def _routing_table(result: Result) -> Iterator[str]:
-    """How lorary routes, and what it keeps of a domain that is named."""
+    """Yield lorary's routing accuracy, drift and backward transfer of explicit compositions."""
     notes, last = result["notes"], result["notes"][result["domains"][-1]]
     yield ""
-    yield from _header("ours, routing", ("right", "explicit, backward", "drift, nats", "flips", "newcomer's share"))
+    columns = ("accuracy", "explicit, backward transfer", "drift, nats", "top-1 flips", "new domain's share")
+    yield from _header("ours, routing", columns)
     for domain in result["domains"]:
         kept = last["explicit_at_the_end"][domain]["bits"] - notes[domain]["explicit"]["bits"]
         drift = notes[domain]["drift"]
@@ -173,7 +174,7 @@ def _routing_table(result: Result) -> Iterator[str]:
         )
     largest = max(last["order_invariance"].values())
     yield ""
-    yield f"Router rows in this order and in the reverse differ by at most {largest:.1e}, relative."
+    yield f"Maximum relative difference of router rows between this order and its reverse: {largest:.1e}."
 
 
 def _header(first: str, columns: tuple[str, ...] | list[str]) -> Iterator[str]:
@@ -190,7 +191,7 @@ def _signed(value: Values) -> str:
 
 
 def draw(groups: Groups) -> str:
-    """Bars of the mean share of the separate adapters' gain that each method has after the last step, as SVG."""
+    """Draw the mean share of the separate adapters' gain after the last step by method, as SVG bars."""
     height, left, width = 18, 160, 370
     parts, y = [], 10
     for (stream, order, seed), group in groups.items():

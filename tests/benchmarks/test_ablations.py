@@ -1,4 +1,4 @@
-"""The ablations run from end to end; what they found is in docs/log.md, not here."""
+"""The ablations run end to end; their results are in docs/log.md."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ SMALL = ("--max-bytes", "2000")
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Stream A made of bundled corpora."""
+    """Stream A, made of bundled corpora."""
     sources = {"medicine": "medicine", "legal": "legal", "finance": "finance", "math": "code", "general": "general"}
     for name, source in sources.items():
         corpus = builtin_domains()[source].corpus
@@ -45,7 +45,7 @@ def measured(out: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_bank_is_measured_once_and_shown(data: Path, tmp_path: Path) -> None:
+def test_a_bank_is_measured_once_and_in_the_table(data: Path, tmp_path: Path) -> None:
     small = ("--steps", "2", "--block", "64", *SMALL, "--data", data, "--out", tmp_path)
 
     first = run("--row", "zero", "neighbour", *small)
@@ -54,7 +54,7 @@ def test_a_bank_is_measured_once_and_shown(data: Path, tmp_path: Path) -> None:
     lines = measured(tmp_path)
     assert list(lines) == ["zero", "neighbour"]
     assert lines["zero"]["command"] in first
-    assert "measured before" in again
+    assert "already measured" in again
     assert lines["zero"]["parameters"] == lines["neighbour"]["parameters"]
     assert lines["zero"]["losses"] != lines["neighbour"]["losses"]
     assert 0.6 < lines["neighbour"]["similarity"] < 1
@@ -85,9 +85,9 @@ def test_stored_domains_are_composed_in_other_ways(data: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("row", "error"), [("known", "a composition needs --store"), ("zero", "stream B has no domain legal")]
+    ("row", "error"), [("known", "rows of compositions need --store"), ("zero", "stream B has no domain legal")]
 )
-def test_what_a_row_needs_is_said_before_anything_is_read(row: str, error: str, tmp_path: Path) -> None:
+def test_missing_options_are_reported_before_anything_is_read(row: str, error: str, tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), "--row", row, "--stream", "B", "--data", "nowhere", "--out", str(tmp_path)]
 
     done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=SCRIPT.parents[2])

@@ -1,4 +1,4 @@
-"""The retention benchmark runs from end to end; its figures are in docs/benchmarks.md, not here."""
+"""The retention benchmark runs end to end; its figures are in docs/benchmarks.md."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ FILES = {
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """The first two domains of stream C, made of the bundled questions."""
+    """The first two domains of stream C, made of bundled questions."""
     for path, name in FILES.items():
         questions = builtin_domains()[name].questions
         assert questions is not None
@@ -40,7 +40,7 @@ def run(*arguments: str | Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_every_method_runs_and_its_row_is_in_the_table(data: Path, tmp_path: Path):
+def test_every_method_runs_and_is_in_the_table(data: Path, tmp_path: Path):
     out = tmp_path / "out"
     small = ("--steps", "2", "--domains", "2", "--max-bytes", "2000", "--questions", "4")
 
@@ -59,7 +59,7 @@ def test_every_method_runs_and_its_row_is_in_the_table(data: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_a_second_run_trains_and_scores_nothing_again(data: Path, tmp_path: Path):
+def test_a_second_run_trains_and_scores_nothing(data: Path, tmp_path: Path):
     out = tmp_path / "out"
     command = ("--stream", "C", "--method", "separate", "--data", data, "--out", out, "--steps", "2", "--domains", "1")
     run(*command)

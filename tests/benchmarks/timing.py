@@ -1,7 +1,7 @@
-"""How the benchmarks measure: interleaved on one thread's CPU clock, so that a busy machine moves ratios least.
+"""Timing for the benchmarks: interleaved runs on one thread's CPU clock, which keeps ratios stable on a busy machine.
 
-Variants take turns in rotating order; time that other processes take from the thread is not counted. What is reported
-is the lower quartile over the rounds, as a ratio to the first variant of the same run.
+Variants alternate in rotating order; time taken by other processes is not counted. Results are lower quartiles over the
+rounds, as ratios to the first variant of the same run.
 """
 
 import json
@@ -19,9 +19,9 @@ Variants = Mapping[str, Callable[[], Any]]
 
 
 def measure(variants: Variants, *, rounds: int, repeat: int = 1) -> dict[str, float]:
-    """Seconds of one call of each variant: lower quartile over the rounds."""
+    """Return seconds per call of each variant: the lower quartile over the rounds."""
     names = list(variants)
-    for name in names:  # the first call allocates, plans and fills caches
+    for name in names:  # warm-up: the first call allocates and fills caches
         variants[name]()
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
@@ -35,7 +35,7 @@ def measure(variants: Variants, *, rounds: int, repeat: int = 1) -> dict[str, fl
 
 
 def ratios(seconds: Mapping[str, float]) -> dict[str, float]:
-    """The same relative to the first."""
+    """Return all times relative to the first."""
     base = next(iter(seconds.values()))
     return {name: value / base for name, value in seconds.items()}
 
@@ -45,7 +45,7 @@ def geomean(values: list[float]) -> float:
 
 
 def environment() -> dict[str, str]:
-    """What the figures depend on."""
+    """Return the environment of the measurement: commit, CPU, threads, versions."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     model = next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line), "")
     return {
@@ -57,7 +57,7 @@ def environment() -> dict[str, str]:
 
 
 def report(title: str, rows: list[dict[str, Any]], out: Path | None) -> None:
-    """Prints a Markdown table, and writes the same as JSON."""
+    """Print a Markdown table and add it to a JSON file."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
