@@ -31,13 +31,13 @@ def commit(api, path="x", data=b"y", **more):
     return api.create_commit(REPO, [CommitOperationAdd(path, data)], commit_message="two", **more)
 
 
-def test_a_user_is_known_by_the_token(api):
+def test_whoami_resolves_the_token(api):
     assert api.whoami()["name"] == "alice"
     with pytest.raises(HfHubHTTPError, match="Invalid user token"):
         api.whoami(token="hf_nobody")
 
 
-def test_what_was_committed_is_downloaded_as_it_was(api, local_hub):
+def test_committed_files_are_downloaded_unchanged(api, local_hub):
     folder = snapshot_download(REPO)
 
     with open(f"{folder}/a/b.safetensors", "rb") as file:
@@ -45,7 +45,7 @@ def test_what_was_committed_is_downloaded_as_it_was(api, local_hub):
     assert {token for server, _, _, token in local_hub.requests if server == "storage"} == {None}
 
 
-def test_a_large_file_goes_up_in_parts(api, local_hub, tmp_path):
+def test_a_large_file_is_uploaded_in_parts(api, local_hub, tmp_path):
     local_hub.multipart_size = 1000
     (tmp_path / "large").write_bytes(os.urandom(2500))
 
@@ -81,7 +81,7 @@ def test_tags_pull_requests_and_deletions(api):
     assert [commit.title for commit in api.list_repo_commits(REPO)] == ["less", "one", "initial commit"]
 
 
-def test_a_tree_of_many_files_comes_in_pages(api, local_hub):
+def test_a_large_tree_is_paginated(api, local_hub):
     local_hub.page_size = 2
 
     assert len(list(api.list_repo_tree(REPO, recursive=True))) == 4
@@ -95,7 +95,7 @@ def test_models_are_found_by_text_tag_and_base_model(api):
     assert not list(api.list_models(filter="other"))
 
 
-def test_what_is_missing_forbidden_or_gated_has_its_own_error(api, local_hub):
+def test_missing_forbidden_and_gated_repositories_have_their_own_errors(api, local_hub):
     with pytest.raises(RepositoryNotFoundError):
         api.repo_info("acme/none")
     with pytest.raises(RepositoryNotFoundError):
@@ -112,7 +112,7 @@ def test_what_is_missing_forbidden_or_gated_has_its_own_error(api, local_hub):
 
 
 @pytest.mark.parametrize(("kind", "value"), [("cut", 100), ("status", 429)])
-def test_a_client_that_goes_on_gets_the_whole_file(api, local_hub, monkeypatch, kind, value):
+def test_a_client_that_resumes_gets_the_whole_file(api, local_hub, monkeypatch, kind, value):
     monkeypatch.setattr("time.sleep", lambda _: None)
     local_hub.fault("GET /[0-9a-f]{64}", kind, value)
 

@@ -49,7 +49,6 @@ NOT_YET_CLEAN: set[str] = {
     "docs/layer.md",
     "docs/peft.md",
     "docs/retention.md",
-    "registry/hub",
     "registry/interop",
     "registry/maintenance",
     "registry/measure",

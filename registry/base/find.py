@@ -36,13 +36,13 @@ def find_base(source: str, *, revision: str | None = None) -> Path:
 def _download(source: str, revision: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
-    from ..hub.errors import failures, is_unknown, to_lorary_error
+    from ..hub.errors import client_errors, is_not_found, to_lorary_error
 
     patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except failures() as error:
-        if is_unknown(error):
+    except client_errors() as error:
+        if is_not_found(error):
             raise NotFoundError(
                 f"There is no base model {source!r} on the Hub, or you have no access to it.",
                 cause=str(error).splitlines()[0],

@@ -1,7 +1,7 @@
-"""The Hub through huggingface_hub: every question bounded in time and tries, every failure one of our errors.
+"""Client of the Hugging Face Hub: huggingface_hub with timeouts, bounded retries, and errors of ours.
 
-What a pull reads of a repository is read at one commit. The client alone would go on with an outdated branch when the
-Hub is down, would not ask again when it fails on a file, and waits as long as it is told to.
+A pull reads everything at one commit. huggingface_hub by itself would fall back to an outdated branch when the Hub is
+down, would not retry a failed file, and would sleep for as long as a Retry-After header asks.
 """
 
 import hashlib
@@ -20,34 +20,34 @@ from ..store.manifest import MANIFEST_FILE, PackManifest
 from ..store.strict_json import MAX_BYTES
 from .errors import (
     LOGIN,
-    MAX_WAIT_S,
+    MAX_RETRY_DELAY_S,
+    RETRYABLE_STATUS,
     STALE_PARENT,
-    TRANSIENT,
-    failures,
-    status_of,
+    client_errors,
+    http_status,
+    retry_after,
+    retry_delay,
     to_lorary_error,
-    wait_before_retry,
-    wait_of,
 )
 
-TRIES: Final = 4
-BUDGET_S: Final = 20.0  # no new try after so long; the client tries by itself, too
+MAX_ATTEMPTS: Final = 4
+RETRY_BUDGET_S: Final = 20.0  # no retry is started later than this; huggingface_hub has retries of its own inside
 TIMEOUT_S: Final = 30.0  # without a byte from the Hub
 LIBRARY: Final = "lorary"
 
-Answer = TypeVar("Answer")
+Response = TypeVar("Response")
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """What the Hub says of a file."""
+    """File metadata from the Hub."""
 
     size: int  # bytes
-    sha256: str | None  # digest, of LFS files
-    oid: str | None  # git's digest, of the others
+    sha256: str | None  # digest of an LFS file
+    oid: str | None  # git blob id of any other file
 
-    def fits(self, data: bytes) -> bool:
-        """Whether these are the bytes."""
+    def matches(self, data: bytes) -> bool:
+        """Return whether `data` has this size and digest."""
         has_size = len(data) == self.size
         return has_size and (self.sha256 in (None, sha256_of(data))) and (self.oid in (None, git_oid(data)))
 
@@ -58,19 +58,19 @@ class Snapshot:
 
     repo: str
     commit: str
-    files: dict[str, RemoteFile] | None  # None where the Hub was not asked
+    files: dict[str, RemoteFile] | None  # by path; None offline
     is_private: bool = False
 
 
-class UnsureError(Exception):
-    """A commit failed, or only its answer was lost: what the Hub has now decides."""
+class UncertainCommitError(Exception):
+    """A commit failed, or succeeded and the response was lost; read the Hub again to find out."""
 
-    def __init__(self, ours: LoraryError, *, wait_s: float):
-        self.ours, self.wait_s = ours, wait_s
+    def __init__(self, error: LoraryError, *, delay_s: float):
+        self.error, self.delay_s = error, delay_s
 
 
 class Hub:
-    """A connection to the Hub that $HF_ENDPOINT and the user's token name; offline, only its cache is read."""
+    """Connection to the Hub at $HF_ENDPOINT with the user's token; offline, the local cache only."""
 
     def __init__(self, *, offline: bool = False, on_progress: OnProgress = silent):
         from huggingface_hub import HfApi, constants
@@ -83,92 +83,91 @@ class Hub:
     # --- reading ---
 
     def snapshot(self, ref: RemoteRef, *, marker: str = MANIFEST_FILE) -> Snapshot:
-        """The commit that the reference means now, with the files of it.
+        """Resolve a reference to a commit and list the files of that commit.
 
         Args:
-            marker: A file that the repository must have; offline, the cache is looked through for it.
+            marker: A file that the repository must have; offline, it is looked up in the cache to find the commit.
 
         Raises:
-            RemoteError: There is no such thing, or the Hub cannot be asked; offline, it is not in the cache.
+            RemoteError: The repository or revision does not exist, the Hub cannot be reached, or, offline, the file is
+                not in the cache.
         """
         if self.offline:
-            path = self._cached_or_fetched(ref.repo, marker, ref.revision)
+            path = self._download(ref.repo, marker, ref.revision)
             return Snapshot(ref.repo, path.parents[marker.count("/")].name, None)
-        info = self.ask(ref.repo, lambda: self.api.model_info(ref.repo, revision=ref.revision, files_metadata=True))
-        files = {row.rfilename: _remote_file(row) for row in info.siblings or []}
+        info = self.call(ref.repo, lambda: self.api.model_info(ref.repo, revision=ref.revision, files_metadata=True))
+        files = {sibling.rfilename: _remote_file(sibling) for sibling in info.siblings or []}
         return Snapshot(ref.repo, str(info.sha), files, is_private=bool(info.private))
 
     def manifest(self, snapshot: Snapshot, *, revision: str | None = None) -> PackManifest:
-        """The manifest at the snapshot's commit.
+        """Fetch and parse the manifest of a snapshot.
 
         Args:
-            revision: What the user named; the client's cache remembers that it meant this commit.
+            revision: The revision that the user named, so that the cache remembers which commit it resolved to.
 
         Raises:
-            RemoteError: The repository holds no pack.
-            IntegrityError: The manifest cannot be read.
+            RemoteError: The repository contains no pack.
+            IntegrityError: The manifest cannot be parsed.
         """
         listed = snapshot.files or {}
         if snapshot.files is not None and MANIFEST_FILE not in listed:
             raise RemoteError(
-                f"{snapshot.repo} is no pack of lorary.",
+                f"{snapshot.repo} is not a lorary pack.",
                 cause=f"commit {snapshot.commit[:12]} has no {MANIFEST_FILE}",
                 fix="find packs: registry search",
             )
         source = f"The manifest of {snapshot.repo} at {snapshot.commit[:12]}"
-        announced = listed.get(MANIFEST_FILE)
-        if announced is not None and announced.size > MAX_BYTES:
-            raise IntegrityError(
-                f"{source} is too large.", cause=f"{announced.size} bytes; at most {MAX_BYTES} are read"
-            )
-        oid = announced.oid if announced else None
+        remote = listed.get(MANIFEST_FILE)
+        if remote is not None and remote.size > MAX_BYTES:
+            raise IntegrityError(f"{source} is too large.", cause=f"{remote.size} bytes; the limit is {MAX_BYTES}")
+        oid = remote.oid if remote else None
         data = self.fetch(
             snapshot,
             MANIFEST_FILE,
-            is_whole=lambda data: len(data) <= MAX_BYTES and (oid is None or git_oid(data) == oid),
+            is_valid=lambda data: len(data) <= MAX_BYTES and (oid is None or git_oid(data) == oid),
             revision=revision,
         )
         return PackManifest.from_json(data, source=source)
 
     def fetch(
-        self, snapshot: Snapshot, path: str, *, is_whole: Callable[[bytes], bool], revision: str | None = None
+        self, snapshot: Snapshot, path: str, *, is_valid: Callable[[bytes], bool], revision: str | None = None
     ) -> bytes:
-        """The bytes of a file, from the client's cache or the Hub; fetched a second time if they are not whole.
+        """Return the bytes of a file, from the cache or the Hub; download it once more if they are not valid.
 
         Raises:
-            RemoteError: The file cannot be had, or the revision moves while it is read.
-            IntegrityError: Its bytes are not whole.
+            RemoteError: The file cannot be downloaded, or the revision moved during the download.
+            IntegrityError: The bytes are still not valid.
         """
-        for replaces_cached in (False, True):
-            name = snapshot.commit if replaces_cached else revision
-            data = self._download(snapshot, path, revision=name, replaces_cached=replaces_cached).read_bytes()
-            if is_whole(data):
+        for force in (False, True):
+            name = snapshot.commit if force else revision
+            data = self._download_at(snapshot, path, revision=name, force=force).read_bytes()
+            if is_valid(data):
                 return data
         raise IntegrityError(
             f"{path} of {snapshot.repo} at {snapshot.commit[:12]} is damaged.",
-            cause=f"its {len(data)} bytes are not those that were announced"
-            + (", in the cache on this machine" if self.offline else ", fetched twice"),
-            fix="repeat the command" + (" without --offline" if self.offline else "; or tell who pushed it"),
+            cause=f"its {len(data)} bytes do not match the expected size or digest"
+            + (", in the cache on this machine" if self.offline else ", after two downloads"),
+            fix="repeat the command" + (" without --offline" if self.offline else ", or report it to the publisher"),
         )
 
     def tags(self, repo: str) -> dict[str, str]:
-        """Tags, and the commit of each."""
-        refs = self.ask(repo, lambda: self.api.list_repo_refs(repo))
+        """Return the commit of each tag."""
+        refs = self.call(repo, lambda: self.api.list_repo_refs(repo))
         return {ref.name: ref.target_commit for ref in refs.tags}
 
     def pull_requests(self, repo: str) -> dict[str, str]:
-        """Pull requests as references, refs/pr/3, and the newest commit of each."""
-        refs = self.ask(repo, lambda: self.api.list_repo_refs(repo, include_pull_requests=True))
+        """Return the head commit of each pull request, by reference: `refs/pr/3`."""
+        refs = self.call(repo, lambda: self.api.list_repo_refs(repo, include_pull_requests=True))
         return {ref.ref: ref.target_commit for ref in refs.pull_requests or []}
 
     # --- writing ---
 
-    def user(self) -> str:
-        """The name of the user whom the token stands for."""
-        return str(self.ask("the Hub", self.api.whoami)["name"])
+    def username(self) -> str:
+        """Return the name of the user that the token belongs to."""
+        return str(self.call("the Hub", self.api.whoami)["name"])
 
-    def check_token(self) -> None:
-        """Refuses to go on without a token.
+    def require_token(self) -> None:
+        """Raise if there is no access token.
 
         Raises:
             RemoteError: There is none.
@@ -179,123 +178,123 @@ class Hub:
             raise RemoteError("You are not logged in to the Hub.", cause="there is no access token", fix=LOGIN)
 
     def create_repo(self, repo: str, *, private: bool) -> None:
-        """Make a repository unless it is there."""
-        self.ask(repo, lambda: self.api.create_repo(repo, private=private or None, exist_ok=True))
+        """Create a repository if it does not exist."""
+        self.call(repo, lambda: self.api.create_repo(repo, private=private or None, exist_ok=True))
 
-    def commit(self, repo: str, operations: Sequence[Any], **details: Any) -> tuple[str, str | None]:
-        """Commit all operations at once; return the commit, and the address of the pull request if one was asked for.
+    def create_commit(self, repo: str, operations: Sequence[Any], **options: Any) -> tuple[str, str | None]:
+        """Commit all operations at once; return the commit, and the URL of the pull request if one was opened.
 
         Args:
-            repo: The repository.
-            operations: Of huggingface_hub.
-            **details: commit_message, parent_commit, create_pr.
+            repo: owner/repo.
+            operations: `CommitOperationAdd` and `CommitOperationDelete` of huggingface_hub.
+            **options: commit_message, parent_commit, create_pr.
 
         Raises:
-            UnsureError: It may or may not have happened, or somebody else was faster.
-            RemoteError: It has not happened.
+            UncertainCommitError: The commit may or may not have happened, or another one came first.
+            RemoteError: The commit was rejected.
         """
         try:
-            info = self._ask_once(lambda: self.api.create_commit(repo, operations, **details))
-        except failures() as error:
+            info = self._call_once(lambda: self.api.create_commit(repo, operations, **options))
+        except client_errors() as error:
             ours = to_lorary_error(error, repo=repo, endpoint=self.endpoint)
-            wait = 1.0 if status_of(error) == STALE_PARENT else wait_before_retry(error, tries=1)
-            if wait is None:
+            delay = 1.0 if http_status(error) == STALE_PARENT else retry_delay(error, attempt=1)
+            if delay is None:
                 raise ours from error
-            raise UnsureError(ours, wait_s=wait) from error
+            raise UncertainCommitError(ours, delay_s=delay) from error
         return info.oid, info.pr_url
 
-    def tag(self, repo: str, tag: str, commit: str) -> None:
-        """Give a commit a tag, unless the tag is there."""
-        self.ask(repo, lambda: self.api.create_tag(repo, tag=tag, revision=commit, exist_ok=True))
+    def create_tag(self, repo: str, tag: str, commit: str) -> None:
+        """Tag a commit unless the tag exists."""
+        self.call(repo, lambda: self.api.create_tag(repo, tag=tag, revision=commit, exist_ok=True))
 
-    # --- asking ---
+    # --- requests ---
 
-    def ask(self, repo: str, question: Callable[[], Answer]) -> Answer:
-        """Ask what may be asked twice, and ask again where that can help.
+    def call(self, repo: str, request: Callable[[], Response]) -> Response:
+        """Run an idempotent request, retrying errors that may be temporary.
 
         Raises:
-            RemoteError: There is no good answer.
+            RemoteError: The request failed.
         """
-        start, tries = time.monotonic(), 0
+        start, attempt = time.monotonic(), 0
         while True:
-            tries += 1
+            attempt += 1
             try:
-                return self._ask_once(question)
-            except failures() as error:
-                wait = wait_before_retry(error, tries)
-                if wait is None or tries == TRIES or time.monotonic() + wait - start > BUDGET_S:
+                return self._call_once(request)
+            except client_errors() as error:
+                delay = retry_delay(error, attempt)
+                if delay is None or attempt == MAX_ATTEMPTS or time.monotonic() + delay - start > RETRY_BUDGET_S:
                     raise to_lorary_error(error, repo=repo, endpoint=self.endpoint) from error
-                self.rest(wait, tries)
+                self.sleep(delay, attempt)
 
-    def rest(self, seconds: float, tries: int) -> None:
-        """Wait before the next try, and say so."""
-        self._on_progress(Progress(f"waiting for the Hub, try {tries + 1} of {TRIES}", 0, 0))
+    def sleep(self, seconds: float, attempt: int) -> None:
+        """Report the wait and sleep before the next attempt."""
+        self._on_progress(Progress(f"waiting for the Hub, attempt {attempt + 1} of {MAX_ATTEMPTS}", 0, 0))
         time.sleep(seconds)
 
-    def _ask_once(self, question: Callable[[], Answer]) -> Answer:
+    def _call_once(self, request: Callable[[], Response]) -> Response:
         with _bounded_session():
-            return question()
+            return request()
 
-    def _download(
-        self, snapshot: Snapshot, path: str, *, revision: str | None = None, replaces_cached: bool = False
-    ) -> Path:
-        """A file of the snapshot's commit in the client's cache."""
+    def _download_at(self, snapshot: Snapshot, path: str, *, revision: str | None = None, force: bool = False) -> Path:
+        """Return the cached path of a file, checked to be at the snapshot's commit."""
         name = revision or snapshot.commit
-        found = self._cached_or_fetched(snapshot.repo, path, name, replaces_cached=replaces_cached and not self.offline)
+        found = self._download(snapshot.repo, path, name, force=force and not self.offline)
         commit = found.parents[path.count("/")].name
         if commit != snapshot.commit:
             raise RemoteError(
-                f"{snapshot.repo} changes while it is read.",
-                cause=f"{name} meant {snapshot.commit[:12]}, and then {commit[:12]}",
+                f"{snapshot.repo} changed during the download.",
+                cause=f"{name} resolved to {snapshot.commit[:12]}, then to {commit[:12]}",
                 fix="repeat the command",
             )
         return found
 
-    def _cached_or_fetched(self, repo: str, path: str, revision: str | None, *, replaces_cached: bool = False) -> Path:
-        def ask() -> str:
-            return self.api.hf_hub_download(
-                repo, path, revision=revision, force_download=replaces_cached, local_files_only=self.offline
+    def _download(self, repo: str, path: str, revision: str | None, *, force: bool = False) -> Path:
+        """Return the path of a file in the client's cache, downloaded if needed and allowed."""
+        return Path(
+            self.call(
+                repo,
+                lambda: self.api.hf_hub_download(
+                    repo, path, revision=revision, force_download=force, local_files_only=self.offline
+                ),
             )
-
-        return Path(self.ask(repo, ask))
+        )
 
 
 def git_oid(data: bytes) -> str:
-    """Git's digest of a file's bytes, by which the Hub names files that are not LFS files."""
+    """Return the git blob id of a file's bytes, which the Hub reports for files that are not in LFS."""
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
-def _remote_file(row: Any) -> RemoteFile:
-    return RemoteFile(
-        size=row.size or 0, sha256=PREFIX + row.lfs.sha256 if row.lfs else None, oid=None if row.lfs else row.blob_id
-    )
+def _remote_file(sibling: Any) -> RemoteFile:
+    lfs = sibling.lfs
+    return RemoteFile(sibling.size or 0, PREFIX + lfs.sha256 if lfs else None, None if lfs else sibling.blob_id)
 
 
 @contextmanager
 def _bounded_session() -> Iterator[None]:
-    """The client's HTTP session with a timeout, and without waits that are longer than a person would wait."""
+    """Give the client's HTTP session a timeout, and a hook that refuses long Retry-After delays."""
     from huggingface_hub.utils import get_session
 
     session = get_session()
     timeout, hooks = session.timeout, session.event_hooks
     session.timeout = TIMEOUT_S
-    session.event_hooks = {**hooks, "response": [*hooks.get("response", []), _refuse_long_wait]}
+    session.event_hooks = {**hooks, "response": [*hooks.get("response", []), _refuse_long_delay]}
     try:
         yield
     finally:
         session.timeout, session.event_hooks = timeout, hooks
 
 
-def _refuse_long_wait(response: Any) -> None:
-    """Ends a request that the client would repeat only after a long sleep.
+def _refuse_long_delay(response: Any) -> None:
+    """Abort a request that the client would retry only after a long sleep.
 
     Raises:
-        RemoteError: Says how long the Hub wants to be left alone.
+        RemoteError: The server asks for a longer delay than MAX_RETRY_DELAY_S.
     """
-    wait = wait_of(response.headers) if response.status_code in TRANSIENT else None
-    if wait is not None and wait > MAX_WAIT_S:
+    delay = retry_after(response.headers) if response.status_code in RETRYABLE_STATUS else None
+    if delay is not None and delay > MAX_RETRY_DELAY_S:
         raise RemoteError(
-            "The Hub takes no more requests for now.",
-            cause=f"it answered {response.status_code} and asks to wait {wait:.0f} s",
-            fix=f"repeat the command in {wait:.0f} s; it goes on where it was",
+            "The Hub accepts no more requests for now.",
+            cause=f"it answered {response.status_code} and asks to wait {delay:.0f} s",
+            fix=f"repeat the command in {delay:.0f} s; it resumes",
         )

@@ -1,9 +1,9 @@
-"""Where a stored version came from, and where it was pushed to: a note beside its manifest.
+"""Origins of stored versions: the Hub repositories and commits that a version was pulled from or pushed to.
 
     <store>/domains/<name>/origins/<n>.json
 
-It is no part of the pack, so a pulled pack stays byte for byte what was pushed. By it a tag that was moved is noticed,
-an update is told from a stranger's pack of the same name, and a pack that is here is found without a network.
+The file is not part of the pack, so a pulled pack stays byte for byte what was pushed. It is used to detect moved tags,
+to tell an update from an unrelated pack of the same name, and to find a pulled pack without a network.
 """
 
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ SCHEMA: Final = "lorary.origins/1"
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """One version of a pack on the Hub."""
+    """A pack version at one commit on the Hub."""
 
-    endpoint: str  # address of the Hub
+    endpoint: str  # URL of the Hub
     repo: str
     commit: str
-    name: str  # of its domain there
-    version: int  # its number there
-    digest: str  # content digest, as its manifest there has it
-    time: str  # when it was first pulled or pushed, ISO 8601 in UTC
+    name: str  # domain name there
+    version: int  # version number there
+    digest: str  # content digest of the manifest there
+    time: str  # of the first pull or push, ISO 8601 in UTC
     extra: JsonObject = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class Origin:
 
 @dataclass(frozen=True, kw_only=True)
 class OriginsRecord:
-    """What the note says."""
+    """Content of an origins file."""
 
     origins: tuple[Origin, ...]
     schema: str = SCHEMA
@@ -47,15 +47,15 @@ class OriginsRecord:
 
 
 @dataclass(frozen=True)
-class Traced:
-    """A stored version with one of its origins."""
+class StoredVersion:
+    """Stored version and one of its origins."""
 
     manifest: PackManifest
     origin: Origin
 
 
-def note_origin(store: Store, manifest: PackManifest, origin: Origin) -> None:
-    """Remember where a stored version came from, unless that is known."""
+def record_origin(store: Store, manifest: PackManifest, origin: Origin) -> None:
+    """Add an origin to a stored version unless it is recorded already."""
     known = origins_of(store, manifest)
     if any((o.endpoint, o.repo, o.commit) == (origin.endpoint, origin.repo, origin.commit) for o in known):
         return
@@ -65,10 +65,10 @@ def note_origin(store: Store, manifest: PackManifest, origin: Origin) -> None:
 
 
 def origins_of(store: Store, manifest: PackManifest) -> tuple[Origin, ...]:
-    """Where a stored version came from, and where it was pushed to.
+    """Return the recorded origins of a stored version.
 
     Raises:
-        IntegrityError: The note cannot be read.
+        IntegrityError: The origins file cannot be parsed.
     """
     path = _path(store, manifest)
     try:
@@ -78,22 +78,24 @@ def origins_of(store: Store, manifest: PackManifest) -> tuple[Origin, ...]:
     schema = value.get("schema") if isinstance(value, dict) else None
     minor = minor_of(schema, known=SCHEMA, source=str(path))
     record = record_from_json(OriginsRecord, value, source=str(path), keeps_unknown=minor > 0)
-    # a note on another pack that once had the number says nothing of this one
+    # skip origins of another pack that once had this version number
     return tuple(o for o in record.origins if replace(manifest, name=o.name).digest == o.digest)
 
 
-def traced_to(store: Store, *, endpoint: str, repo: str) -> list[Traced]:
-    """The stored versions that came from a repository or were pushed to it, by their number there."""
-    found = [traced for traced in _traced(store) if (traced.origin.endpoint, traced.origin.repo) == (endpoint, repo)]
-    return sorted(found, key=lambda traced: traced.origin.version)
+def versions_of_repo(store: Store, *, endpoint: str, repo: str) -> list[StoredVersion]:
+    """Return the stored versions that were pulled from or pushed to a repository, sorted by their number there."""
+    found = [
+        stored for stored in _all_versions(store) if (stored.origin.endpoint, stored.origin.repo) == (endpoint, repo)
+    ]
+    return sorted(found, key=lambda stored: stored.origin.version)
 
 
-def _traced(store: Store) -> Iterator[Traced]:
+def _all_versions(store: Store) -> Iterator[StoredVersion]:
     for name in store.domains():
         if (store.path / "domains" / name / "origins").is_dir():
             for version in store.versions(name):
                 manifest = store.manifest(name, version)
-                yield from (Traced(manifest, origin) for origin in origins_of(store, manifest))
+                yield from (StoredVersion(manifest, origin) for origin in origins_of(store, manifest))
 
 
 def _path(store: Store, manifest: PackManifest) -> Path:

@@ -1,8 +1,8 @@
-"""`pull`: one version of a pack from the Hub into the store, proved sound, or nothing.
+"""Pull one version of a pack from the Hub into the store, verified, or change nothing.
 
-The revision is resolved once; everything is read at that commit. Each file is checked against the manifest and becomes
-a blob, so an interrupted pull goes on where it was. The version exists only when all of them are there and the strict
-reader has found nothing in them that this program would not have written.
+The revision is resolved once, and everything is read at that commit. Each file is checked against the manifest and
+stored as a blob, so an interrupted pull resumes. The version is committed only when all files are there and pass the
+strict reader (registry/pack/check_pack.py).
 """
 
 from collections.abc import Iterable
@@ -22,23 +22,23 @@ from ..store.blobs import sha256_of
 from ..store.manifest import BaseRecord, PackFile, PackManifest, check_same_base
 from ..store.store import LATEST, Store
 from .client import Hub, RemoteFile, Snapshot
-from .origins import Origin, Traced, note_origin, traced_to
+from .origins import Origin, StoredVersion, record_origin, versions_of_repo
 
 Preservation = Literal["same", "other", "unknown"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PullResult:
-    """What a pull brought."""
+    """Result of a pull."""
 
-    manifest: PackManifest  # as it is stored here
+    manifest: PackManifest  # as stored
     origin: Origin
     is_new: bool  # whether a version was stored
-    is_latest: bool  # whether the alias `latest` means it
+    is_latest: bool  # whether the alias `latest` points at it
     fetched: tuple[PackFile, ...]  # files that were not in the store
-    preservation: Preservation  # whether the KP bank that it was trained over is here
-    is_checked: bool  # whether the Hub was asked; offline only its cache is
-    is_signed: bool = False  # whether a signature was asked for, and is valid
+    preservation: Preservation  # whether the KP bank it was trained over is in the store
+    is_checked: bool  # whether the Hub was contacted; False offline
+    is_signed: bool = False  # whether a signature was required, and is valid
 
 
 def pull(
@@ -51,24 +51,24 @@ def pull(
     signer: Path | None = None,
     on_progress: OnProgress,
 ) -> PullResult:
-    """Bring a version into the store; what is there already is neither fetched nor stored again.
+    """Pull a version into the store; files and versions that are stored already are not fetched again.
 
     Args:
-        store: The store.
-        base: The base model it was made for.
-        ref: Which pack.
-        hub: The Hub.
-        name: The domain that it becomes, if not of its own name.
-        signer: The public key of whoever must have signed it.
-        on_progress: Told of bytes.
+        store: Destination.
+        base: Base model of the store.
+        ref: Repository and revision.
+        hub: Connection to the Hub.
+        name: Domain name to store it under; None for its own.
+        signer: Public key that must have signed the pack.
+        on_progress: Called with the bytes fetched.
 
     Raises:
-        RemoteError: The pack cannot be had.
-        IncompatibleError: It belongs to another base model.
-        IntegrityError: A file differs from the manifest, the pack is unsound, a version is not what it was, or the
-            signature that is required is missing or not valid.
-        ConflictError: There is a domain of this name that did not come from there.
-        InputError: A KP bank may only become `general`, and nothing else may.
+        RemoteError: The pack cannot be downloaded.
+        IncompatibleError: It was made for another base model.
+        IntegrityError: A file does not match the manifest, the pack is not valid, a version differs from the one
+            pulled before, or the required signature is missing or not valid.
+        ConflictError: A domain of this name exists that was not pulled from this repository.
+        InputError: A KP bank would become another domain than `general`, or another domain `general`.
     """
     snapshot = hub.snapshot(ref)
     theirs = hub.manifest(snapshot, revision=ref.revision or "main")
@@ -77,20 +77,20 @@ def pull(
     check_same_base(wanted=theirs.base, found=base, what=f"{ref.repo}, version {theirs.version},")
     if theirs.version < 1:
         raise IntegrityError(
-            f"{ref.repo} holds a draft.", cause="the manifest says version 0", fix="tell who pushed it"
+            f"{ref.repo} contains a draft.", cause="the manifest has version 0", fix="report it to the publisher"
         )
     _check_role(ours)
-    _check_listed(theirs, snapshot)
-    traces = traced_to(store, endpoint=hub.endpoint, repo=ref.repo)
-    _check_unmoved(theirs, ref, snapshot, traces)
+    _check_file_list(theirs, snapshot)
+    known = versions_of_repo(store, endpoint=hub.endpoint, repo=ref.repo)
+    _check_not_rewritten(theirs, ref, snapshot, known)
     stored = store.find_same(ours)
     if stored is None:
-        _check_name_is_free(store, ours, traces, repo=ref.repo)
+        _check_name(store, ours, known, repo=ref.repo)
     signature = _fetch_signature(snapshot, hub) if signer else b""
     fetched = tuple(_fetch_missing(store, snapshot, theirs, hub, on_progress))
     if signer:
         check_signature(store, theirs, signature, signer)
-    manifest = stored or _prove_and_adopt(store, ours, traces)
+    manifest = stored or _check_and_adopt(store, ours, known)
     origin = Origin(
         endpoint=hub.endpoint,
         repo=ref.repo,
@@ -100,7 +100,7 @@ def pull(
         digest=theirs.digest,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    note_origin(store, manifest, origin)
+    record_origin(store, manifest, origin)
     return PullResult(
         manifest=manifest,
         origin=origin,
@@ -114,124 +114,128 @@ def pull(
 
 
 def parse_source(source: str, revision: str | None) -> RemoteRef:
-    """The pack that a person names; the revision may stand in either place.
+    """Parse a pack reference, whose revision may be given in `source` or separately.
 
     Raises:
-        InputError: It breaks the grammar, or has two revisions.
+        InputError: It cannot be parsed, or the revision is given twice.
     """
     ref = RemoteRef.parse(source)
     if revision is None:
         return ref
     if ref.revision is not None:
         raise InputError(
-            "There are two revisions.", cause=f"{ref.revision!r} and {revision!r}", fix=f"write {ref.repo}@{revision}"
+            "The revision is given twice.",
+            cause=f"{ref.revision!r} and {revision!r}",
+            fix=f"write {ref.repo}@{revision}",
         )
     return replace(ref, revision=revision)
 
 
 def preservation_of(store: Store, manifest: PackManifest) -> Preservation:
-    """Whether the KP bank over which a version was trained is in the store, in any version."""
+    """Return whether the KP bank that a version was trained over is in the store, as any version."""
     trained_over = (manifest.lineage.get("preservation") or {}).get("digest")
     if trained_over is None:
         return "unknown"
-    here = {store.manifest(GENERAL, version).digest for version in store.versions(GENERAL)}
-    return "same" if trained_over in here else "other"
+    stored = {store.manifest(GENERAL, version).digest for version in store.versions(GENERAL)}
+    return "same" if trained_over in stored else "other"
 
 
 def _check_role(manifest: PackManifest) -> None:
-    """The KP slot is for KP banks, and they for it."""
+    """Raise if a KP bank would be stored under another name than `general`, or another domain as `general`."""
     if (manifest.role == "preservation") != (manifest.name == GENERAL):
         is_bank = manifest.role == "preservation"
         raise InputError(
-            f"This pack cannot become the domain {manifest.name!r}.",
-            cause="it is a KP bank" if is_bank else f"{GENERAL!r} is the KP slot, and this is no KP bank",
+            f"This pack cannot be stored as the domain {manifest.name!r}.",
+            cause="it is a KP bank" if is_bank else f"{GENERAL!r} is reserved for KP banks, and this is not one",
             fix="leave out --as" if is_bank else "choose another name: --as NAME",
         )
 
 
-def _check_listed(manifest: PackManifest, snapshot: Snapshot) -> None:
-    """Refuses a repository that does not have what its manifest names, before anything large is fetched."""
+def _check_file_list(manifest: PackManifest, snapshot: Snapshot) -> None:
+    """Compare the repository's files with the manifest, before anything large is fetched."""
     if snapshot.files is None:
         return
     for file in manifest.files:
-        problem = _problem(file, snapshot.files.get(file.path))
+        problem = _mismatch(file, snapshot.files.get(file.path))
         if problem:
             raise IntegrityError(
-                f"{snapshot.repo} at {snapshot.commit[:12]} is not what its manifest says.",
+                f"{snapshot.repo} at {snapshot.commit[:12]} does not match its manifest.",
                 cause=f"{file.path} {problem}",
-                fix=f"tell who pushed it, or pull an earlier version: registry pull {snapshot.repo}@v1",
+                fix=f"report it to the publisher, or pull an earlier version: registry pull {snapshot.repo}@v1",
             )
 
 
-def _problem(file: PackFile, there: RemoteFile | None) -> str | None:
-    if there is None:
+def _mismatch(file: PackFile, remote: RemoteFile | None) -> str | None:
+    if remote is None:
         return "is missing"
-    if there.size != file.size:
-        return f"has {there.size} bytes there, {file.size} in the manifest"
-    if there.sha256 not in (None, file.sha256):
-        return f"is {there.sha256} there, {file.sha256} in the manifest"
+    if remote.size != file.size:
+        return f"has {remote.size} bytes on the Hub, {file.size} in the manifest"
+    if remote.sha256 not in (None, file.sha256):
+        return f"is {remote.sha256} on the Hub, {file.sha256} in the manifest"
     return None
 
 
-def _check_unmoved(manifest: PackManifest, ref: RemoteRef, snapshot: Snapshot, traces: list[Traced]) -> None:
-    """A version is what it was when it was pulled; only who names a commit gets what is there now."""
+def _check_not_rewritten(
+    manifest: PackManifest, ref: RemoteRef, snapshot: Snapshot, known: list[StoredVersion]
+) -> None:
+    """Raise if a tag moved or a version changed since it was pulled, unless the user names the commit."""
     if ref.is_commit:
         return
     if ref.version is not None and ref.version != manifest.version:
         raise IntegrityError(
-            f"The tag {ref.revision} of {ref.repo} was put elsewhere.",
-            cause=f"it is at commit {snapshot.commit[:12]}, which holds version {manifest.version}",
-            fix=f"tell who pushed it; to have it all the same: registry pull {ref.repo}@{snapshot.commit}",
+            f"The tag {ref.revision} of {ref.repo} was moved.",
+            cause=f"it points at commit {snapshot.commit[:12]}, which contains version {manifest.version}",
+            fix=f"report it to the publisher; to pull it anyway: registry pull {ref.repo}@{snapshot.commit}",
         )
-    for traced in traces:
-        origin = traced.origin
+    for origin in (stored.origin for stored in known):
         if origin.version == manifest.version and origin.digest != manifest.digest:
             raise IntegrityError(
-                f"Version {manifest.version} of {ref.repo} is not what it was.",
+                f"Version {manifest.version} of {ref.repo} was changed after it was published.",
                 cause=f"on {origin.time[:10]} its digest was {origin.digest}, at commit {origin.commit[:12]};"
                 f" now it is {manifest.digest}, at commit {snapshot.commit[:12]}",
-                fix=f"tell who pushed it; to have it all the same: registry pull {ref.repo}@{snapshot.commit}",
+                fix=f"report it to the publisher; to pull it anyway: registry pull {ref.repo}@{snapshot.commit}",
             )
 
 
-def _check_name_is_free(store: Store, manifest: PackManifest, traces: list[Traced], *, repo: str) -> None:
-    """A domain takes up what comes from where it came from before; a KP bank is never mixed up with another."""
+def _check_name(store: Store, manifest: PackManifest, known: list[StoredVersion], *, repo: str) -> None:
+    """Raise if the name belongs to a domain from elsewhere; KP banks of any origin are versions of `general`."""
     name = manifest.name
-    is_known = any(traced.manifest.name == name for traced in traces)
+    is_known = any(stored.manifest.name == name for stored in known)
     if store.versions(name) and not is_known and manifest.role != "preservation":
         raise ConflictError(
-            f"There is a domain named {name!r} that did not come from {repo}.",
+            f"A domain named {name!r} exists that was not pulled from {repo}.",
             cause=f"its versions: {', '.join(map(str, store.versions(name)))}",
             fix=f"pull it under another name: registry pull {repo} --as {name}-2",
         )
 
 
-def _prove_and_adopt(store: Store, manifest: PackManifest, traces: list[Traced]) -> PackManifest:
+def _check_and_adopt(store: Store, manifest: PackManifest, known: list[StoredVersion]) -> PackManifest:
     from ..pack.check_pack import check_pack  # imports torch
 
     check_pack(store, manifest)
-    return store.adopt(manifest, alias=LATEST if _is_newest(store, manifest, traces) else None)
+    return store.adopt(manifest, alias=LATEST if _is_newest(store, manifest, known) else None)
 
 
-def _is_newest(store: Store, manifest: PackManifest, traces: list[Traced]) -> bool:
-    """Whether `latest` may move: to a first version, or from an older version of the same repository."""
+def _is_newest(store: Store, manifest: PackManifest, known: list[StoredVersion]) -> bool:
+    """Return whether `latest` may move: to a first version, or from an older version of the same repository."""
     if not store.versions(manifest.name):
         return True
     latest = store.manifest(manifest.name).version
-    known = {
-        traced.manifest.version: traced.origin.version for traced in traces if traced.manifest.name == manifest.name
+    remote_versions = {
+        stored.manifest.version: stored.origin.version for stored in known if stored.manifest.name == manifest.name
     }
-    return latest in known and known[latest] < manifest.version and manifest.role != "preservation"
+    is_older = latest in remote_versions and remote_versions[latest] < manifest.version
+    return is_older and manifest.role != "preservation"
 
 
 def _fetch_missing(
     store: Store, snapshot: Snapshot, manifest: PackManifest, hub: Hub, on_progress: OnProgress
 ) -> Iterable[PackFile]:
-    """Files that the store lacks, each a verified blob when it is yielded."""
+    """Fetch the files that the store lacks; yield each after it is stored as a verified blob."""
     missing = [file for file in manifest.files if not store.blobs.holds(file.sha256, size=file.size)]
     done, total = 0, sum(file.size for file in missing)
     for file in missing:
-        data = hub.fetch(snapshot, file.path, is_whole=lambda data, file=file: _is_whole(data, file))
+        data = hub.fetch(snapshot, file.path, is_valid=lambda data, file=file: _matches(data, file))
         store.blobs.put(data)
         done += file.size
         on_progress(Progress(f"pulling {manifest.name}", done, total))
@@ -239,15 +243,17 @@ def _fetch_missing(
 
 
 def _fetch_signature(snapshot: Snapshot, hub: Hub) -> bytes:
-    there = None if snapshot.files is None else snapshot.files.get(SIGNATURE_FILE)
-    if snapshot.files is not None and (there is None or not 0 < there.size <= MAX_SIGNATURE):
+    remote = None if snapshot.files is None else snapshot.files.get(SIGNATURE_FILE)
+    if snapshot.files is not None and (remote is None or not 0 < remote.size <= MAX_SIGNATURE):
         raise IntegrityError(
             f"{snapshot.repo} at {snapshot.commit[:12]} is not signed.",
-            cause=f"it has no {SIGNATURE_FILE}" if there is None else f"its {SIGNATURE_FILE} has {there.size} bytes",
-            fix="ask who pushed it to sign it: registry push NAME --sign KEY",
+            cause=f"it has no {SIGNATURE_FILE}" if remote is None else f"its {SIGNATURE_FILE} has {remote.size} bytes",
+            fix="ask the publisher to sign it: registry push NAME --sign KEY",
         )
-    return hub.fetch(snapshot, SIGNATURE_FILE, is_whole=lambda data: bool(data) and (there is None or there.fits(data)))
+    return hub.fetch(
+        snapshot, SIGNATURE_FILE, is_valid=lambda data: bool(data) and (remote is None or remote.matches(data))
+    )
 
 
-def _is_whole(data: bytes, file: PackFile) -> bool:
+def _matches(data: bytes, file: PackFile) -> bool:
     return len(data) == file.size and sha256_of(data) == file.sha256

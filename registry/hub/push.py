@@ -1,10 +1,9 @@
-"""`push`: one version of a domain to a repository of the Hub, in one commit, with a tag; or nothing.
+"""Push one version of a domain to a repository on the Hub, in one commit with a tag, or change nothing.
 
-What the Hub has decides, never what we believe to have sent: before each try its head, its tags and its manifest are
-read. So a repeated push changes nothing, a lost answer does no harm, and of two who push at once one is told.
+Before each attempt the head, tags and manifest on the Hub are read, and they decide what is left to do. So a repeated
+push changes nothing, a lost response does no harm, and of two concurrent pushes one fails with an error.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,198 +15,199 @@ from ..pack.signing import SIGNATURE_FILE, sign_pack
 from ..store.manifest import MANIFEST_FILE, PackFile, PackManifest
 from ..store.store import Store
 from .card import model_card
-from .client import TRIES, Hub, RemoteFile, Snapshot, UnsureError, git_oid
+from .client import MAX_ATTEMPTS, Hub, RemoteFile, Snapshot, UncertainCommitError, git_oid
 from .errors import is_missing_repo
-from .origins import Origin, note_origin
+from .origins import Origin, record_origin
 
 CARD_FILE: Final = "README.md"
 REPO_PREFIX: Final = "lorary-"
-PULL_REQUESTS: Final = 20  # the newest that are looked at for the same pack
-STEPS: Final = 10  # at most so many looks at the Hub
+MAX_PULL_REQUESTS: Final = 20  # newest ones that are searched for the same pack
+MAX_STEPS: Final = 10  # maximum number of times the Hub is read
 
 State = Literal["pushed", "proposed", "there", "planned"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PushOptions:
-    """How a version is to be pushed."""
+    """Options of a push."""
 
-    private: bool = False  # a repository that is made is private
-    create_pr: bool = False  # a pull request is opened instead
-    dry_run: bool = False  # everything is only looked at
-    message: str | None = None  # of the commit
-    sign: Path | None = None  # private key; see signing.py
+    private: bool = False  # make a new repository private
+    create_pr: bool = False  # open a pull request instead of committing to main
+    dry_run: bool = False  # change nothing
+    message: str | None = None  # commit message
+    sign: Path | None = None  # private key; see registry/pack/signing.py
 
 
 @dataclass(frozen=True, kw_only=True)
 class Upload:
-    """One file of a push."""
+    """File of a push."""
 
     path: str
     size: int  # bytes
-    is_new: bool  # whether the Hub has no such bytes at this path
+    is_new: bool  # whether the Hub has other bytes or none at this path
 
 
 @dataclass(frozen=True, kw_only=True)
 class PushResult:
-    """What a push did, or would do."""
+    """Result of a push, or of a dry run."""
 
-    state: State  # pushed; proposed as a pull request; there already; or only planned
+    state: State  # pushed; proposed as a pull request; there already; planned by a dry run
     manifest: PackManifest
     repo: str
     endpoint: str
     tag: str
-    commit: str | None  # None of a plan
-    pull_request: str | None  # its address
+    commit: str | None  # None in a dry run
+    pull_request: str | None  # URL
     makes_repo: bool
     files: tuple[Upload, ...]
-    removed: tuple[str, ...]  # files of the pack before that this one has not
+    removed: tuple[str, ...]  # files of the previous version that this one does not have
     card: str
 
 
 @dataclass(frozen=True)
 class _Remote:
-    """What the Hub has."""
+    """State of the repository on the Hub."""
 
     snapshot: Snapshot
     tags: dict[str, str]
-    head: PackManifest | None  # the pack at the head of main
+    head: PackManifest | None  # manifest at the head of main
 
 
 def push(
     store: Store,
     manifest: PackManifest,
     destination: str | None,
-    wishes: PushOptions,
+    options: PushOptions,
     *,
     hub: Hub,
 ) -> PushResult:
-    """Bring a stored version to the Hub.
+    """Push a stored version to the Hub.
 
     Args:
-        store: The store.
-        manifest: Of the version.
-        destination: owner/repo, an owner, or None: the user's own lorary-NAME.
-        wishes: How.
-        hub: The Hub.
+        store: Store of the version.
+        manifest: Manifest of the version.
+        destination: owner/repo, an owner, or None for the user's own lorary-NAME.
+        options: Options of the push.
+        hub: Connection to the Hub.
 
     Raises:
-        ConflictError: The repository has another pack or a newer version, or somebody else keeps pushing.
-        RemoteError: The Hub refuses or fails.
+        ConflictError: The repository has another pack or a newer version, or other pushes keep coming first.
+        RemoteError: The Hub rejects a request or fails.
         IntegrityError: A file of the version is damaged.
     """
-    hub.check_token()
+    hub.require_token()
     store.verify(manifest)
-    job = _Job(store, manifest, destination_repo(destination, manifest.name, hub), wishes, hub)
+    job = _PushJob(store, manifest, destination_repo(destination, manifest.name, hub), options, hub)
     failed = 0
-    for _ in range(STEPS):
+    for _ in range(MAX_STEPS):
         try:
             done = job.step()
-        except UnsureError as unsure:
+        except UncertainCommitError as uncertain:
             failed += 1
-            if failed == TRIES:
-                raise unsure.ours from unsure
-            hub.rest(unsure.wait_s, failed)
+            if failed == MAX_ATTEMPTS:
+                raise uncertain.error from uncertain
+            hub.sleep(uncertain.delay_s, failed)
             continue
         if done is not None:
             return done
-    raise RemoteError(f"{job.repo} does not settle.", cause=f"it was looked at {STEPS} times", fix="push again")
+    raise RemoteError(f"{job.repo} keeps changing.", cause=f"it was read {MAX_STEPS} times", fix="push again")
 
 
 def destination_repo(destination: str | None, name: str, hub: Hub) -> str:
-    """The repository that a destination means.
+    """Return owner/repo for a destination.
 
     Raises:
-        InputError: It means none.
+        InputError: The destination is not valid.
     """
     if destination is None:
-        destination = hub.user()
+        destination = hub.username()
     ref = RemoteRef.parse(destination if "/" in destination else f"{destination}/{REPO_PREFIX}{name}")
     if ref.revision is not None:
-        raise InputError(f"{destination!r} names a revision.", fix=f"write {ref.repo}: push makes a tag of its own")
+        raise InputError(f"{destination!r} has a revision.", fix=f"write {ref.repo}: push creates the tag")
     return ref.repo
 
 
-class _Job:
-    """One push; it looks at the Hub and does the next thing until nothing is left to do."""
+class _PushJob:
+    """State machine of one push: each step reads the Hub and does the next thing that is missing."""
 
-    def __init__(self, store: Store, manifest: PackManifest, repo: str, wishes: PushOptions, hub: Hub):
-        self.store, self.manifest, self.repo, self.wishes, self.hub = store, manifest, repo, wishes, hub
-        self.own = {MANIFEST_FILE: manifest.to_json(), CARD_FILE: model_card(manifest, repo=repo).encode()}
-        if wishes.sign:
-            self.own[SIGNATURE_FILE] = sign_pack(store, manifest, wishes.sign)
+    def __init__(self, store: Store, manifest: PackManifest, repo: str, options: PushOptions, hub: Hub):
+        self.store, self.manifest, self.repo, self.options, self.hub = store, manifest, repo, options, hub
+        self.generated = {MANIFEST_FILE: manifest.to_json(), CARD_FILE: model_card(manifest, repo=repo).encode()}
+        if options.sign:
+            self.generated[SIGNATURE_FILE] = sign_pack(store, manifest, options.sign)
         self.makes_repo = False
-        self.has_tried = False  # whether what is there may be ours
+        self.has_committed = False  # a commit was attempted, so that the pack on the Hub may be this push's
 
     def step(self) -> PushResult | None:
-        """Do one thing; return what was done when nothing is left.
+        """Read the Hub and do the next step; return the result after the last one.
 
         Raises:
-            UnsureError: What was tried may have failed.
+            UncertainCommitError: The commit may have failed.
         """
-        remote = self._look()
+        remote = self._read_remote()
         if remote is None:
-            return self._make_repo()
-        found = self._find(remote)
+            return self._create_repo()
+        found = self._find_pack(remote)
         if found is not None:
             return self._finish(remote, found)
-        if self.wishes.create_pr and (same := self._same_pull_request()):
-            address, commit = same
-            return self._result("there", remote, commit=commit, pull_request=address)
-        if self.wishes.dry_run:
+        if self.options.create_pr and (proposed := self._find_pull_request()):
+            url, commit = proposed
+            return self._result("there", remote, commit=commit, pull_request=url)
+        if self.options.dry_run:
             return self._result("planned", remote)
-        self.has_tried = True
-        commit, address = self.hub.commit(
+        self.has_committed = True
+        commit, url = self.hub.create_commit(
             self.repo,
             self._operations(remote),
-            commit_message=self.wishes.message or f"{self.manifest.name}, version {self.manifest.version}",
+            commit_message=self.options.message or f"{self.manifest.name}, version {self.manifest.version}",
             parent_commit=remote.snapshot.commit,
-            create_pr=self.wishes.create_pr,
+            create_pr=self.options.create_pr,
         )
-        if self.wishes.create_pr:
-            return self._result("proposed", remote, commit=commit, pull_request=address)
+        if self.options.create_pr:
+            return self._result("proposed", remote, commit=commit, pull_request=url)
         return self._tag(remote, commit, self.manifest.version)
 
-    def _look(self) -> _Remote | None:
-        """What the Hub has; None where there is no such repository."""
+    def _read_remote(self) -> _Remote | None:
+        """Return the state of the repository; None if it does not exist."""
         try:
             snapshot = self.hub.snapshot(RemoteRef(self.repo, "main"))
         except RemoteError as error:
             if is_missing_repo(error):
                 return None
             raise
-        if self.wishes.private and not snapshot.is_private:
+        if self.options.private and not snapshot.is_private:
             raise ConflictError(
                 f"{self.repo} is public.",
-                cause="--private is for a repository that is made; this one is there",
+                cause="--private applies to new repositories; this one exists",
                 fix=f"make it private at {self.hub.endpoint}/{self.repo}/settings, or leave out --private",
             )
         has_pack = MANIFEST_FILE in (snapshot.files or {})
         return _Remote(snapshot, self.hub.tags(self.repo), self.hub.manifest(snapshot) if has_pack else None)
 
-    def _make_repo(self) -> PushResult | None:
-        if self.wishes.create_pr:
+    def _create_repo(self) -> PushResult | None:
+        if self.options.create_pr:
             raise RemoteError(
-                f"There is no {self.repo} to open a pull request for.",
-                cause=f"{self.hub.endpoint} does not know it, or does not show it to you",
-                fix="leave out --create-pr to make it",
+                f"{self.repo} does not exist, so no pull request can be opened.",
+                cause=f"it is not on {self.hub.endpoint}, or you have no access to it",
+                fix="leave out --create-pr to create it",
             )
         self.makes_repo = True
-        if self.wishes.dry_run:
+        if self.options.dry_run:
             return self._result("planned", None)
-        self.hub.create_repo(self.repo, private=self.wishes.private)
+        self.hub.create_repo(self.repo, private=self.options.private)
         return None
 
-    def _find(self, remote: _Remote) -> tuple[str, int] | None:
-        """The commit and the number of the same pack on the Hub; None where it may be pushed.
+    def _find_pack(self, remote: _Remote) -> tuple[str, int] | None:
+        """Return commit and version of the same pack on the Hub; None if it is not there and can be pushed.
 
         Raises:
-            ConflictError: Something else is in its place.
+            ConflictError: The repository contains something that a push must not replace.
         """
         ours, head = self.manifest, remote.head
         if head is not None and head.name != ours.name:
             raise self._conflict(
-                f"holds the domain {head.name!r}", fix=f"push to another one: registry push {ours.name} OWNER/REPO"
+                f"contains the domain {head.name!r}",
+                fix=f"push to another repository: registry push {ours.name} OWNER/REPO",
             )
         if head is not None and head.digest == ours.digest:
             return remote.snapshot.commit, head.version
@@ -216,49 +216,51 @@ class _Job:
             if self.hub.manifest(snapshot).digest == ours.digest:
                 return tagged, ours.version
             raise self._conflict(
-                f"has another version {ours.version}", fix=f"registry pull {self.repo}, and build on that"
+                f"has another version {ours.version}", fix=f"pull it, and retrain from it: registry pull {self.repo}"
             )
         if head is not None and head.version >= ours.version:
             raise self._conflict(
-                f"has version {head.version} already", fix=f"registry pull {self.repo}, and build on that"
+                f"has version {head.version} already", fix=f"pull it, and retrain from it: registry pull {self.repo}"
             )
         clash = sorted({file.path for file in ours.files} & (remote.snapshot.files or {}).keys())
         if head is None and clash:
-            raise self._conflict(f"holds other files, such as {clash[0]}", fix=f"registry push {ours.name} OWNER/REPO")
+            raise self._conflict(
+                f"contains other files, such as {clash[0]}", fix=f"registry push {ours.name} OWNER/REPO"
+            )
         return None
 
-    def _same_pull_request(self) -> tuple[str, str] | None:
-        """The address and the commit of a pull request with this pack, if one of the newest has it."""
-        pulls = sorted(self.hub.pull_requests(self.repo).items(), key=lambda pull: _number_of(pull[0]), reverse=True)
-        for ref, commit in pulls[:PULL_REQUESTS]:
+    def _find_pull_request(self) -> tuple[str, str] | None:
+        """Return URL and head commit of a recent pull request with the same pack."""
+        pulls = sorted(self.hub.pull_requests(self.repo).items(), key=lambda pull: _pr_number(pull[0]), reverse=True)
+        for ref, commit in pulls[:MAX_PULL_REQUESTS]:
             snapshot = self.hub.snapshot(RemoteRef(self.repo, commit))
             if MANIFEST_FILE in (snapshot.files or {}) and self.hub.manifest(snapshot).digest == self.manifest.digest:
-                return f"{self.hub.endpoint}/{self.repo}/discussions/{_number_of(ref)}", commit
+                return f"{self.hub.endpoint}/{self.repo}/discussions/{_pr_number(ref)}", commit
         return None
 
-    def _conflict(self, what: str, *, fix: str) -> ConflictError:
+    def _conflict(self, problem: str, *, fix: str) -> ConflictError:
         label = f"{self.manifest.name}@{self.manifest.version}"
-        return ConflictError(f"{label} cannot be pushed to {self.repo}.", cause=f"the repository {what}", fix=fix)
+        return ConflictError(f"{label} cannot be pushed to {self.repo}.", cause=f"the repository {problem}", fix=fix)
 
     def _finish(self, remote: _Remote, found: tuple[str, int]) -> PushResult:
-        """The pack is there: only a tag may be missing."""
+        """Add the tag if it is missing; the pack itself is on the Hub."""
         commit, version = found
-        if self.wishes.sign and not self.has_tried:
+        if self.options.sign and not self.has_committed:
             self._check_is_signed(commit, version)
-        if self.wishes.dry_run or self.wishes.create_pr:
+        if self.options.dry_run or self.options.create_pr:
             return self._result("there", remote, commit=commit, version=version)
         return self._tag(remote, commit, version)
 
     def _check_is_signed(self, commit: str, version: int) -> None:
         if SIGNATURE_FILE not in (self.hub.snapshot(RemoteRef(self.repo, commit)).files or {}):
             raise self._conflict(
-                f"has version {version} without a signature, and a version never changes",
+                f"has version {version} without a signature, and versions are immutable",
                 fix=f"sign the next version: registry retrain {self.manifest.name}, then push it with --sign",
             )
 
     def _tag(self, remote: _Remote, commit: str, version: int) -> PushResult:
         if f"v{version}" not in remote.tags:
-            self.hub.tag(self.repo, f"v{version}", commit)
+            self.hub.create_tag(self.repo, f"v{version}", commit)
         origin = Origin(
             endpoint=self.hub.endpoint,
             repo=self.repo,
@@ -268,21 +270,24 @@ class _Job:
             digest=self.manifest.digest,
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        note_origin(self.store, self.manifest, origin)
-        return self._result("pushed" if self.has_tried else "there", remote, commit=commit, version=version)
+        record_origin(self.store, self.manifest, origin)
+        return self._result("pushed" if self.has_committed else "there", remote, commit=commit, version=version)
 
     def _operations(self, remote: _Remote) -> list[Any]:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         stored = {file.path: str(self.store.blobs.path(file.sha256)) for file in self.manifest.files}
-        added = [CommitOperationAdd(path, content) for path, content in {**self.own, **stored}.items()]
+        added = [CommitOperationAdd(path, content) for path, content in {**self.generated, **stored}.items()]
         return added + [CommitOperationDelete(path) for path in self._removed(remote)]
 
     def _removed(self, remote: _Remote | None) -> tuple[str, ...]:
         if remote is None or remote.head is None:
             return ()
-        kept = {file.path for file in self.manifest.files} | self.own.keys()
-        theirs = (*(file.path for file in remote.head.files), SIGNATURE_FILE)  # a signature of another version is none
+        kept = {file.path for file in self.manifest.files} | self.generated.keys()
+        theirs = (
+            *(file.path for file in remote.head.files),
+            SIGNATURE_FILE,
+        )  # a signature is valid for one version only
         return tuple(path for path in theirs if path not in kept and path in (remote.snapshot.files or {}))
 
     def _result(
@@ -294,9 +299,15 @@ class _Job:
         version: int | None = None,
         pull_request: str | None = None,
     ) -> PushResult:
-        there = (remote.snapshot.files if remote else None) or {}
-        files = [_upload(path, len(data), there, is_same=_same_bytes(data)) for path, data in self.own.items()]
-        files += [_upload(f.path, f.size, there, is_same=self._same_file(f)) for f in self.manifest.files]
+        remote_files = (remote.snapshot.files if remote else None) or {}
+        uploads = [
+            Upload(path=path, size=len(data), is_new=path not in remote_files or not remote_files[path].matches(data))
+            for path, data in self.generated.items()
+        ]
+        uploads += [
+            Upload(path=file.path, size=file.size, is_new=not self._is_uploaded(file, remote_files.get(file.path)))
+            for file in self.manifest.files
+        ]
         return PushResult(
             state=state,
             manifest=self.manifest,
@@ -306,29 +317,19 @@ class _Job:
             commit=commit,
             pull_request=pull_request,
             makes_repo=self.makes_repo,
-            files=tuple(files),
+            files=tuple(uploads),
             removed=self._removed(remote),
-            card=self.own[CARD_FILE].decode(),
+            card=self.generated[CARD_FILE].decode(),
         )
 
-    def _same_file(self, file: PackFile) -> Callable[[RemoteFile], bool]:
-        def is_same(there: RemoteFile) -> bool:
-            if there.sha256 is not None:
-                return there.sha256 == file.sha256
-            return there.oid == git_oid(self.store.blobs.get(file.sha256))
-
-        return is_same
-
-
-def _upload(path: str, size: int, there: dict[str, RemoteFile], *, is_same: Callable[[RemoteFile], bool]) -> Upload:
-    found = there.get(path)
-    return Upload(path=path, size=size, is_new=found is None or found.size != size or not is_same(found))
+    def _is_uploaded(self, file: PackFile, remote: RemoteFile | None) -> bool:
+        if remote is None or remote.size != file.size:
+            return False
+        if remote.sha256 is not None:
+            return remote.sha256 == file.sha256
+        return remote.oid == git_oid(self.store.blobs.get(file.sha256))
 
 
-def _same_bytes(data: bytes) -> Callable[[RemoteFile], bool]:
-    return lambda there: there.oid == git_oid(data)
-
-
-def _number_of(ref: str) -> int:
-    """The number of a pull request's reference, refs/pr/3."""
+def _pr_number(ref: str) -> int:
+    """Return the number of a pull request reference such as refs/pr/3."""
     return int(ref.rpartition("/")[2])

@@ -1,7 +1,7 @@
-"""Compositions that name packs on the Hub: each hf:// term is pulled and becomes a domain and version of the store.
+"""Resolve hf:// terms of a composition: pull each pack and replace the term by a domain and version of the store.
 
-A commit, once pulled, needs no network. A tag or a branch is asked for each time, because it may have moved; when the
-Hub cannot be asked, nothing older is taken in its place unless the user says so, by name or by being offline.
+A commit that was pulled before needs no network. A tag or branch is resolved on the Hub each time, because it may have
+moved; if the Hub cannot be reached, a stored version takes its place only if the user names it or is offline.
 """
 
 from dataclasses import dataclass, replace
@@ -13,74 +13,74 @@ from ...domains.remote_ref import REMOTE_PREFIX, RemoteRef
 from ..store.manifest import BaseRecord, PackManifest
 from ..store.store import Store
 from .client import Hub
-from .origins import Traced, traced_to
+from .origins import StoredVersion, versions_of_repo
 from .pull import PullResult, pull
 
 
 @dataclass(frozen=True)
 class ResolvedComposition:
-    """A composition in the names of the store."""
+    """Composition with every hf:// term replaced by a stored version."""
 
     composition: str
     pulled: tuple[PullResult, ...] = ()
-    from_store: tuple[Traced, ...] = ()  # taken from the store without asking the Hub
+    from_store: tuple[StoredVersion, ...] = ()  # used without contacting the Hub
 
 
 def has_remote_terms(composition: str) -> bool:
-    """Whether a composition names a pack on the Hub."""
+    """Return whether a composition has hf:// terms."""
     return REMOTE_PREFIX in composition
 
 
 def resolve_composition(
     store: Store, base: BaseRecord, composition: str, *, on_progress: OnProgress
 ) -> ResolvedComposition:
-    """Pull what a composition names on the Hub, and write it in the names of the store.
+    """Pull the packs of a composition's hf:// terms, and replace the terms by stored versions.
 
     Raises:
-        InputError: The composition breaks the grammar, or two terms become the same domain.
-        LoraryError: What `pull` raises.
+        InputError: The composition cannot be parsed, or two terms resolve to the same domain.
+        LoraryError: See `pull`.
     """
     hub = Hub(on_progress=on_progress)
     terms: list[Term] = []
     pulled: list[PullResult] = []
-    from_store: list[Traced] = []
+    from_store: list[StoredVersion] = []
     for term in Composition.parse(composition).terms:
         ref = term.remote
         if ref is None:
             terms.append(term)
             continue
-        traces = traced_to(store, endpoint=hub.endpoint, repo=ref.repo)
-        if here := _found_here(traces, ref, hub):
-            from_store.append(here)
-            terms.append(_as_term(here.manifest, term))
+        known = versions_of_repo(store, endpoint=hub.endpoint, repo=ref.repo)
+        if stored := _find_stored(known, ref, hub):
+            from_store.append(stored)
+            terms.append(_local_term(stored.manifest, term))
             continue
         try:
-            found = pull(store, base, ref, hub=hub, on_progress=on_progress)
+            result = pull(store, base, ref, hub=hub, on_progress=on_progress)
         except RemoteError as error:
-            _offer_what_is_here(error, traces)
+            _suggest_stored(error, known)
             raise
-        pulled.append(found)
-        terms.append(_as_term(found.manifest, term))
+        pulled.append(result)
+        terms.append(_local_term(result.manifest, term))
     return ResolvedComposition(str(Composition(tuple(terms))), tuple(pulled), tuple(from_store))
 
 
-def _found_here(traces: list[Traced], ref: RemoteRef, hub: Hub) -> Traced | None:
-    """The stored version that a reference means without a doubt; offline, the newest that a branch may mean."""
+def _find_stored(known: list[StoredVersion], ref: RemoteRef, hub: Hub) -> StoredVersion | None:
+    """Return the stored version of a commit; offline, also that of a tag, and the newest for the branch main."""
     if ref.is_commit:
-        return next((traced for traced in traces if traced.origin.commit == ref.revision), None)
+        return next((stored for stored in known if stored.origin.commit == ref.revision), None)
     if not hub.offline:
         return None
     if ref.version is not None:
-        return next((traced for traced in traces if traced.origin.version == ref.version), None)
-    return traces[-1] if traces and ref.revision in (None, "main") else None
+        return next((stored for stored in known if stored.origin.version == ref.version), None)
+    return known[-1] if known and ref.revision in (None, "main") else None
 
 
-def _as_term(manifest: PackManifest, term: Term) -> Term:
+def _local_term(manifest: PackManifest, term: Term) -> Term:
     return replace(term, name=manifest.name, selector=str(manifest.version))
 
 
-def _offer_what_is_here(error: RemoteError, traces: list[Traced]) -> None:
-    if traces:
-        newest = traces[-1]
+def _suggest_stored(error: RemoteError, known: list[StoredVersion]) -> None:
+    if known:
+        newest = known[-1]
         name = f"{newest.manifest.name}@{newest.manifest.version}"
-        error.fix = f"{error.fix}; or use what was pulled on {newest.origin.time[:10]}: {name}"
+        error.fix = f"{error.fix}; or use the version pulled on {newest.origin.time[:10]}: {name}"

@@ -144,7 +144,9 @@ def _read_remote(ref: RemoteRef, inside: str) -> AdapterFiles:
 
     def fetch(name: str) -> bytes:
         announced = None if files is None else files[f"{inside}{name}"]
-        return hub.fetch(snapshot, f"{inside}{name}", is_whole=lambda data: announced is None or announced.fits(data))
+        return hub.fetch(
+            snapshot, f"{inside}{name}", is_valid=lambda data: announced is None or announced.matches(data)
+        )
 
     config, tensors = fetch(ADAPTER_CONFIG), fetch(ADAPTER_TENSORS)
     return AdapterFiles(source=source, config=config, tensors=tensors, commit=snapshot.commit, is_local=False)

@@ -123,10 +123,10 @@ def test_search_lists_packs(run, mine, local_hub, document):
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
-        (["pull", "acme/none"], 7, "There is no acme/none on the Hub"),
+        (["pull", "acme/none"], 7, "acme/none does not exist on the Hub"),
         (["pull", "none"], 2, "is not a valid Hub repository"),
         (["push", "leagl"], 3, "There is no domain named 'leagl'"),
-        (["compose", "hf://acme/none+legal"], 7, "There is no acme/none on the Hub"),
+        (["compose", "hf://acme/none+legal"], 7, "acme/none does not exist on the Hub"),
         (["compose", "hf://none"], 2, "Cannot read the composition"),
     ],
 )

@@ -67,7 +67,7 @@ def shapes(card):
     return [token.type for token in tokens if token.type not in ("text", "text_special", "softbreak", "code_inline")]
 
 
-def test_the_front_matter_says_what_the_hub_asks_for(scored):
+def test_the_front_matter_has_the_metadata_of_the_hub(scored):
     data = front(model_card(scored, repo=REPO))
 
     assert data["library_name"] == "peft"
@@ -80,7 +80,7 @@ def test_the_front_matter_says_what_the_hub_asks_for(scored):
     assert [result["metrics"][0]["value"] for result in results] == [1.5, 1.61]
 
 
-def test_the_client_reads_the_card_back(scored):
+def test_huggingface_hub_parses_the_card(scored):
     data: Any = ModelCard(model_card(scored, repo=REPO)).data
 
     assert data.base_model == "meta-llama/Llama-3.2-1B"
@@ -88,7 +88,7 @@ def test_the_client_reads_the_card_back(scored):
 
 
 @pytest.mark.parametrize("base", ["pocket", "local:0123456789abcdef", "../../etc", "x/y\n- evil"])
-def test_a_base_that_is_not_on_the_hub_is_not_named_as_if_it_were(scored, base):
+def test_a_base_that_is_not_on_the_hub_is_not_named_as_base_model(scored, base):
     card = model_card(replace(scored, base=replace(scored.base, id=base)), repo=REPO)
 
     assert "base_model" not in front(card)
@@ -100,7 +100,7 @@ def test_a_base_that_is_not_on_the_hub_is_not_named_as_if_it_were(scored, base):
     ["registry pull acme/lorary-legal@v3", "registry generate legal", 'subfolder="experts/e0"', "--max-lora-rank 8"]
     + ["| `e0` | 4 | 8 | lora | `q_proj`, `v_proj` | 2-3 | 1,024 |", "98%", "1.4 to 1.6", "contracts.jsonl"],
 )
-def test_the_body_says_how_to_use_it_and_what_is_in_it(scored, text):
+def test_the_body_has_usage_experts_and_scores(scored, text):
     assert text in body(model_card(scored, repo=REPO))
 
 
@@ -111,7 +111,7 @@ def test_the_card_of_a_kp_bank_names_its_version_in_the_command(scored):
     assert "registry generate general@3" in card
 
 
-def test_every_digest_is_there(scored):
+def test_the_card_has_every_digest(scored):
     card = model_card(scored, repo=REPO)
 
     for digest in (scored.digest, scored.base.weights, scored.base.tokenizer):
@@ -150,7 +150,7 @@ def test_hostile_text_stays_text(scored, text):
 
 @settings(max_examples=200)
 @given(text=st.text(alphabet="a1 .-_*`#<>[]()!|~&@:/\\\n\t${}=+^\u202e\x1b'\"%wht", max_size=30))
-def test_any_text_stays_text(text):
+def test_escaped_text_renders_as_the_same_text(text):
     from lorary.registry.hub.card import escape_markdown
 
     tokens = PLAIN.parse(f"What it is about: {escape_markdown(text)}\n\n| a |\n|---|\n| x {escape_markdown(text)} |\n")

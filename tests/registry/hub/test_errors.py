@@ -1,4 +1,4 @@
-"""Every way in which the Hub can fail becomes one of our errors, with a cause and a way out, and without the token."""
+"""Every failure of the Hub becomes one of our errors, with a cause, a fix, and without the token."""
 
 import errno
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, XetDownloadError
 
 from lorary.domains.errors import ConflictError, IntegrityError, LoraryError, RemoteError, StorageFullError
-from lorary.registry.hub.errors import is_missing_repo, to_lorary_error, wait_before_retry, wait_of
+from lorary.registry.hub.errors import is_missing_repo, retry_after, retry_delay, to_lorary_error
 
 REPO = "acme/lorary-legal"
 
@@ -33,24 +33,24 @@ def explain(error):
 @pytest.mark.parametrize(
     ("status", "code", "kind", "said"),
     [
-        (404, "RepoNotFound", RemoteError, "There is no acme/lorary-legal"),
-        (401, "RepoNotFound", RemoteError, "There is no acme/lorary-legal"),
+        (404, "RepoNotFound", RemoteError, "does not exist on the Hub"),
+        (401, "RepoNotFound", RemoteError, "does not exist on the Hub"),
         (404, "RevisionNotFound", RemoteError, "has no such revision"),
         (404, "EntryNotFound", RemoteError, "lacks a file"),
         (403, "GatedRepo", RemoteError, "is gated"),
-        (404, "", RemoteError, "has nothing there"),
-        (401, "", RemoteError, "does not accept the access token"),
-        (403, "", RemoteError, "does not allow that"),
-        (400, "", RemoteError, "refused"),
-        (409, "", RemoteError, "refused"),
-        (412, "", ConflictError, "Somebody else has pushed"),
-        (429, "", RemoteError, "takes no more requests"),
+        (404, "", RemoteError, "found nothing there"),
+        (401, "", RemoteError, "rejected the access token"),
+        (403, "", RemoteError, "no permission"),
+        (400, "", RemoteError, "rejected a request"),
+        (409, "", RemoteError, "rejected a request"),
+        (412, "", ConflictError, "another push"),
+        (429, "", RemoteError, "accepts no more requests"),
         (500, "", RemoteError, "The Hub failed"),
         (503, "", RemoteError, "The Hub failed"),
         (599, "", RemoteError, "The Hub failed"),
     ],
 )
-def test_an_answer_becomes_our_error(failed, status, code, kind, said):
+def test_a_response_becomes_our_error(failed, status, code, kind, said):
     error = explain(failed(status, **({"X_Error_Code": code} if code else {})))
 
     assert type(error) is kind
@@ -62,16 +62,16 @@ def test_an_answer_becomes_our_error(failed, status, code, kind, said):
 @pytest.mark.parametrize(
     ("error", "kind", "said"),
     [
-        (OfflineModeIsEnabled("x"), RemoteError, "may not be asked"),
+        (OfflineModeIsEnabled("x"), RemoteError, "offline mode is on"),
         (LocalEntryNotFoundError("x"), RemoteError, "not in the Hub's cache"),
         (OSError("Consistency check failed: file should be of size 9 but has size 5"), IntegrityError, "incomplete"),
         (OSError(errno.ENOSPC, "No space left on device"), StorageFullError, "No space"),
         (XetDownloadError("x"), RemoteError, "cannot be reached"),
         (KeyError("ref"), RemoteError, "does not answer like a Hub"),
-        (ValueError("odd"), RemoteError, "client of the Hub failed"),
+        (ValueError("odd"), RemoteError, "huggingface_hub failed"),
     ],
 )
-def test_what_the_client_raises_by_itself_becomes_our_error(error, kind, said):
+def test_an_exception_of_the_client_becomes_our_error(error, kind, said):
     ours = explain(error)
 
     assert type(ours) is kind
@@ -80,12 +80,12 @@ def test_what_the_client_raises_by_itself_becomes_our_error(error, kind, said):
     assert ours.fix
 
 
-def test_the_error_behind_a_wrapper_counts(failed):
+def test_a_wrapped_exception_is_unwrapped(failed):
     inner = failed(403)
     outer = RuntimeError("Error while uploading 'x' to the Hub.")
     outer.__cause__ = inner
 
-    assert "does not allow" in explain(outer).message
+    assert "no permission" in explain(outer).message
 
 
 def test_our_own_errors_pass_through():
@@ -102,14 +102,14 @@ def test_a_missing_repository_is_known_by_its_code(failed):
 
 
 @pytest.mark.parametrize("text", ["token hf_abcDEF123456789", "Bearer abc.def-123", "header: bearer XYZ"])
-def test_access_tokens_are_taken_out(failed, text):
+def test_access_tokens_are_removed(failed, text):
     cause = str(explain(failed(500, X_Error_Message=text)).cause)
 
     assert "***" in cause
     assert not {"hf_abcDEF123456789", "abc.def-123", "XYZ"} & set(cause.split())
 
 
-def test_a_long_message_is_cut(failed):
+def test_a_long_message_is_truncated(failed):
     assert len(str(explain(failed(500, X_Error_Message="x" * 5000)).cause)) < 400
 
 
@@ -125,8 +125,8 @@ def test_a_long_message_is_cut(failed):
         ({"retry-after": "9" * 40}, None),
     ],
 )
-def test_a_wait_is_read_from_the_headers(headers, wait):
-    assert wait_of(headers) == wait
+def test_the_delay_is_read_from_the_headers(headers, wait):
+    assert retry_after(headers) == wait
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def test_a_wait_is_read_from_the_headers(headers, wait):
         (412, {}, 1, None),
     ],
 )
-def test_only_what_may_pass_is_tried_again(status, headers, tries, wait):
+def test_only_temporary_errors_are_retried(status, headers, tries, wait):
     error = OSError()
     error.response = SimpleNamespace(status_code=status, headers=headers)  # type: ignore[attr-defined]
 
-    assert wait_before_retry(error, tries) == wait
+    assert retry_delay(error, tries) == wait

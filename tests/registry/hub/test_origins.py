@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from lorary.domains.errors import IntegrityError
-from lorary.registry.hub.origins import Origin, note_origin, origins_of, traced_to
+from lorary.registry.hub.origins import Origin, origins_of, record_origin, versions_of_repo
 
 
 @pytest.fixture
@@ -26,37 +26,37 @@ def origin(manifest, **changes):
     return Origin(**(known | about | changes))
 
 
-def test_what_is_noted_is_read_back(registry):
+def test_recorded_origins_are_read_back(registry):
     manifest = registry.show("legal@1")
     first, second = origin(manifest), origin(manifest, repo="alice/x")
 
     for each in (first, second, first):
-        note_origin(registry.store, manifest, each)
+        record_origin(registry.store, manifest, each)
 
     assert origins_of(registry.store, manifest) == (first, second)
     assert str(second) == "hf://alice/x@v1"
 
 
-def test_a_version_without_a_note_has_no_origin(registry):
+def test_a_version_without_a_record_has_no_origin(registry):
     assert origins_of(registry.store, registry.show("legal")) == ()
 
 
-def test_versions_are_found_by_hub_and_repository_in_their_order(registry):
+def test_versions_are_found_by_hub_and_repository_sorted_by_number(registry):
     for version, there in ((1, 7), (2, 3)):
         manifest = registry.show(f"legal@{version}")
-        note_origin(registry.store, manifest, origin(manifest, version=there))
+        record_origin(registry.store, manifest, origin(manifest, version=there))
 
-    found = traced_to(registry.store, endpoint="https://hub.example", repo="acme/x")
+    found = versions_of_repo(registry.store, endpoint="https://hub.example", repo="acme/x")
 
     assert [(traced.manifest.version, traced.origin.version) for traced in found] == [(2, 3), (1, 7)]
-    assert traced_to(registry.store, endpoint="https://other.example", repo="acme/x") == []
-    assert traced_to(registry.store, endpoint="https://hub.example", repo="acme/y") == []
+    assert versions_of_repo(registry.store, endpoint="https://other.example", repo="acme/x") == []
+    assert versions_of_repo(registry.store, endpoint="https://hub.example", repo="acme/y") == []
 
 
-def test_a_note_on_another_pack_of_the_number_says_nothing(registry):
+def test_origins_of_another_pack_with_the_same_number_are_ignored(registry):
     first, second = registry.show("legal@1"), registry.show("legal@2")
 
-    note_origin(registry.store, first, origin(second, version=1))
+    record_origin(registry.store, first, origin(second, version=1))
 
     assert origins_of(registry.store, first) == ()
 
@@ -65,14 +65,14 @@ def test_a_pack_under_another_name_keeps_its_origin(registry):
     manifest = registry.show("legal@1")
     renamed = registry.store.adopt(replace(manifest, name="law"), alias=None)
 
-    note_origin(registry.store, renamed, origin(manifest))
+    record_origin(registry.store, renamed, origin(manifest))
 
     assert origins_of(registry.store, renamed) == (origin(manifest),)
 
 
-def test_a_damaged_note_is_named(registry):
+def test_a_damaged_origins_file_is_named(registry):
     manifest = registry.show("legal@1")
-    note_origin(registry.store, manifest, origin(manifest))
+    record_origin(registry.store, manifest, origin(manifest))
     path = registry.store.path / "domains" / "legal" / "origins" / "1.json"
     path.write_text("{")
 

@@ -57,9 +57,9 @@ def test_a_tag_names_a_version(ours, theirs, source):
     assert ours.pull(source).manifest.digest == theirs.show("legal@1").digest
 
 
-def test_a_revision_may_stand_apart_but_not_twice(ours):
+def test_a_revision_may_be_given_separately_but_not_twice(ours):
     assert ours.pull(REPO, revision="v1").manifest.version == 1
-    with pytest.raises(InputError, match="two revisions"):
+    with pytest.raises(InputError, match="revision is given twice"):
         ours.pull(f"{REPO}@v1", revision="v2")
 
 
@@ -92,7 +92,7 @@ def test_files_that_the_store_has_are_not_fetched(ours, theirs, local_hub):
     assert [file for file in fetched if file.path.endswith(".safetensors")] == large[:1]
 
 
-def test_a_pull_repairs_what_was_damaged_here(ours):
+def test_a_pull_restores_a_missing_blob(ours):
     pack = ours.pull(REPO).manifest
     path = ours.store.blobs.path(pack.file(LARGE).sha256)
     path.unlink()
@@ -103,7 +103,7 @@ def test_a_pull_repairs_what_was_damaged_here(ours):
     ours.store.verify(pack)
 
 
-def test_another_name_is_another_domain(ours, theirs):
+def test_a_pull_under_another_name_is_another_domain(ours, theirs):
     done = ours.pull(REPO, name="law")
 
     assert ours.store.domains() == ["general", "law"]
@@ -112,7 +112,7 @@ def test_another_name_is_another_domain(ours, theirs):
     assert origins_of(ours.store, done.manifest) == (done.origin,)
 
 
-def test_a_domain_of_ones_own_is_not_mixed_with_a_strangers(ours, light_pack):
+def test_a_local_domain_of_the_same_name_is_a_conflict(ours, light_pack):
     light_pack(ours, text="mine")
 
     with pytest.raises(ConflictError) as raised:
@@ -122,7 +122,7 @@ def test_a_domain_of_ones_own_is_not_mixed_with_a_strangers(ours, light_pack):
     assert ours.store.versions("legal") == [1]
 
 
-def test_who_pushed_pulls_what_others_added(theirs, ours, light_pack):
+def test_the_publisher_pulls_a_version_that_someone_else_pushed(theirs, ours, light_pack):
     ours.pull(REPO)
     light_pack(ours, text="three")
     ours.push("legal", REPO)
@@ -147,7 +147,7 @@ def test_a_pack_for_another_base_is_refused_with_both_values(theirs, light_store
     assert other.store.domains() == ["general"]
 
 
-def test_a_pack_that_was_trained_over_another_bank_says_so(theirs, light_store):
+def test_a_pack_trained_over_another_kp_bank_is_reported(theirs, light_store):
     other = light_store("other")
     bank = other.store.manifest("general")
     shutil.rmtree(other.store.path / "domains" / "general")
@@ -161,29 +161,29 @@ def test_a_pack_that_was_trained_over_another_bank_says_so(theirs, light_store):
     assert other.show("general").version == 1
 
 
-def test_banks_and_domains_keep_to_their_slots(ours, theirs):
+def test_a_kp_bank_is_stored_as_general_only(ours, theirs):
     theirs.push("general", "acme")
 
-    with pytest.raises(InputError, match="cannot become the domain 'law'"):
+    with pytest.raises(InputError, match="cannot be stored as the domain 'law'"):
         ours.pull("acme/lorary-general", name="law")
-    with pytest.raises(InputError, match="cannot become the domain 'general'"):
+    with pytest.raises(InputError, match="cannot be stored as the domain 'general'"):
         ours.pull(REPO, name="general")
     assert ours.pull("acme/lorary-general").is_new is False
 
 
-# --- what is not what it should be ---
+# --- moved tags, rewritten versions, wrong bytes ---
 
 
-def test_a_moved_tag_is_noticed(ours, theirs, local_hub):
+def test_a_moved_tag_is_refused(ours, theirs, local_hub):
     ours.pull(f"{REPO}@v1")
     refs = local_hub.repos.all[REPO].refs
     refs["tags/v1"] = refs["tags/v2"]
 
-    with pytest.raises(IntegrityError, match="tag v1 of acme/lorary-legal was put elsewhere"):
+    with pytest.raises(IntegrityError, match="tag v1 of acme/lorary-legal was moved"):
         ours.pull(f"{REPO}@v1")
 
 
-def test_a_version_that_was_rewritten_is_noticed(ours, theirs, local_hub, light_store, light_pack):
+def test_a_rewritten_version_is_refused(ours, theirs, local_hub, light_store, light_pack):
     ours.pull(f"{REPO}@v1")
     forger = light_store("forger")
     light_pack(forger, text="forged")
@@ -193,19 +193,19 @@ def test_a_version_that_was_rewritten_is_noticed(ours, theirs, local_hub, light_
     refs[REPO].commits[commit.id] = commit
     refs[REPO].refs["tags/v1"] = commit.id
 
-    with pytest.raises(IntegrityError, match="Version 1 of acme/lorary-legal is not what it was") as raised:
+    with pytest.raises(IntegrityError, match="Version 1 of acme/lorary-legal was changed") as raised:
         ours.pull(f"{REPO}@v1")
 
     assert ours.store.versions("legal") == [1]
     assert commit.id in str(raised.value.fix)
-    assert ours.pull(f"{REPO}@{commit.id}").is_new  # whoever names the commit gets it
+    assert ours.pull(f"{REPO}@{commit.id}").is_new  # naming the commit is allowed
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (lambda files: [CommitOperationDelete(LARGE)], "is missing"),
-        (lambda files: [CommitOperationAdd(LARGE, b"x")], "has 1 bytes there"),
+        (lambda files: [CommitOperationAdd(LARGE, b"x")], "has 1 bytes on the Hub"),
         (lambda files: [CommitOperationAdd(LARGE, bytes(files[LARGE]))], "in the manifest"),
     ],
 )
@@ -222,10 +222,10 @@ def test_a_repository_that_differs_from_its_manifest_is_refused_before_fetching(
     assert ours.store.domains() == ["general"]
 
 
-def test_a_changed_small_file_is_noticed(ours, theirs):
+def test_a_changed_small_file_is_refused(ours, theirs):
     path = "experts/e0/adapter_config.json"
     file = theirs.show("legal").file(path)
-    ours.store.blobs.path(file.sha256).unlink()  # that of KP is the same, and would not be fetched
+    ours.store.blobs.path(file.sha256).unlink()  # the KP bank shares it, so it would not be fetched
     edit_on_hub(path, b"x" * file.size)
 
     with pytest.raises(IntegrityError, match=f"{path} of acme/lorary-legal"):
@@ -236,7 +236,7 @@ def test_a_changed_small_file_is_noticed(ours, theirs):
 @pytest.mark.parametrize(
     "data", [b"{", b"[]", b'{"schema": "lorary.pack/1"}', b"\xff", b'{"a": 1, "a": 2}', b"x" * 5_000_000]
 )
-def test_a_manifest_that_cannot_be_read_is_refused(ours, data):
+def test_a_malformed_manifest_is_refused(ours, data):
     edit_on_hub("lorary.json", data)
 
     with pytest.raises(IntegrityError):
@@ -251,7 +251,7 @@ def test_a_manifest_of_a_newer_schema_is_refused(ours, theirs):
         ours.pull(REPO)
 
 
-def test_wrong_bytes_of_the_right_size_are_fetched_again(ours, theirs, local_hub):
+def test_wrong_bytes_of_the_right_size_are_downloaded_again(ours, theirs, local_hub):
     local_hub.fault("GET /[0-9a-f]{64}", "wrong", 7)
     local_hub.fault("GET .*/resolve/.*/lorary.json", "wrong", 70)
 

@@ -15,13 +15,13 @@ LARGE = "adapter_model.safetensors"
     "fault", [("status", 503), ("status", 429), ("drop", 0), ("cut", 100), ("short", 5), ("status", 500)]
 )
 @pytest.mark.parametrize("pattern", ["GET /[0-9a-f]{64}", "GET .*/resolve/", "HEAD .*/resolve/", "GET /api/models/"])
-def test_a_hub_that_fails_once_is_asked_again(ours, local_hub, pattern, fault):
+def test_a_temporary_failure_is_retried(ours, local_hub, pattern, fault):
     local_hub.fault(pattern, *fault)
 
     assert ours.pull(REPO).is_new
 
 
-def test_an_interrupted_pull_goes_on_where_it_was(ours, local_hub):
+def test_an_interrupted_pull_resumes(ours, local_hub):
     local_hub.fault("HEAD .*/router/", "status", 503, times=99)
     with pytest.raises(RemoteError):
         ours.pull(REPO)
@@ -35,7 +35,7 @@ def test_an_interrupted_pull_goes_on_where_it_was(ours, local_hub):
     assert [path for path in fetched if path.endswith("router.safetensors")]
 
 
-def test_a_wait_that_is_too_long_is_left_to_the_user(ours, local_hub, no_waiting):
+def test_a_long_retry_after_is_left_to_the_user(ours, local_hub, no_waiting):
     local_hub.fault("GET /[0-9a-f]{64}", "status", 429, times=9, RateLimit='"resolvers";r=0;t=212')
 
     with pytest.raises(RemoteError) as raised:
@@ -45,7 +45,7 @@ def test_a_wait_that_is_too_long_is_left_to_the_user(ours, local_hub, no_waiting
     assert no_waiting == []
 
 
-def test_a_wait_that_the_hub_asks_for_is_kept(ours, local_hub, no_waiting):
+def test_retry_after_is_respected(ours, local_hub, no_waiting):
     local_hub.fault("GET /api/models/", "status", 429, Retry_After="12")
 
     assert ours.pull(REPO).is_new
@@ -55,13 +55,13 @@ def test_a_wait_that_the_hub_asks_for_is_kept(ours, local_hub, no_waiting):
 @pytest.mark.parametrize(
     ("source", "token", "said"),
     [
-        ("acme/none", "hf_alice", "There is no acme/none on the Hub"),
-        ("acme/none", "", "There is no acme/none on the Hub"),
+        ("acme/none", "hf_alice", "acme/none does not exist on the Hub"),
+        ("acme/none", "", "acme/none does not exist on the Hub"),
         (f"{REPO}@v9", "hf_alice", "has no such revision"),
-        (REPO, "hf_nobody", "does not accept the access token"),
+        (REPO, "hf_nobody", "rejected the access token"),
     ],
 )
-def test_what_may_not_be_had_says_why(ours, monkeypatch, source, token, said):
+def test_a_missing_or_forbidden_repository_is_explained(ours, monkeypatch, source, token, said):
     monkeypatch.setenv("HF_TOKEN", token)
 
     with pytest.raises(RemoteError, match=said) as raised:
@@ -70,7 +70,7 @@ def test_what_may_not_be_had_says_why(ours, monkeypatch, source, token, said):
     assert raised.value.fix
 
 
-def test_a_gated_repository_says_where_to_ask(ours, local_hub, monkeypatch):
+def test_the_error_of_a_gated_repository_says_where_to_request_access(ours, local_hub, monkeypatch):
     local_hub.repos.all[REPO].gated = True
     monkeypatch.setenv("HF_TOKEN", "hf_carol")
 
@@ -79,14 +79,14 @@ def test_a_gated_repository_says_where_to_ask(ours, local_hub, monkeypatch):
     assert f"{local_hub.url}/{REPO}" in str(raised.value.fix)
 
 
-def test_a_repository_without_a_pack_is_no_pack(ours):
+def test_a_repository_without_a_pack_is_refused(ours):
     HfApi().create_repo("acme/other")
 
-    with pytest.raises(RemoteError, match="is no pack of lorary"):
+    with pytest.raises(RemoteError, match="is not a lorary pack"):
         ours.pull("acme/other")
 
 
-def test_endless_redirects_are_an_error(ours, local_hub):
+def test_a_redirect_loop_is_an_error(ours, local_hub):
     local_hub.fault("GET /api/models/", "redirect", times=999)
 
     with pytest.raises(RemoteError, match="cannot be reached"):
@@ -107,7 +107,7 @@ def test_offline_the_cache_serves_another_registry(ours, theirs, light_store, lo
     assert len(local_hub.requests) == asked
 
 
-def test_offline_what_is_not_in_the_cache_is_an_error(ours, local_hub):
+def test_offline_a_repository_that_is_not_cached_is_an_error(ours, local_hub):
     asked = len(local_hub.requests)
 
     with pytest.raises(RemoteError, match="not in the Hub's cache"):
@@ -127,7 +127,7 @@ def test_damaged_bytes_in_the_cache_are_fetched_again_but_not_offline(ours, thei
     assert third.pull(REPO).manifest.digest == theirs.show("legal").digest
 
 
-def test_when_the_hub_is_down_an_outdated_branch_is_not_taken_for_the_newest(ours, local_hub):
+def test_an_outdated_branch_in_the_cache_is_not_used_when_the_hub_is_down(ours, local_hub):
     ours.pull(REPO)
     local_hub.stop()
 
@@ -135,7 +135,7 @@ def test_when_the_hub_is_down_an_outdated_branch_is_not_taken_for_the_newest(our
         ours.pull(REPO)
 
 
-def test_the_token_goes_to_the_hub_only(ours, local_hub):
+def test_the_token_is_sent_to_the_hub_only(ours, local_hub):
     ours.pull(REPO)
 
     tokens = {(server, token) for server, _, _, token in local_hub.requests}

@@ -28,7 +28,7 @@ def titles(repo=REPO):
     return [commit.title for commit in HfApi().list_repo_commits(repo)]
 
 
-def test_everything_is_one_commit_with_a_tag(registry, local_hub):
+def test_a_push_is_one_commit_with_a_tag(registry, local_hub):
     done = registry.push("legal", REPO)
 
     manifest = registry.show("legal")
@@ -41,7 +41,7 @@ def test_everything_is_one_commit_with_a_tag(registry, local_hub):
     assert ModelCard(on_hub(local_hub, "README.md").decode()).data.get("library_name") == "peft"
 
 
-def test_the_same_version_again_changes_nothing(registry, local_hub):
+def test_pushing_the_same_version_again_changes_nothing(registry, local_hub):
     first = registry.push("legal", REPO)
     asked = len(local_hub.requests)
 
@@ -58,7 +58,7 @@ def test_a_destination_may_be_short(registry, destination, repo):
     assert registry.push("legal", destination).repo == repo
 
 
-def test_the_next_version_replaces_the_files_of_the_one_before(registry, local_hub, light_pack):
+def test_the_next_version_replaces_the_files_of_the_previous_one(registry, local_hub, light_pack):
     registry.push("legal", REPO)
     first = registry.show("legal@1")
     fewer = {"router/router.json": (b'"two"', "router")}
@@ -73,7 +73,7 @@ def test_the_next_version_replaces_the_files_of_the_one_before(registry, local_h
     assert PackManifest.from_json(on_hub(local_hub, revision="v2"), source="").version == 2
 
 
-def test_a_dry_run_only_looks(registry, local_hub):
+def test_a_dry_run_changes_nothing(registry, local_hub):
     done = registry.push("legal", REPO, dry_run=True)
 
     assert (done.state, done.makes_repo, done.commit) == ("planned", True, None)
@@ -81,7 +81,7 @@ def test_a_dry_run_only_looks(registry, local_hub):
     assert local_hub.repos.all == {}
 
 
-def test_a_dry_run_tells_what_is_new(registry, light_pack, local_hub):
+def test_a_dry_run_lists_new_files(registry, light_pack, local_hub):
     registry.push("legal", REPO)
     light_pack(registry, text="two")
 
@@ -94,14 +94,14 @@ def test_a_dry_run_tells_what_is_new(registry, light_pack, local_hub):
     assert len(titles()) == 2
 
 
-def test_a_private_repository_stays_unseen_by_others(registry, local_hub):
+def test_a_new_repository_can_be_private(registry, local_hub):
     registry.push("legal", REPO, private=True)
 
     assert local_hub.repos.all[REPO].private
     registry.push("legal", REPO, private=True)
 
 
-def test_private_does_not_pretend_that_a_public_repository_is(registry):
+def test_private_refuses_an_existing_public_repository(registry):
     registry.push("legal", REPO)
 
     with pytest.raises(ConflictError, match="is public"):
@@ -123,21 +123,21 @@ def test_a_pull_request_is_opened_once(registry, light_pack, local_hub, monkeypa
 
 
 def test_a_pull_request_needs_a_repository(registry, local_hub):
-    with pytest.raises(RemoteError, match="no acme/lorary-legal to open a pull request for"):
+    with pytest.raises(RemoteError, match="acme/lorary-legal does not exist, so no pull request"):
         registry.push("legal", REPO, create_pr=True)
     assert local_hub.repos.all == {}
 
 
-# --- what is there already ---
+# --- repositories that exist ---
 
 
-def test_another_domain_is_not_mixed_in(registry, light_pack):
+def test_a_repository_of_another_domain_is_a_conflict(registry, light_pack):
     registry.push("legal", REPO)
     light_pack(registry, "medicine")
 
     with pytest.raises(ConflictError) as raised:
         registry.push("medicine", REPO)
-    assert "holds the domain 'legal'" in str(raised.value.cause)
+    assert "contains the domain 'legal'" in str(raised.value.cause)
 
 
 def test_an_older_version_does_not_replace_a_newer_one(registry, light_pack):
@@ -149,7 +149,7 @@ def test_an_older_version_does_not_replace_a_newer_one(registry, light_pack):
     assert "has version 2 already" in str(raised.value.cause)
 
 
-def test_another_pack_of_the_same_number_is_a_conflict(registry, light_pack, light_store):
+def test_another_pack_with_the_same_version_is_a_conflict(registry, light_pack, light_store):
     registry.push("legal", REPO)
     other = light_store("other")
     light_pack(other, text="else")
@@ -160,7 +160,7 @@ def test_another_pack_of_the_same_number_is_a_conflict(registry, light_pack, lig
     assert raised.value.exit_code == 4
 
 
-def test_a_repository_of_other_files_is_left_alone(registry):
+def test_files_of_another_kind_of_repository_are_not_replaced(registry):
     api = HfApi()
     api.create_repo(REPO)
     api.create_commit(REPO, [CommitOperationAdd("adapter_model.safetensors", b"x")], commit_message="mine")
@@ -170,7 +170,7 @@ def test_a_repository_of_other_files_is_left_alone(registry):
     assert "adapter_model.safetensors" in str(raised.value.cause)
 
 
-def test_a_missing_tag_is_put_without_a_commit(registry, local_hub):
+def test_a_missing_tag_is_created_without_a_commit(registry, local_hub):
     registry.push("legal", REPO)
     del local_hub.repos.all[REPO].refs["tags/v1"]
 
@@ -191,11 +191,11 @@ def test_a_damaged_version_is_not_pushed(registry, local_hub):
     assert local_hub.repos.all == {}
 
 
-# --- somebody else, and a Hub that fails ---
+# --- concurrent pushes, and a Hub that fails ---
 
 
-def test_a_commit_between_reading_and_writing_is_no_harm(registry, light_pack, local_hub):
-    """Somebody edits the card while we push: the push is repeated on top of that."""
+def test_a_push_is_repeated_on_top_of_a_concurrent_commit(registry, light_pack, local_hub):
+    """The card is edited during the push, which is then repeated on top of that commit."""
     registry.push("legal", REPO)
     light_pack(registry, text="two")
     local_hub.fault("POST .*/commit/", "status", 412)
@@ -205,7 +205,7 @@ def test_a_commit_between_reading_and_writing_is_no_harm(registry, light_pack, l
     assert titles() == ["legal, version 2", "legal, version 1", "initial commit"]
 
 
-def test_of_two_who_push_at_once_one_is_told(registry, light_pack, light_store, local_hub):
+def test_one_of_two_concurrent_pushes_is_a_conflict(registry, light_pack, light_store, local_hub):
     registry.push("legal", REPO)
     other = light_store("other")
     light_pack(other, text="one")
@@ -229,25 +229,25 @@ def test_of_two_who_push_at_once_one_is_told(registry, light_pack, light_store, 
     assert len(titles()) == 3
 
 
-def test_who_keeps_losing_the_race_is_told(registry, light_pack, local_hub):
+def test_a_push_that_keeps_losing_the_race_is_a_conflict(registry, light_pack, local_hub):
     registry.push("legal", REPO)
     light_pack(registry, text="two")
     local_hub.fault("POST .*/commit/", "status", 412, times=99)
 
-    with pytest.raises(ConflictError, match="Somebody else has pushed"):
+    with pytest.raises(ConflictError, match="another push"):
         registry.push("legal", REPO)
     assert len(titles()) == 2
 
 
 @pytest.mark.parametrize("status", [500, 502, 504])
-def test_a_commit_that_happened_although_the_hub_failed_is_recognised(registry, local_hub, status):
+def test_a_commit_with_a_lost_response_is_recognised(registry, local_hub, status):
     local_hub.fault("POST .*/commit/", "after", status)
 
     assert registry.push("legal", REPO).state == "pushed"
     assert titles() == ["legal, version 1", "initial commit"]
 
 
-def test_a_pull_request_that_happened_although_the_hub_failed_is_recognised(registry, light_pack, local_hub):
+def test_a_pull_request_with_a_lost_response_is_recognised(registry, light_pack, local_hub):
     registry.push("legal", REPO)
     light_pack(registry, text="two")
     local_hub.fault("POST .*/commit/", "after", 500)
@@ -261,13 +261,13 @@ def test_a_pull_request_that_happened_although_the_hub_failed_is_recognised(regi
 @pytest.mark.parametrize(
     "pattern", ["POST .*/preupload/", "POST .*/batch", "PUT ", "POST .*/validate-yaml", "POST .*/tag/"]
 )
-def test_a_hub_that_fails_once_is_asked_again(registry, local_hub, pattern):
+def test_a_temporary_failure_is_retried(registry, local_hub, pattern):
     local_hub.fault(pattern, "status", 503)
 
     assert registry.push("legal", REPO).state == "pushed"
 
 
-def test_a_hub_that_keeps_failing_is_an_error_and_nothing_is_there(registry, local_hub):
+def test_a_hub_that_keeps_failing_is_an_error_and_nothing_is_pushed(registry, local_hub):
     local_hub.fault("POST .*/commit/", "status", 503, times=99)
 
     with pytest.raises(RemoteError, match="The Hub failed"):
@@ -275,7 +275,7 @@ def test_a_hub_that_keeps_failing_is_an_error_and_nothing_is_there(registry, loc
     assert titles() == ["initial commit"]
 
 
-def test_who_may_not_write_is_told(registry, monkeypatch):
+def test_a_push_without_permission_or_login_is_an_error(registry, monkeypatch):
     registry.push("legal", REPO)
     monkeypatch.setenv("HF_TOKEN", "hf_carol")
     with pytest.raises(RemoteError) as raised:
@@ -286,11 +286,11 @@ def test_who_may_not_write_is_told(registry, monkeypatch):
     with pytest.raises(RemoteError, match="not logged in"):
         registry.push("legal", REPO)
     monkeypatch.setenv("HF_TOKEN", "hf_nobody")
-    with pytest.raises(RemoteError, match="does not accept the access token"):
+    with pytest.raises(RemoteError, match="rejected the access token"):
         registry.push("legal", REPO)
 
 
 @pytest.mark.parametrize("destination", ["a/b/c", "acme/x@v1", "../x", ""])
-def test_a_destination_that_is_none_is_refused(registry, destination):
+def test_an_invalid_destination_is_refused(registry, destination):
     with pytest.raises(InputError):
         registry.push("legal", destination)

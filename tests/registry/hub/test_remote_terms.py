@@ -29,7 +29,7 @@ def test_terms_become_domains_of_the_store(ours, written, meant):
     assert str(ours.plan(written).composition) == meant
 
 
-def test_local_compositions_ask_nobody(ours, local_hub):
+def test_local_compositions_do_not_contact_the_hub(ours, local_hub):
     asked = len(local_hub.requests)
 
     ours.plan("medicine")
@@ -42,7 +42,7 @@ def test_two_terms_for_one_domain_are_refused(ours, local_hub):
         ours.plan(f"hf://{REPO}@v1+legal@1")
 
 
-def test_a_commit_that_is_here_needs_no_network(ours, local_hub):
+def test_a_stored_commit_needs_no_network(ours, local_hub):
     commit = ours.pull(f"{REPO}@v1").origin.commit
     local_hub.stop()
 
@@ -52,7 +52,7 @@ def test_a_commit_that_is_here_needs_no_network(ours, local_hub):
 
 
 @pytest.mark.parametrize("revision", ["", "@v1"])
-def test_when_the_hub_is_down_nothing_older_is_taken_but_what_is_here_is_named(ours, local_hub, revision):
+def test_when_the_hub_is_down_the_error_names_the_stored_version(ours, local_hub, revision):
     ours.pull(f"{REPO}@v1")
     local_hub.stop()
 
@@ -62,7 +62,7 @@ def test_when_the_hub_is_down_nothing_older_is_taken_but_what_is_here_is_named(o
     assert "legal@1" in str(raised.value.fix)
 
 
-def test_offline_what_is_here_is_taken(ours, local_hub, monkeypatch):
+def test_offline_the_stored_version_is_used(ours, local_hub, monkeypatch):
     ours.pull(f"{REPO}@v1")
     ours.pull(REPO)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

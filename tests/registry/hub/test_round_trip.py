@@ -31,7 +31,7 @@ def test_packs_and_logits_are_bit_identical(pushed, other, logits_of):
         assert torch.equal(logits_of(other.compose("cooking", static=static)), expected)
 
 
-def test_a_composition_pulls_what_it_names_on_the_hub(pushed, other, logits_of):
+def test_a_composition_pulls_its_hub_terms(pushed, other, logits_of):
     model = other.compose(f"hf://{REPO}@v1:0.4+general")
 
     assert other.store.domains() == ["cooking", "general"]
@@ -49,7 +49,7 @@ def test_plain_peft_loads_the_pack_from_the_hub(pushed, base_folder, logits_of):
     torch.testing.assert_close(logits_of(model.eval()), logits_of(pushed.compose("cooking", static=True)))
 
 
-def test_a_pushed_bank_comes_back_as_the_same_bank(pushed, other):
+def test_a_pushed_kp_bank_is_recognised_when_pulled(pushed, other):
     pushed.push("general", "acme")
 
     done = other.pull("acme/lorary-general")

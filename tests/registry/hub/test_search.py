@@ -26,7 +26,7 @@ def found(query=None, base=None, limit=10):
     return [pack.repo for pack in search(query, base=base, limit=limit, hub=Hub())]
 
 
-def test_packs_are_found_by_words_base_and_number(registry):
+def test_search_filters_by_text_base_and_limit(registry):
     assert found() == ["acme/lorary-legal", "alice/lorary-medicine"]
     assert found("LEGAL") == ["acme/lorary-legal"]
     assert found(base=BASE) == ["alice/lorary-medicine"]
@@ -40,7 +40,7 @@ def test_private_packs_are_found_by_their_owner_only(registry, monkeypatch):
     assert found() == ["acme/lorary-legal"]
 
 
-def test_a_pack_tells_what_its_card_says(registry):
+def test_a_result_has_the_values_of_the_model_card(registry):
     pack = search("legal", base=None, limit=1, hub=Hub())[0]
 
     assert (pack.name, pack.version, pack.base) == ("legal", 1, registry.base_record.id)
@@ -48,7 +48,7 @@ def test_a_pack_tells_what_its_card_says(registry):
 
 
 @pytest.mark.parametrize("own", ["7", "[1, 2]", "{name: 5, version: x, bits_per_byte: [1]}", "null"])
-def test_a_card_of_any_content_is_no_harm(registry, own):
+def test_an_unexpected_front_matter_is_ignored(registry, own):
     card = f"---\ntags: [lorary]\nlorary: {own}\n---\n".encode()
     HfApi().create_commit("acme/legal-model", [CommitOperationAdd("README.md", card)], commit_message="odd")
 

@@ -34,7 +34,7 @@ def test_plain_peft_computes_the_static_composition(
 
 
 @pytest.mark.parametrize("to", ["peft", "vllm", "merged"])
-def test_what_routes_is_not_exported(to: Any, whole: Registry, tmp_path: Path) -> None:
+def test_a_routed_composition_is_not_exported(to: Any, whole: Registry, tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match=f"--static --to {to}") as refusal:
         whole.export("cooking+sailing", tmp_path / "out", to=to)
 
@@ -43,7 +43,7 @@ def test_what_routes_is_not_exported(to: Any, whole: Registry, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("to", ["peft", "vllm", "merged", "tar"])
-def test_nothing_is_written_over_what_is_there(to: Any, whole: Registry, tmp_path: Path) -> None:
+def test_an_existing_path_is_not_overwritten(to: Any, whole: Registry, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
 
     with pytest.raises(ConflictError):
@@ -66,7 +66,7 @@ def test_vllm_gets_one_rank_and_no_scale(whole: Registry, tmp_path: Path) -> Non
     assert words[6:] == ["--lora-modules", f"cooking-v1={tmp_path / 'a folder'}"]
 
 
-def test_other_shares_are_served_under_another_name(whole: Registry, tmp_path: Path) -> None:
+def test_other_weights_are_served_under_another_name(whole: Registry, tmp_path: Path) -> None:
     names = set()
     for i, composition in enumerate((SEVERAL, "cooking:0.6+sailing:0.4")):
         facts = whole.export(composition, tmp_path / str(i), to="vllm", static=True).facts
@@ -89,7 +89,7 @@ def test_a_merged_checkpoint_is_the_static_composition(whole: Registry, tmp_path
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
 
 
-def test_a_merged_checkpoint_that_differs_is_not_written(
+def test_a_merged_checkpoint_with_other_logits_is_not_written(
     whole: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lorary.registry.interop.export.LIMITS", {torch.float32: 1e-12})

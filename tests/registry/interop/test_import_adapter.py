@@ -64,7 +64,7 @@ def test_experts_below_the_feature_layer_are_routed_by_tokens(imported: Registry
     assert shares["cooking"]["cooking"] > shares["cooking"]["sailing"]
 
 
-def test_older_domains_stay_as_they_were(imported: Registry, cooking_store: Path, logits_of: Any) -> None:
+def test_older_domains_are_unchanged(imported: Registry, cooking_store: Path, logits_of: Any) -> None:
     before = Registry.open(cooking_store)
 
     assert imported.show("cooking").to_json() == before.show("cooking").to_json()
@@ -82,7 +82,7 @@ def test_the_pack_passes_the_strict_reader(imported: Registry) -> None:
     assert manifest.license == "unknown"
 
 
-def test_the_pack_is_again_an_adapter_of_peft(
+def test_peft_loads_the_imported_pack(
     imported: Registry, adapter: Path, by_peft: Any, tmp_path: Path, logits_of: Any
 ) -> None:
     pack = imported.save("sailing", tmp_path / "out") / "packs" / "sailing"
@@ -146,7 +146,7 @@ def test_a_base_model_without_a_name_is_refused(changed: Any, refused: Any) -> N
     refused(IncompatibleError, changed(base_model_name_or_path=None), match="names None", code=6)
 
 
-def test_another_name_of_the_same_weights_can_be_vouched_for(changed: Any, kp_store: Path, texts: Any, fresh_copy: Any):
+def test_another_base_model_name_is_accepted_with_same_base(changed: Any, kp_store: Path, texts: Any, fresh_copy: Any):
     folder = changed(base_model_name_or_path="somebody/renamed", revision="main")
 
     added = fresh_copy(kp_store).import_adapter("sailing", folder, data=[texts["sailing"]], same_base=True)
@@ -154,7 +154,7 @@ def test_another_name_of_the_same_weights_can_be_vouched_for(changed: Any, kp_st
     assert added.manifest.version == 1
 
 
-def test_another_folder_is_judged_by_its_weights(
+def test_a_base_model_folder_is_compared_by_fingerprint(
     changed: Any, refused: Any, base_folder: Path, tiny_llama: Any, tmp_path: Path
 ) -> None:
     other = shutil.copytree(base_folder, tmp_path / "other")
@@ -222,7 +222,7 @@ def test_an_adapter_on_the_hub_is_read_at_one_commit(
     assert not found.is_local
 
 
-def test_a_folder_that_an_adapter_from_the_hub_names_is_not_looked_at(
+def test_a_local_path_named_by_an_adapter_from_the_hub_is_not_read(
     local_hub: Any, adapter: Path, kp_store: Path, texts: Any
 ) -> None:
     _upload(adapter)  # its base model is a folder, on the machine of whoever trained it
@@ -240,7 +240,7 @@ def test_a_pickle_on_the_hub_is_not_even_downloaded(local_hub: Any, changed: Any
         Registry.open(kp_store).import_adapter("sailing", "acme/mine", data=[texts["sailing"]])
 
 
-def test_text_is_needed(kp_store: Path, adapter: Path) -> None:
+def test_an_import_needs_text(kp_store: Path, adapter: Path) -> None:
     with pytest.raises(InputError, match="--data FILE"):
         Registry.open(kp_store).import_adapter("sailing", adapter)
 

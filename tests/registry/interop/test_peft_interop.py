@@ -52,7 +52,7 @@ def test_the_root_adapter_of_a_stored_pack_is_its_static_composition(
 
 
 @pytest.mark.parametrize("expert", ["e0", "e1", "e2"])
-def test_an_expert_of_a_stored_pack_is_our_layer_with_that_expert_alone(
+def test_an_expert_of_a_stored_pack_is_the_fused_layer_with_that_expert_alone(
     expert: str, whole: Registry, tmp_path: Path, by_peft: Any, logits_of: Any
 ) -> None:
     from lorary.registry.pack.pack import read_pack
@@ -69,7 +69,7 @@ def test_an_expert_of_a_stored_pack_is_our_layer_with_that_expert_alone(
 # --- packs of mixed ranks, alphas and methods, over three families ---
 
 
-def test_the_root_adapter_is_the_bank_under_constant_gates(
+def test_the_root_adapter_is_the_bank_with_constant_gates(
     model: Any, tmp_path: Path, by_peft: Any, logits_of: Any
 ) -> None:
     bank = _random_bank(model)

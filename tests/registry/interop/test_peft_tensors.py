@@ -165,9 +165,7 @@ def test_an_adapter_that_peft_saved_is_imported_exactly(
     assert (ours - logits_of(make_base(family))).abs().max() > 1e-3
 
 
-def test_tensors_of_sixteen_bits_are_read_as_they_are(
-    saved: Any, imported: Any, make_base: Any, logits_of: Any
-) -> None:
+def test_half_precision_tensors_keep_their_dtype(saved: Any, imported: Any, make_base: Any, logits_of: Any) -> None:
     folder = saved(dtype=torch.bfloat16)
 
     bank, model = imported(folder)
@@ -177,7 +175,7 @@ def test_tensors_of_sixteen_bits_are_read_as_they_are(
     assert bank.layers[0].A["self_attn.q_proj"].dtype == torch.bfloat16
 
 
-def test_one_rank_and_one_alpha_leave_every_byte_as_it_was(saved: Any, imported: Any) -> None:
+def test_a_uniform_rank_and_alpha_keep_every_byte(saved: Any, imported: Any) -> None:
     folder = saved(use_rslora=True)
     before = load_file(folder / "adapter_model.safetensors")
 
@@ -192,9 +190,7 @@ def test_one_rank_and_one_alpha_leave_every_byte_as_it_was(saved: Any, imported:
             assert torch.equal(layer.B[target], before[f"{stem}.lora_B.weight"])
 
 
-def test_patterns_that_differ_about_one_module_are_not_guessed_at(
-    saved: Any, imported: Any, make_base: Any, logits_of: Any
-) -> None:
+def test_ambiguous_alpha_patterns_are_refused(saved: Any, imported: Any, make_base: Any, logits_of: Any) -> None:
     patterns = {"q_proj": 3, "layers.0.self_attn.q_proj": 40}  # PEFT takes the first, and saves them sorted
     folder = saved(alpha_pattern=patterns)
     assert list(json.loads((folder / "adapter_config.json").read_text())["alpha_pattern"]) == sorted(patterns)
@@ -209,7 +205,7 @@ def test_patterns_that_differ_about_one_module_are_not_guessed_at(
 
 
 @pytest.mark.parametrize("variant", REFUSED)
-def test_what_is_more_than_b_times_a_is_refused_by_name(variant: str, saved: Any, imported: Any) -> None:
+def test_variants_beyond_plain_lora_are_refused_by_name(variant: str, saved: Any, imported: Any) -> None:
     settings, said = REFUSED[variant]
     folder = saved(**settings)
 
@@ -310,7 +306,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], type[Lo
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_what_does_not_fit_together_is_refused(damage: str, altered: Any, imported: Any) -> None:
+def test_tensors_and_config_that_disagree_are_refused(damage: str, altered: Any, imported: Any) -> None:
     change, error, said = DAMAGE[damage]
     folder = altered(change)
 
@@ -318,13 +314,13 @@ def test_what_does_not_fit_together_is_refused(damage: str, altered: Any, import
         imported(folder)
 
 
-def test_a_setting_of_a_newer_peft_that_is_off_is_taken(altered: Any, imported: Any) -> None:
+def test_an_unknown_setting_that_is_off_is_accepted(altered: Any, imported: Any) -> None:
     bank, _ = imported(altered(lambda tensors, config: config.update(use_newer=False, newer_config=None)))
 
     assert len(bank.layers) == 4
 
 
-def test_other_widths_are_another_base_model(saved: Any, imported: Any) -> None:
+def test_other_matrix_widths_are_reported_as_another_base_model(saved: Any, imported: Any) -> None:
     folder = saved("llama")
 
     with pytest.raises(IncompatibleError, match="takes 32 numbers and gives 32 here|takes 48 numbers") as refusal:
@@ -333,7 +329,7 @@ def test_other_widths_are_another_base_model(saved: Any, imported: Any) -> None:
     assert refusal.value.exit_code == 6
 
 
-def test_patterns_that_never_end_are_stopped(saved: Any, imported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_patterns_time_out(saved: Any, imported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorary.registry.interop.peft_reader.MATCHING_S", 0.2)
     folder = saved()
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))

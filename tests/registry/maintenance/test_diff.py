@@ -29,7 +29,7 @@ def dense(bank: ExpertBank, index: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(("a", "b"), [("cooking@1", "cooking@2"), ("cooking@2", "cooking@1"), ("cooking", "sailing")])
-def test_norms_are_those_of_the_dense_updates(a: str, b: str, registry: Registry) -> None:
+def test_norms_match_the_dense_updates(a: str, b: str, registry: Registry) -> None:
     found = compare_versions(registry.store, registry.show(a), registry.show(b))
 
     banks = [read_pack(registry.store, registry.show(reference)).bank for reference in (a, b)]
@@ -43,7 +43,7 @@ def test_norms_are_those_of_the_dense_updates(a: str, b: str, registry: Registry
         assert layer.ranks == (banks[0].layers[layer.layer].rank, banks[1].layers[layer.layer].rank)
 
 
-def test_an_extension_differs_by_its_own_experts_alone(registry: Registry) -> None:
+def test_an_extension_differs_only_by_its_new_experts(registry: Registry) -> None:
     found = compare_versions(registry.store, registry.show("cooking@1"), registry.show("cooking@2"))
 
     bank = read_pack(registry.store, registry.show("cooking@2")).bank

@@ -31,7 +31,7 @@ def damage(path: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(change(data))
 
 
-def test_a_whole_store_has_every_file_ok(registry: Registry) -> None:
+def test_every_file_of_an_intact_store_is_ok(registry: Registry) -> None:
     found = list(verify_store(registry.store, deep=True))
 
     assert problems(found) == []
@@ -73,7 +73,7 @@ def test_bit_rot_anywhere_is_found(registry: Registry) -> None:
     assert problems(verify_store(registry.store)) == []
 
 
-def test_a_missing_blob_is_told_from_a_damaged_one(registry: Registry) -> None:
+def test_a_missing_blob_is_distinguished_from_a_damaged_one(registry: Registry) -> None:
     file = registry.show("cooking").file(OWN)
     os.unlink(registry.store.blobs.path(file.sha256))
 
@@ -89,7 +89,7 @@ def test_a_damaged_manifest_does_not_hide_the_other_versions(registry: Registry)
     assert any(one.name == "sailing" for one in found)
 
 
-def test_only_deep_finds_a_pack_that_does_not_hold_together(registry: Registry, rewrite: Any) -> None:
+def test_only_deep_finds_an_inconsistent_pack(registry: Registry, rewrite: Any) -> None:
     path = "experts/e0/adapter_config.json"
     rewrite(
         registry.store,
@@ -104,7 +104,7 @@ def test_only_deep_finds_a_pack_that_does_not_hold_together(registry: Registry, 
     assert "lora_alpha" in found.problem
 
 
-def test_an_alias_of_no_version_and_one_that_cannot_be_read_are_found(registry: Registry) -> None:
+def test_dangling_and_malformed_aliases_are_found(registry: Registry) -> None:
     aliases = registry.store.path / "domains" / "cooking" / "aliases"
     (aliases / "production").write_text("7\n", encoding="utf-8")
     (registry.store.path / "domains" / "sailing" / "aliases" / "latest").write_text("new\n", encoding="utf-8")
@@ -115,7 +115,7 @@ def test_an_alias_of_no_version_and_one_that_cannot_be_read_are_found(registry: 
     ]
 
 
-def test_removed_versions_are_not_missed(registry: Registry) -> None:
+def test_removed_versions_are_not_checked(registry: Registry) -> None:
     registry.store.remove("cooking@1")
 
     assert "cooking" not in {one.name for one in verify_store(registry.store)}
