@@ -51,7 +51,6 @@ NOT_YET_CLEAN: set[str] = {
     "docs/retention.md",
     "registry/interop",
     "registry/maintenance",
-    "registry/measure",
     "registry/pack",
     "registry/store",
 }

@@ -14,7 +14,7 @@ from ...domains.data.corpus import corpus_digest
 from ...domains.data.example import Example
 from ...domains.progress import Progress
 from ...domains.scoring.language import score_language
-from ..measure.evaluate import with_preservation
+from ..measure.evaluate import compose_with_preservation
 from ..measure.held_out import MAX_SCORED_BYTES
 from ..pack.pack import DomainPack
 from .run import TrainingRun
@@ -57,7 +57,7 @@ def check_acceptance(
     scores = {}
     for what, pack in (("parent", parent), ("new", run.pack)):
         scores[what] = score_language(
-            with_preservation(run.base, run.kp, pack, run.name),
+            compose_with_preservation(run.base, run.kp, pack, run.name),
             run.base.tokenizer,
             texts,
             max_bytes=MAX_SCORED_BYTES,

@@ -18,7 +18,7 @@ from ..measure.held_out import (
     read_checked,
     read_domain_data,
     stored_held_out,
-    together,
+    without_duplicates,
 )
 from ..store.manifest import PackManifest
 from ..store.store import Store
@@ -75,7 +75,7 @@ def plan_retraining(
             cause="what a version is judged by is never trained on",
             fix="give rows that the parent did not hold out",
         )
-    held_out = found.held_out if mode == FRESH else together(older, found.held_out)
+    held_out = found.held_out if mode == FRESH else without_duplicates(older, found.held_out)
     return RetrainingPlan(
         parent=parent,
         spec=spec,

@@ -1,1 +1,1 @@
-"""Held-out data, scores, and the retention report."""
+"""Measurements of stored domains: held-out data, scores, and the retention report."""

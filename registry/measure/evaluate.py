@@ -1,9 +1,9 @@
-"""Scores of stored domains: bits per byte under the base, under a domain's own experts alone, and under routing.
+"""Score held-out data under the base model, under a domain's own experts alone, and under routing.
 
-    share of oracle gain = (base - routed) / (base - own experts alone)
+    share of oracle gain = (base - routed) / (base - own experts alone)        in bits per byte
 
-Own experts alone means slot gate 1 for the domain and 0 for everything else: the choice of an oracle that knows each
-text's domain. A share of 1 means that routing loses nothing.
+Own experts alone means slot gate 1 for the domain and 0 for every other slot: the choice of an oracle that is given the
+domain of each text. A share of 1 means that routing loses nothing.
 """
 
 from collections.abc import Sequence
@@ -31,36 +31,36 @@ from ..compose.build import build_router
 from ..compose.plan import Plan, prior_shares
 from ..pack.pack import DomainPack
 from ..store.store import Store
-from .held_out import MAX_SCORED_BYTES, HeldOut, measured_on
+from .held_out import MAX_SCORED_BYTES, HeldOut, find_held_out
 from .scores import CellScores
 
-ROUTED_TOKENS = 256  # of each text, for routing accuracy
-BLOCK: Final = 256  # tokens of a window
+ROUTED_TOKENS = 256  # tokens of each text that routing accuracy is measured on
+BLOCK: Final = 256  # tokens per window of the retention report
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainScores:
-    """How one domain's held-out text is predicted; bits per byte, lower is better."""
+    """Bits per byte of one domain's held-out text (lower is better), and accuracy on its questions."""
 
     base: float
     alone: float  # own experts only
     routed: float
     interval: tuple[float, float]  # 95 %, of routed
     bytes: int
-    general_base: float | None = None  # the bundled general text
+    general_base: float | None = None  # bits per byte of the bundled general text
     general_routed: float | None = None
-    routed_right: float | None = None  # share of positions whose largest slot gate is the domain's
-    share_interval: tuple[float, float] | None = None  # 95 %, of the share of the oracle's gain
-    accuracy: dict[str, Any] = field(default_factory=dict)  # questions, if there are any
+    routed_right: float | None = None  # routing accuracy over positions
+    share_interval: tuple[float, float] | None = None  # 95 %, of share_of_oracle_gain
+    accuracy: dict[str, Any] = field(default_factory=dict)  # on questions, by model; empty without questions
 
     @property
     def share_of_oracle_gain(self) -> float:
-        """(base - routed) / (base - alone); nan if the own experts gain nothing."""
+        """(base - routed) / (base - alone); nan if the domain's own experts do not improve on the base."""
         gain = self.base - self.alone
         return (self.base - self.routed) / gain if gain > 0 else float("nan")
 
     def as_json(self) -> dict[str, Any]:
-        """Rounded for a manifest."""
+        """Return the scores for a manifest, rounded."""
         values = {k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(self).items()}
         share = self.share_of_oracle_gain
         return values | {
@@ -74,10 +74,10 @@ class DomainScores:
 def score_preservation(
     base: LoadedBase, pack: DomainPack, held_out: Sequence[Example], *, on_progress: OnProgress
 ) -> DomainScores:
-    """General text under the base and under KP, which is the only slot."""
+    """Score general text under the base and under KP as the only slot."""
     composed = attach(base.model, Stack(names=(GENERAL,), banks=(pack.bank,)), router=None, fixed=torch.ones(1))
-    before = _language(base.model, base, held_out, "the base", on_progress)
-    after = _language(composed, base, held_out, "KP", on_progress)
+    before = _score_texts(base.model, base, held_out, "the base", on_progress)
+    after = _score_texts(composed, base, held_out, "KP", on_progress)
     return DomainScores(
         base=before.bits_per_byte,
         alone=after.bits_per_byte,
@@ -97,16 +97,18 @@ def score_new_domain(
     *,
     on_progress: OnProgress,
 ) -> DomainScores:
-    """A new domain in the composition of KP and itself."""
-    composed = with_preservation(base, preservation, pack, name)
+    """Score a new domain in the routed composition of KP and the domain."""
+    composed = compose_with_preservation(base, preservation, pack, name)
     scores = score_in_composition(composed, base, name, held_out, on_progress=on_progress)
-    general_base = _language(base.model, base, general, "general text", on_progress)
-    general_routed = _language(composed, base, general, "general text, routed", on_progress)
+    general_base = _score_texts(base.model, base, general, "general text", on_progress)
+    general_routed = _score_texts(composed, base, general, "general text, routed", on_progress)
     return replace(scores, general_base=general_base.bits_per_byte, general_routed=general_routed.bits_per_byte)
 
 
-def with_preservation(base: LoadedBase, preservation: DomainPack, pack: DomainPack, name: str) -> PreTrainedModel:
-    """The routed composition of KP and one domain, from packs in memory."""
+def compose_with_preservation(
+    base: LoadedBase, preservation: DomainPack, pack: DomainPack, name: str
+) -> PreTrainedModel:
+    """Return the routed composition of KP and one domain, from packs in memory."""
     shares = torch.tensor(list(prior_shares({GENERAL: None, name: None}).values()))
     router = build_router([preservation, pack], shares, width=base.layout.width)
     return attach(base.model, Stack(names=(GENERAL, name), banks=(preservation.bank, pack.bank)), router=router)
@@ -121,17 +123,17 @@ def score_in_composition(
     questions: Sequence[Example] = (),
     on_progress: OnProgress,
 ) -> DomainScores:
-    """One domain's held-out text under the base, its own experts, and the composition's routing."""
-    before = _language(base.model, base, held_out, f"{name}, base", on_progress)
+    """Score one domain's held-out text under the base, under its own experts alone, and under the composition."""
+    before = _score_texts(base.model, base, held_out, f"{name}, base", on_progress)
     accuracy: dict[str, Any] = {}
     if questions:
-        accuracy["base"] = _answers(base.model, base, questions, f"{name}, base", on_progress)
-        accuracy["routed"] = _answers(composed, base, questions, f"{name}, routed", on_progress)
+        accuracy["base"] = _score_questions(base.model, base, questions, f"{name}, base", on_progress)
+        accuracy["routed"] = _score_questions(composed, base, questions, f"{name}, routed", on_progress)
     with fixed_slots(composed, {name: 1.0}):
-        alone = _language(composed, base, held_out, f"{name}, own experts", on_progress)
+        alone = _score_texts(composed, base, held_out, f"{name}, own experts", on_progress)
         if questions:
-            accuracy["alone"] = _answers(composed, base, questions, f"{name}, own experts", on_progress)
-    routed = _language(composed, base, held_out, f"{name}, routed", on_progress)
+            accuracy["alone"] = _score_questions(composed, base, questions, f"{name}, own experts", on_progress)
+    routed = _score_texts(composed, base, held_out, f"{name}, routed", on_progress)
     return DomainScores(
         base=before.bits_per_byte,
         alone=alone.bits_per_byte,
@@ -139,47 +141,52 @@ def score_in_composition(
         interval=confidence_interval(routed),
         bytes=routed.bytes,
         share_interval=_share_interval(before, alone, routed),
-        routed_right=routed_right(composed, base, name, limit_bytes(held_out, MAX_SCORED_BYTES)),
+        routed_right=routing_accuracy(composed, base, name, limit_bytes(held_out, MAX_SCORED_BYTES)),
         accuracy=accuracy,
     )
 
 
 @torch.inference_mode()
-def routed_right(composed: PreTrainedModel, base: LoadedBase, name: str, examples: Sequence[Example]) -> float | None:
-    """The share of positions, in the first tokens of each text, whose largest slot gate is this domain's."""
+def routing_accuracy(
+    composed: PreTrainedModel, base: LoadedBase, name: str, examples: Sequence[Example]
+) -> float | None:
+    """Return the share of positions, among the first tokens of each text, whose largest slot gate is this domain's.
+
+    None if the composition is static or does not contain the domain.
+    """
     routing = routing_of(composed)
     if routing.router is None or name not in routing.stack.names:
         return None
-    right = total = 0
+    correct = total = 0
     for example in examples:
         ids = torch.tensor([encode(example, base.tokenizer)[0][:ROUTED_TOKENS]], device=base.model.device)
         composed(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         assert routing.slot_gate is not None
-        right += int((routing.slot_gate.argmax(-1) == routing.stack.names.index(name)).sum())
+        correct += int((routing.slot_gate.argmax(-1) == routing.stack.names.index(name)).sum())
         total += ids.shape[1]
-    return right / total
+    return correct / total
 
 
-def _language(
-    model: PreTrainedModel, base: LoadedBase, examples: Sequence[Example], what: str, on_progress: OnProgress
+def _score_texts(
+    model: PreTrainedModel, base: LoadedBase, examples: Sequence[Example], stage: str, on_progress: OnProgress
 ) -> LanguageScore:
     return score_language(
         model,
         base.tokenizer,
         examples,
         max_bytes=MAX_SCORED_BYTES,
-        on_progress=lambda done, total: on_progress(Progress(f"scoring {what}", done, total)),
+        on_progress=lambda done, total: on_progress(Progress(f"scoring {stage}", done, total)),
     )
 
 
-def _answers(
-    model: PreTrainedModel, base: LoadedBase, questions: Sequence[Example], what: str, on_progress: OnProgress
+def _score_questions(
+    model: PreTrainedModel, base: LoadedBase, questions: Sequence[Example], stage: str, on_progress: OnProgress
 ) -> dict[str, Any]:
     score: ChoiceScore = score_choices(
         model,
         base.tokenizer,
         questions,
-        on_progress=lambda done, total: on_progress(Progress(f"asking {what}", done, total)),
+        on_progress=lambda done, total: on_progress(Progress(f"asking {stage}", done, total)),
     )
     return {
         "accuracy": round(score.accuracy, 4),
@@ -190,11 +197,11 @@ def _answers(
 
 
 def _share_interval(before: LanguageScore, alone: LanguageScore, routed: LanguageScore) -> tuple[float, float] | None:
-    """The 95 % interval of the share of the oracle's gain, by the paired bootstrap over texts."""
+    """Return the 95 % interval of the share of oracle gain, by the paired bootstrap over texts."""
     nats = [score.text_nats for score in (before, alone, routed)]
-    base, own, ours = ratio_draws(nats, before.text_bytes).T
-    has_gain = base > own
-    return percentile_interval((base - ours)[has_gain] / (base - own)[has_gain])
+    base, oracle, composed = ratio_draws(nats, before.text_bytes).T
+    has_gain = base > oracle
+    return percentile_interval((base - composed)[has_gain] / (base - oracle)[has_gain])
 
 
 def evaluate_composition(
@@ -207,10 +214,14 @@ def evaluate_composition(
     with_questions: bool,
     on_progress: OnProgress,
 ) -> dict[str, DomainScores]:
-    """Scores of every slot of a composition, KP's included.
+    """Score every slot of a composition, KP included.
+
+    Args:
+        data: Held-out text of the only domain, instead of what was held out when it was added.
+        with_questions: Also score the domain's questions.
 
     Raises:
-        InputError: `data` was given for a composition of several domains, or held-out text is not to be had.
+        InputError: `data` is given for several domains, or the held-out text of a domain is not available.
     """
     names = [slot.name for slot in plan.slots]
     domains = [name for name in names if name != GENERAL] or [GENERAL]
@@ -224,15 +235,17 @@ def evaluate_composition(
     for slot in plan.slots:
         if data and slot.name not in domains:
             continue
-        found = measured_on(store, slot.manifest, data=data, max_bytes=MAX_SCORED_BYTES, with_questions=with_questions)
+        found = find_held_out(
+            store, slot.manifest, data=data, max_bytes=MAX_SCORED_BYTES, with_questions=with_questions
+        )
         scores[slot.name] = score_in_composition(
             model, base, slot.name, found.texts, questions=found.questions, on_progress=on_progress
         )
     return scores
 
 
-class _Observer:
-    """Sums slot gates by text over the positions that predicted a counted token."""
+class _GateObserver:
+    """Sums of slot gates per text, over the positions that predict a scored token."""
 
     def __init__(self, model: PreTrainedModel, texts: int):
         self._routing = routing_of(model)
@@ -249,40 +262,40 @@ class _Observer:
         self.positions.index_add_(0, texts, weight.sum(1, keepdim=True))
 
     def taken(self) -> dict[str, int]:
-        """Texts by the slot that has most of their gate."""
+        """Return the number of texts by the slot with the largest mean gate."""
         largest = self.gates[self.positions[:, 0] > 0].argmax(1)
         counts = torch.bincount(largest, minlength=self.gates.shape[1]).tolist()
         return {name: count for name, count in zip(self._routing.stack.names, counts, strict=True) if count}
 
     def means(self) -> dict[str, float]:
-        """Mean gate of each slot over all positions."""
+        """Return the mean gate of each slot over all positions."""
         means = (self.gates.sum(0) / self.positions.sum()).tolist()
         return {name: round(mean, 6) for name, mean in zip(self._routing.stack.names, means, strict=True)}
 
 
 def score_held_out(
-    model: PreTrainedModel, base: LoadedBase, data: HeldOut, *, what: str, on_progress: OnProgress
+    model: PreTrainedModel, base: LoadedBase, data: HeldOut, *, stage: str, on_progress: OnProgress
 ) -> CellScores:
-    """Scores texts and questions; of a routed composition also where the texts went.
+    """Score texts and questions under one model; of a routed composition also count which slot took each text.
 
     Args:
-        model: The base, or a composition over it.
-        what: What progress is reported as.
+        model: The base model or a composition of it.
+        stage: Name of the stage in progress reports.
     """
     routing = getattr(model, "routing", None)
     is_routed = routing is not None and routing.router is not None and routing.fixed is None
-    observer = _Observer(model, len(data.texts)) if is_routed else None
+    observer = _GateObserver(model, len(data.texts)) if is_routed else None
 
-    def tell(done: int, total: int) -> None:
-        on_progress(Progress(what, done, total))
+    def report(done: int, total: int) -> None:
+        on_progress(Progress(stage, done, total))
 
-    found = score_language(model, base.tokenizer, data.texts, block=BLOCK, on_progress=tell, on_batch=observer)
+    language = score_language(model, base.tokenizer, data.texts, block=BLOCK, on_progress=report, on_batch=observer)
     right: tuple[bool, ...] = ()
     if data.questions:
-        right = score_choices(model, base.tokenizer, data.questions, on_progress=tell).right
+        right = score_choices(model, base.tokenizer, data.questions, on_progress=report).right
     return CellScores(
-        text_nats=found.text_nats,
-        text_bytes=found.text_bytes,
+        text_nats=language.text_nats,
+        text_bytes=language.text_bytes,
         right=right,
         taken=observer.taken() if observer else {},
         gates=observer.means() if observer else {},

@@ -1,6 +1,6 @@
-"""A domain's text: read, checked and split when a version is learned; the held-out part found again later.
+"""Read, check and split the text of a domain, and find the held-out part of a stored version again.
 
-Nothing heavy is imported here, so that a command can refuse a name or a row before torch is loaded.
+Nothing heavy is imported here, so a command can refuse a name or a row before torch is loaded.
 """
 
 import json
@@ -31,16 +31,16 @@ from ..store.blobs import sha256_of
 from ..store.manifest import PackManifest
 from ..store.store import Store
 
-HELD_OUT = 0.15  # share of the rows that is never trained on
-FRESH = "fresh"  # the mode of retraining that takes nothing from the parent
+HELD_OUT = 0.15  # share of the rows that is held out
+FRESH = "fresh"  # the mode of retraining that inherits nothing from the parent
 UNKNOWN_LICENSE = "unknown"
-MAX_SCORED_BYTES = 120_000  # of held-out text that is scored
+MAX_SCORED_BYTES = 120_000  # maximum of held-out text that is scored
 MAX_QUESTIONS = 400
 
 
 @dataclass(frozen=True, kw_only=True)
 class DomainData:
-    """The examples of a domain, split, with what the manifest says of them."""
+    """Examples of a domain, split, and their description for the manifest."""
 
     train: list[Example]
     held_out: list[Example]
@@ -50,7 +50,7 @@ class DomainData:
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """What a domain is measured on."""
+    """Texts and questions that a domain is measured on."""
 
     name: str
     texts: tuple[Example, ...]
@@ -58,36 +58,38 @@ class HeldOut:
 
     @cached_property
     def digest(self) -> str:
-        """Of the content in this order."""
+        """Digest of the content, in this order."""
         parts = [b"".join(example.digest() for example in part) for part in (self.texts, self.questions)]
         return sha256_of(b"".join(sha256_of(part).encode() for part in parts))
 
 
 def check_new_name(store: Store, name: str) -> None:
-    """Refuses a name under which no domain can be added.
+    """Raise if no domain can be added under this name.
 
     Raises:
-        InputError: It breaks the grammar, or is KP's.
+        InputError: The name violates the grammar, or is that of the KP bank.
         ConflictError: The domain exists.
     """
     check_name(name)
     if name == GENERAL:
-        raise InputError("'general' is the KP slot; init trains it.", fix="choose another name for the domain")
+        raise InputError(
+            "'general' is the name of the KP bank, which init trains.", fix="choose another name for the domain"
+        )
     if store.versions(name):
         raise ConflictError(
-            f"There is a domain named {name!r} already.",
+            f"There already is a domain named {name!r}.",
             cause=f"its versions: {', '.join(map(str, store.versions(name)))}",
             fix=f"look at it with: registry show {name}; or choose another name",
         )
 
 
 def spec_of(name: str, data: Sequence[Source]) -> DomainSpec:
-    """What is known of a domain: the built-in spec, or what can be said of one whose data the user brings.
+    """Return the built-in spec of a domain, or a minimal spec for a domain with the user's own data.
 
-    The licence of a built-in domain is that of its bundled corpus; that of the user's data nobody told.
+    The licence of a built-in domain is that of its bundled corpus; the licence of the user's data is unknown.
 
     Raises:
-        NotFoundError: No data was given and no built-in domain has this name.
+        NotFoundError: No data is given, and no built-in domain has this name.
     """
     if not data:
         return find_domain(name)
@@ -96,11 +98,11 @@ def spec_of(name: str, data: Sequence[Source]) -> DomainSpec:
 
 
 def read_domain_data(spec: DomainSpec, data: Sequence[Source]) -> DomainData:
-    """The examples of a domain, from the user's files or the bundled corpus, split by content.
+    """Read the examples of a domain from the user's files or the bundled corpus, and split them by content.
 
     Raises:
-        CorpusError: A row cannot be used; tells how many more there are.
-        InputError: There is too little to split.
+        CorpusError: A row is invalid; gives the number of further invalid rows.
+        InputError: There are too few rows to split.
     """
     sources: list[Source] = list(data) or ([spec.corpus] if spec.corpus else [])
     examples = read_checked(sources)
@@ -108,7 +110,7 @@ def read_domain_data(spec: DomainSpec, data: Sequence[Source]) -> DomainData:
     if not train or not held_out:
         raise InputError(
             f"The data of {spec.name!r} has {len(examples)} row; at least two different ones are needed.",
-            cause="one part is trained on, the other held out to measure",
+            cause="one part is for training, the other is held out for measurements",
             fix="give more rows, or split a long text into several",
         )
     counts = corpus_counts(examples)
@@ -124,52 +126,54 @@ def read_domain_data(spec: DomainSpec, data: Sequence[Source]) -> DomainData:
 
 
 def read_checked(sources: Sequence[Source]) -> list[Example]:
-    """Every example of these sources.
+    """Return all examples of these sources.
 
     Raises:
-        CorpusError: A row cannot be used; tells how many more there are.
+        CorpusError: A row is invalid; gives the number of further invalid rows.
     """
     problems = check_corpus(sources)
     if len(problems) > 1:
-        problems[0].cause = f"{len(problems)} rows cannot be used; next: {problems[1].message}"
+        problems[0].cause = f"{len(problems)} rows are invalid; the next one: {problems[1].message}"
     if problems:
         raise problems[0]
     return list(read_examples(sources))
 
 
 def general_examples() -> list[Example]:
-    """The held-out part of the bundled general corpus: what 'general text' is measured on."""
+    """Return the held-out part of the bundled general corpus, which general text is measured on."""
     corpus = builtin_domains()[GENERAL].corpus
     assert corpus is not None
     return split(list(read_examples([corpus])), HELD_OUT)[1]
 
 
 def stored_held_out(store: Store, manifest: PackManifest) -> list[Example]:
-    """The held-out text of a stored version, read again where it was read and checked by digest.
+    """Return the held-out text of a stored version, read from its original files and checked by digest.
 
-    Of a version that was retrained, and not from scratch, it is what its parent held out and what it held out itself.
+    A version that was retrained in another mode than `fresh` also holds out what its parent holds out.
 
     Raises:
-        InputError: It is not on this machine any more, or has changed; asks for --data.
+        InputError: The files are no longer on this machine, or have changed.
     """
-    versions = _learned_from(store, manifest)
-    return together(*(split(_own_examples(store, one), one.train["data"]["held_out_share"])[1] for one in versions))
+    versions = _training_lineage(store, manifest)
+    return without_duplicates(
+        *(split(_examples_of(store, one), one.train["data"]["held_out_share"])[1] for one in versions)
+    )
 
 
-def together(*parts: list[Example]) -> list[Example]:
-    """Every example once."""
+def without_duplicates(*parts: list[Example]) -> list[Example]:
+    """Return the examples of all parts, each once."""
     return list({example.digest(): example for part in parts for example in part}.values())
 
 
-def _learned_from(store: Store, manifest: PackManifest) -> list[PackManifest]:
-    """The versions whose data a version knows, the oldest first: its own and, unless it started over, its parent's."""
+def _training_lineage(store: Store, manifest: PackManifest) -> list[PackManifest]:
+    """Return the versions whose data a version was trained on, oldest first: itself, and its parents unless fresh."""
     if manifest.parent is None or manifest.lineage.get("mode") == FRESH:
         return [manifest]
     parents = [older for older in store.history(manifest.name) if older.version == manifest.parent]
-    return [one for parent in parents for one in _learned_from(store, parent)] + [manifest]
+    return [one for parent in parents for one in _training_lineage(store, parent)] + [manifest]
 
 
-def _own_examples(store: Store, manifest: PackManifest) -> list[Example]:
+def _examples_of(store: Store, manifest: PackManifest) -> list[Example]:
     data = manifest.train.get("data") or {"digest": "unknown", "files": ["unknown"]}
     for sources in _known_sources(store, manifest):
         try:
@@ -185,20 +189,22 @@ def _own_examples(store: Store, manifest: PackManifest) -> list[Example]:
     )
 
 
-def measured_on(
+def find_held_out(
     store: Store, manifest: PackManifest, *, data: Sequence[Source] = (), max_bytes: int, with_questions: bool
 ) -> HeldOut:
-    """What a stored version is measured on: its held-out rows, and the questions among them or its spec's.
+    """Return what a stored version is measured on: its held-out rows, and the questions among them or of its spec.
 
     Args:
-        data: Held-out rows to be used instead.
-        max_bytes: At most so much text.
+        data: Held-out rows to use instead.
+        max_bytes: Maximum number of bytes of text.
+        with_questions: Include questions.
     """
     held_out = read_checked(data) if data else stored_held_out(store, manifest)
     questions: list[Example] = []
     if with_questions:
-        # all of the data: not every label need be among the held-out rows
-        known = held_out if data else together(*(_own_examples(store, one) for one in _learned_from(store, manifest)))
+        # all of the data: a label may be missing in the held-out rows
+        lineage = [] if data else _training_lineage(store, manifest)
+        known = held_out if data else without_duplicates(*(_examples_of(store, one) for one in lineage))
         questions = find_questions(held_out, find_labels(known)) or domain_questions(manifest.name)
     return HeldOut(
         name=manifest.name,
@@ -208,19 +214,19 @@ def measured_on(
 
 
 def general_text(*, max_bytes: int) -> HeldOut:
-    """The general text that every composition is measured on."""
+    """Return the general text that every composition is measured on."""
     return HeldOut(name=GENERAL, texts=tuple(limit_bytes(general_examples(), max_bytes)))
 
 
 def domain_questions(name: str) -> list[Example]:
-    """The questions of a built-in domain; none for others."""
+    """Return the questions of a built-in domain; none for other domains."""
     spec = builtin_domains().get(name)
     return list(read_examples([spec.questions])) if spec and spec.questions else []
 
 
 def _known_sources(store: Store, manifest: PackManifest) -> list[list[Source]]:
     candidates: list[list[Source]] = []
-    # the last part only: the manifest may come from anybody
+    # the last part only: the manifest may come from an untrusted source
     run = store.runs / Path(str(manifest.train.get("run"))).name / "run.json"
     if run.is_file():
         sources = json.loads(run.read_text(encoding="utf-8"))["sources"]

@@ -1,14 +1,14 @@
-"""What a retention matrix says: each metric with its formula and its source. Plain numbers in, plain numbers out.
+"""Compute the metrics of a retention matrix, each with its formula and its source; needs numpy only.
 
     R[i, j] = score on domain j after step i                 step 0 is the bare base model, T the last step
     L(j)    = the step at which domain j was learned
     G[i, j] = gain over the base: R[0, j] - R[i, j] where lower is better (bits per byte),
                                   R[i, j] - R[0, j] where higher is better (accuracy)
 
-Metrics are written in gains, so that one formula holds for both kinds of scores: more is better, but for forgetting.
-Each has a value for every domain (nan where it is not defined) and, as a whole, the mean over domains that have one.
+Metrics are defined in gains, so one formula serves both kinds of scores: higher is better, except for forgetting. A
+metric has a value for every domain (nan where it is undefined); the overall value is the mean over the others.
 
-R may have leading axes, the draws of a bootstrap: then every result has them too.
+R may have leading axes, such as the draws of a bootstrap; results have the same leading axes.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,15 +34,15 @@ class RetentionMatrix:
         oracle: ArrayLike | None = None,
         learned: Sequence[int] | None = None,
     ):
-        """Takes scores as they are.
+        """Store the scores.
 
         Args:
-            steps: What was learned, in order: "base", "medicine", "legal", ...
-            domains: The names of the columns.
-            R: (..., steps, domains); nan marks what was not measured.
+            steps: What was added at each step: "base", "medicine", "legal", ...
+            domains: Names of the columns.
+            R: (..., steps, domains); nan where nothing was measured.
             lower_is_better: True for bits per byte, False for accuracies.
             oracle: (..., domains): each domain's score under its own experts alone.
-            learned: L(j); by default the step that is named like the domain.
+            learned: L(j); by default the step with the name of the domain.
         """
         self.steps, self.domains = tuple(steps), tuple(domains)
         self.R: Values = np.asarray(R, dtype=np.float64)
@@ -54,27 +54,27 @@ class RetentionMatrix:
 
     @property
     def last(self) -> int:
-        """T."""
+        """Index of the last step, T."""
         return len(self.steps) - 1
 
     @property
     def gains(self) -> Values:
-        """G, of the shape of R."""
+        """G, in the shape of R."""
         return self._better(self.R, self.R[..., :1, :])
 
     @property
     def own_gain(self) -> Values:
-        """G[L(j), j]: each domain's gain when it had just been learned, (..., domains)."""
+        """G[L(j), j]: gain of each domain right after it was learned, (..., domains)."""
         return self.gains[..., self.learned, range(len(self.domains))]
 
     @property
     def oracle_gain(self) -> Values:
-        """Each domain's gain under its own experts alone, (..., domains)."""
+        """Gain of each domain under its own experts alone, (..., domains)."""
         oracle = np.full(self.R[..., 0, :].shape, np.nan) if self.oracle is None else self.oracle
         return self._better(oracle, self.R[..., 0, :])
 
     def of(self, domains: Sequence[str]) -> "RetentionMatrix":
-        """The columns of some domains; every step stays."""
+        """Return the matrix of some domains, with all steps."""
         columns = [self.domains.index(name) for name in domains]
         return RetentionMatrix(
             steps=self.steps,
@@ -90,7 +90,7 @@ class RetentionMatrix:
 
 
 def final_score(matrix: RetentionMatrix) -> Values:
-    """R[T, j]; its mean is the average score.
+    """Return R[T, j]; its mean is the average score.
 
     ACC of Lopez-Paz and Ranzato 2017 (GEM, arXiv 1706.08840).
     """
@@ -98,69 +98,69 @@ def final_score(matrix: RetentionMatrix) -> Values:
 
 
 def backward_transfer(matrix: RetentionMatrix) -> Values:
-    """What later steps did to a domain: G[T, j] - G[L(j), j], for domains with L(j) < T. Negative means forgetting.
+    """Return G[T, j] - G[L(j), j] for domains with L(j) < T: the effect of later steps; negative means forgetting.
 
     Lopez-Paz and Ranzato 2017 (arXiv 1706.08840): (1 / (T - 1)) sum over j < T of R[T, j] - R[j, j], for accuracies.
     """
-    return _for(matrix, [step < matrix.last for step in matrix.learned], matrix.gains[..., -1, :] - matrix.own_gain)
+    return _where(matrix, [step < matrix.last for step in matrix.learned], matrix.gains[..., -1, :] - matrix.own_gain)
 
 
 def forgetting(matrix: RetentionMatrix) -> Values:
-    """How far a domain fell from its best: max over 1 <= i < T of G[i, j], minus G[T, j], for domains with L(j) < T.
+    """Return max over 1 <= i < T of G[i, j], minus G[T, j], for domains with L(j) < T: the drop from the best gain.
 
-    Chaudhry et al. 2018 (arXiv 1801.10112), for accuracies. Less is better; negative where the last step is the best.
+    Chaudhry et al. 2018 (arXiv 1801.10112), for accuracies. Lower is better; negative where the last step is the best.
     """
     before = np.where(np.isnan(matrix.gains), -np.inf, matrix.gains)[..., 1:-1, :]
     best = before.max(axis=-2, initial=-np.inf)
-    return _for(matrix, [step < matrix.last for step in matrix.learned], best - matrix.gains[..., -1, :])
+    return _where(matrix, [step < matrix.last for step in matrix.learned], best - matrix.gains[..., -1, :])
 
 
 def forward_transfer(matrix: RetentionMatrix) -> Values:
-    """What a domain gained before it was learned: G[L(j) - 1, j], for domains with L(j) > 1.
+    """Return G[L(j) - 1, j] for domains with L(j) > 1: the gain before the domain was learned.
 
     Lopez-Paz and Ranzato 2017 (arXiv 1706.08840): (1 / (T - 1)) sum over j > 1 of R[j - 1, j] - b_j, where b_j is the
     untrained model's accuracy; here it is the base model's.
     """
     before = [max(step - 1, 0) for step in matrix.learned]
     gains = matrix.gains[..., before, range(len(matrix.domains))]
-    return _for(matrix, [step > 1 for step in matrix.learned], gains)
+    return _where(matrix, [step > 1 for step in matrix.learned], gains)
 
 
 def retention(matrix: RetentionMatrix) -> Values:
-    """The share of a domain's gain that is still there: G[T, j] / G[L(j), j]; 1 means that nothing was lost.
+    """Return G[T, j] / G[L(j), j]: the share of a domain's gain that is retained; 1 means that nothing was lost.
 
-    Not defined for a domain that gained nothing when it was learned.
+    Undefined for a domain without a gain when it was learned.
     """
     return _share(matrix.gains[..., -1, :], matrix.own_gain)
 
 
 def oracle_share(matrix: RetentionMatrix) -> Values:
-    """(base - routed) / (base - own experts alone): G[T, j] over the gain under the right experts alone.
+    """Return G[T, j] divided by the gain under the domain's own experts alone.
 
-    1 means that routing loses nothing against an oracle that knows each text's domain. Soft gates may exceed it. Not
-    defined without an oracle, or where its gain is not positive.
+    1 means that routing loses nothing against an oracle that is given each text's domain; soft gates may exceed it.
+    Undefined without an oracle, or where its gain is not positive.
     """
     return _share(matrix.gains[..., -1, :], matrix.oracle_gain)
 
 
 def mean(values: ArrayLike) -> Values:
-    """The mean over domains (the last axis) that have a value; nan if none has."""
+    """Return the mean over domains (the last axis) with a value; nan if there are none."""
     array = np.asarray(values, dtype=np.float64)
-    is_there = ~np.isnan(array)
+    is_defined = ~np.isnan(array)
     with np.errstate(invalid="ignore"):
-        return np.where(is_there, array, 0.0).sum(-1) / is_there.sum(-1)
+        return np.where(is_defined, array, 0.0).sum(-1) / is_defined.sum(-1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A metric and how to say what it is."""
+    """A metric with its description."""
 
     name: str
     title: str
     formula: str
     source: str
     meaning: str
-    is_share: bool  # of 1; else in the units of the scores
+    is_share: bool  # a ratio; otherwise in the unit of the scores
     compute: Callable[[RetentionMatrix], Values]  # one value for each domain
 
 
@@ -227,8 +227,8 @@ METRICS: Final = {
 }
 
 
-def _for(matrix: RetentionMatrix, applies: Sequence[bool], values: Values) -> Values:
-    """The values of the domains to which a metric applies."""
+def _where(matrix: RetentionMatrix, applies: Sequence[bool], values: Values) -> Values:
+    """Return `values`, with nan for domains that a metric does not apply to."""
     return np.where(np.asarray(applies, dtype=bool), values, np.nan)
 
 

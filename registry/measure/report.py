@@ -1,7 +1,8 @@
-"""What the measured cells say: matrices with intervals, metrics, routing and drift, as numbers and as JSON.
+"""Compute a retention report from measured cells: matrices with intervals, metrics, routing and drift.
 
-Intervals are 95 %: Wilson's for accuracies, else the bootstrap over texts (questions for accuracies), paired: all steps
-of a column share their draws, so that the interval of a difference or a share is that of the difference or share.
+Intervals are 95 %: Wilson's for accuracies, otherwise the bootstrap over texts (over questions for metrics of
+accuracies). The bootstrap is paired: all steps of a column share their draws, so a difference or a ratio of steps has
+its own interval.
 """
 
 import math
@@ -14,6 +15,7 @@ import numpy as np
 
 from ...adapters.composition import GENERAL
 from ...domains.statistics.intervals import DRAWS, percentile_interval, ratio_draws, wilson_interval
+from ..compose.notebook import html_table
 from ..store.manifest import PackManifest
 from .held_out import HeldOut
 from .metrics import METRICS, RetentionMatrix, Values, mean
@@ -30,22 +32,22 @@ _SHARE: Final = "share"
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A number with its 95 % interval, or neither."""
+    """A number with its 95 % interval; both are None where it is undefined."""
 
     value: float | None
     interval: Interval | None = None
 
     def as_json(self) -> dict[str, Any]:
-        """Rounded."""
+        """Return the rounded content for JSON."""
         bounds = self.interval and [round(bound, 6) for bound in self.interval]
         return {"value": None if self.value is None else round(self.value, 6), "interval": bounds}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One metric of a report: what it is, its value for all, and for each domain."""
+    """One metric of a report: its description, overall value, and value for each domain."""
 
-    name: str  # as in gates and in JSON
+    name: str  # in thresholds and in JSON
     title: str
     formula: str
     source: str
@@ -57,11 +59,11 @@ class Figure:
 
     @property
     def applying(self) -> dict[str, Value]:
-        """The domains to which it applies: those with a value, and, of a share, those whose share is not defined."""
+        """The domains that the metric applies to: those with a value, and those whose share is undefined."""
         return {name: v for name, v in self.domains.items() if v.value is not None or self.unit == _SHARE}
 
     def as_json(self) -> dict[str, Any]:
-        """With formula and source beside the numbers."""
+        """Return the content for JSON, with formula and source."""
         about = {"title": self.title, "formula": self.formula, "source": self.source, "meaning": self.meaning}
         domains = {name: value.as_json() for name, value in self.domains.items()}
         better = "less" if self.is_less_better else "more"
@@ -70,28 +72,28 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreTable:
-    """A retention matrix with the interval of each cell, and its draws."""
+    """A retention matrix with the interval of each cell and the draws of the bootstrap."""
 
     matrix: RetentionMatrix
     draws: RetentionMatrix
     intervals: tuple[tuple[Interval | None, ...], ...]  # (steps, domains)
-    counts: Mapping[str, int]  # texts or questions behind each column
+    counts: Mapping[str, int]  # number of texts or questions of each column
 
     def value(self, step: int, column: int) -> float | None:
-        """A score; None where nothing was measured."""
+        """Return a score; None where nothing was measured."""
         return _number(self.matrix.R[step, column])
 
 
 @dataclass(frozen=True, kw_only=True)
 class RetentionScores:
-    """Everything that was measured; `RetentionReport` computes the figures."""
+    """Measured cells of a retention matrix, with what they were measured on."""
 
     steps: tuple[str, ...]  # "base", "general", then the domains as added
-    manifests: tuple[PackManifest, ...]  # KP's first, one for each step but the base
+    manifests: tuple[PackManifest, ...]  # one for each step but the base, KP's first
     data: tuple[HeldOut, ...]  # one for each column: general text first
     cells: Mapping[tuple[int, int], CellScores]  # by step and column
     alone: tuple[CellScores, ...]  # each column under its own experts alone
-    drift: "tuple[Drift, ...]"  # of each domain's addition, general's left out
+    drift: "tuple[Drift, ...]"  # of each domain's addition, without general
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -100,11 +102,11 @@ class RetentionScores:
 
 
 class RetentionReport:
-    """The numbers of a report, computed as they are asked for."""
+    """Retention report: how each domain's scores change as domains are added. Figures are computed on first use."""
 
     def __init__(self, scores: RetentionScores, *, left_out: Mapping[str, str] | None = None):
         self.scores = scores
-        self.left_out = dict(left_out or {})  # domains that could not be measured, and why
+        self.left_out = dict(left_out or {})  # domains that could not be measured, with the reason
         self.steps = scores.steps
         self.columns = scores.columns
         self.domains = scores.columns[1:]
@@ -121,7 +123,7 @@ class RetentionReport:
 
     @cached_property
     def accuracy(self) -> ScoreTable | None:
-        """Accuracy on the questions of the domains that have some; higher is better."""
+        """Accuracy of the domains with questions, higher is better; None if there are no questions."""
         asked = [name for name, cell in zip(self.columns, self.scores.alone, strict=True) if cell.right]
         if not asked:
             return None
@@ -131,7 +133,7 @@ class RetentionReport:
 
     @cached_property
     def figures(self) -> tuple[Figure, ...]:
-        """Every metric, with intervals."""
+        """All metrics, with intervals."""
         figures = [_figure(name, self.bits, self.domains, prefix="", unit=_BITS) for name in METRICS]
         if self.accuracy:
             asked = [name for name in self.accuracy.matrix.domains if name != GENERAL]
@@ -140,7 +142,7 @@ class RetentionReport:
 
     @cached_property
     def confusion(self) -> dict[str, dict[str, int]]:
-        """Texts by true domain and by the slot that has most of their gate, after the last step."""
+        """Number of texts by true domain and by the slot with the largest mean gate, after the last step."""
         last = len(self.steps) - 1
         return {name: dict(self.scores.cells[last, j].taken) for j, name in enumerate(self.columns)}
 
@@ -150,16 +152,37 @@ class RetentionReport:
         last = len(self.steps) - 1
         return {name: dict(self.scores.cells[last, j].gates) for j, name in enumerate(self.columns)}
 
+    def __repr__(self) -> str:
+        left_out = f", left_out={list(self.left_out)}" if self.left_out else ""
+        return f"RetentionReport(domains={list(self.domains)}, cells={len(self.scores.cells)}{left_out})"
+
+    def _repr_html_(self) -> str:
+        matrix, columns = self.bits.matrix, range(len(self.columns))
+        retained, share = (self.figure(name).domains for name in ("retention", "oracle_share"))
+        rows = [
+            (
+                name,
+                *(_decimals(self.bits.value(step, j)) for step in (0, matrix.learned[j], matrix.last)),
+                *(_decimals(values[name].value) if name in values else "" for values in (retained, share)),
+            )
+            for j, name in zip(columns, self.columns, strict=True)
+        ]
+        caption = f"Retention after {len(self.domains)} domains, bits per byte"
+        if self.left_out:
+            caption += f"; left out: {', '.join(self.left_out)}"
+        headings = ("domain", "base", "when learned", "now", "retention", "share of oracle gain")
+        return html_table(caption, headings, rows)
+
     def figure(self, name: str) -> Figure:
-        """The metric of this name.
+        """Return the metric of this name.
 
         Raises:
-            KeyError: There is none.
+            KeyError: There is no such metric.
         """
         return {figure.name: figure for figure in self.figures}[name]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for programs."""
+        """Return the whole report for JSON."""
         manifests = zip(self.columns, self.scores.manifests, strict=True)
         return {
             "steps": list(self.steps),
@@ -189,7 +212,7 @@ class RetentionReport:
         above: Callable[[CellScores], Sequence[float]],
         below: Callable[[CellScores], Sequence[float]],
     ) -> ScoreTable:
-        """Point values, draws and intervals of some columns."""
+        """Return point values, draws and intervals of some columns; a score is sum(above) / sum(below)."""
         shape = len(self.steps), len(columns)
         R, draws = np.full(shape, np.nan), np.full((DRAWS, *shape), np.nan)
         oracle, oracle_draws = np.full(shape[1], np.nan), np.full((DRAWS, shape[1]), np.nan)
@@ -198,12 +221,12 @@ class RetentionReport:
             j = self.columns.index(name)
             rows = [i for i in range(len(self.steps)) if (i, j) in self.scores.cells]
             cells = [*(self.scores.cells[i, j] for i in rows), self.scores.alone[j]]
-            tops, bottom = [above(cell) for cell in cells], below(cells[0])
-            values = np.asarray(tops, dtype=np.float64).sum(1) / sum(bottom)
-            drawn = ratio_draws(tops, bottom, seed=j)  # another seed for each column: domains are drawn independently
+            numerators, denominator = [above(cell) for cell in cells], below(cells[0])
+            values = np.asarray(numerators, dtype=np.float64).sum(1) / sum(denominator)
+            drawn = ratio_draws(numerators, denominator, seed=j)  # one seed per column: domains are independent
             R[rows, k], oracle[k] = values[:-1], values[-1]
             draws[:, rows, k], oracle_draws[:, k] = drawn[:, :-1], drawn[:, -1]
-            counts[name] = len(bottom)
+            counts[name] = len(denominator)
         about: dict[str, Any] = {"steps": self.steps, "domains": columns, "lower_is_better": lower_is_better}
         matrix = RetentionMatrix(R=R, oracle=oracle, **about)
         intervals = tuple(
@@ -214,7 +237,7 @@ class RetentionReport:
         return ScoreTable(matrix=matrix, draws=drawn_matrix, intervals=intervals, counts=counts)
 
     def _general(self) -> list[Figure]:
-        """What became of general text."""
+        """Return the figure of general text."""
         before, after = self.bits.matrix.R[0, 0], self.bits.matrix.R[-1, 0]
         drawn_before, drawn_after = self.bits.draws.R[:, 0, 0], self.bits.draws.R[:, -1, 0]
         return [
@@ -231,7 +254,7 @@ class RetentionReport:
         ]
 
     def _routing(self) -> Figure:
-        """How often the router gives a text to its own domain."""
+        """Return the routing accuracy."""
         right = {name: self.confusion[name].get(name, 0) for name in self.columns}
         texts = {name: sum(self.confusion[name].values()) for name in self.columns}
         return Figure(
@@ -246,7 +269,7 @@ class RetentionReport:
         )
 
     def _drift(self) -> list[Figure]:
-        """What each addition did to the routing of older domains."""
+        """Return how much each addition changed the routing of older domains."""
         measured = dict(zip(self.domains, self.scores.drift, strict=True))
         others = {name: drift for name, drift in measured.items() if drift.domains}
         shared: dict[str, Any] = {"source": "this project", "is_less_better": True}
@@ -277,7 +300,7 @@ class RetentionReport:
 
 
 def figure_names() -> set[str]:
-    """The names of all figures that a report can have."""
+    """Return the names of all figures that a report can have."""
     others = {"general_delta", "routing_accuracy", "drift_kl", "drift_flips"}
     return {*METRICS, *(f"accuracy_{name}" for name in METRICS), *others}
 
@@ -316,6 +339,10 @@ def _share(right: int, total: int) -> Value:
 
 def _number(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None
+
+
+def _decimals(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
 
 
 def _table_json(scores: ScoreTable, metric: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""What a report shows of the packs themselves: how their text lies, and how their experts stand and are used.
+"""Collect what a report shows of the packs: a map of their prototypes, and the mean gates of their experts.
 
-    places   prototypes of all domains in the plane that keeps most of their variance (principal components)
-    gates    each expert's mean gate, by decoder layer, on text that it was trained on
+    places   prototypes of all domains, projected on their first two principal components
+    gates    mean gate of each expert, by decoder layer, on text that it was trained on
 
-Packs are read, and so verified, one after another: however many there are, one is in memory.
+Packs are read and verified one at a time, so memory does not grow with their number.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,18 +21,18 @@ Points = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True)
 class ReportDetails:
-    """What the packs of a report hold."""
+    """Prototype map and expert gates of the packs of a report."""
 
     places: Mapping[str, Points]  # by domain: (prototypes, 2)
     explained: tuple[float, float]  # share of the variance along each axis
-    gates: Mapping[str, tuple[tuple[float, ...], ...]]  # by domain: of each decoder layer, of each expert
+    gates: Mapping[str, tuple[tuple[float, ...], ...]]  # by domain, decoder layer and expert
 
 
 def read_details(files: PackSource, manifests: Mapping[str, PackManifest]) -> ReportDetails:
-    """The details of these packs, in their order.
+    """Return the details of these packs, in their order.
 
     Raises:
-        IntegrityError: A file differs from its digest, or tensors do not fit the manifest.
+        IntegrityError: A file differs from its digest, or its tensors contradict the manifest.
     """
     prototypes, gates = {}, {}
     for name, manifest in manifests.items():
@@ -44,15 +44,15 @@ def read_details(files: PackSource, manifests: Mapping[str, PackManifest]) -> Re
 
 
 def principal_plane(points: Mapping[str, Points]) -> tuple[dict[str, Points], tuple[float, float]]:
-    """Puts points of many dimensions into the plane of their two principal components.
+    """Project points on their first two principal components.
 
-    Signs are fixed (the largest entry of each axis is positive), so that the same points give the same picture.
+    The largest entry of each axis is positive, so the same points always give the same picture.
 
     Args:
         points: By name, (count, width).
 
     Returns:
-        The same points, (count, 2), and the share of the variance that each axis keeps.
+        The projected points by name, (count, 2), and the share of the variance that each axis explains.
     """
     whole = np.concatenate(list(points.values()))
     centre = whole.mean(0)
@@ -64,7 +64,7 @@ def principal_plane(points: Mapping[str, Points]) -> tuple[dict[str, Points], tu
 
 
 def _mean_gates(pack: DomainPack, *, depth: int) -> Iterator[tuple[float, ...]]:
-    """Each layer's experts with the mean over their ranks of expert gate times rank gate."""
+    """Yield the mean gate of each expert of each layer: expert gate times rank gate, averaged over its ranks."""
     for index in range(depth):
         layer = pack.bank.layers.get(index)
         if layer is None:

@@ -1,11 +1,11 @@
-"""Measures the cells of the retention matrix: every domain's held-out data after every step.
+"""Measure the retention matrix: every domain's held-out data after every step of adding a domain.
 
     R[i][j] = score on domain j after step i        step 0 = the bare base, step 1 = KP, then the domains as added
 
-Row i is the routed composition of KP and everything that was added up to step i. Measured are the base's row, KP's row,
-and of each column the step before its domain was learned and every step from then on: nothing else enters a metric. A
-report after one more domain measures that domain's row and the beginning of its column, and nothing again. Each cell is
-kept in the store's cache as soon as it is measured, so an interrupted report goes on.
+Row i is the routed composition of KP and all domains added up to step i. Only cells that enter a metric are measured:
+the rows of the base and of KP, and each column from the step before its domain was learned. Each cell is cached in the
+store as soon as it is measured, so an interrupted report resumes, and a report after one more domain measures only that
+domain's row and the beginning of its column.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,11 +29,11 @@ from ..pack.pack import DomainPack, Routable, read_pack, read_routing
 from ..store.manifest import BaseRecord, PackManifest
 from ..store.store import Store
 from .evaluate import BLOCK, score_held_out
-from .held_out import MAX_SCORED_BYTES, HeldOut, general_text, measured_on
+from .held_out import MAX_SCORED_BYTES, HeldOut, find_held_out, general_text
 from .report import RetentionReport, RetentionScores
 from .scores import CellScores, ScoreCache
 
-SCORER: Final = 3  # part of every key: raised when scores come out differently under the same gates
+SCORER: Final = 3  # part of every key: increment when scoring gives other values under the same gates
 BASE_STEP: Final = "base"
 
 
@@ -48,18 +48,20 @@ def report_retention(
     max_bytes: int | None = None,
     on_progress: OnProgress = silent,
 ) -> RetentionReport:
-    """Measures what became of each domain after each step.
+    """Measure how each domain's scores change with each step, and return the report.
 
     Args:
-        base: Gives the base model; not called if everything was measured before.
-        domains: References, in the order in which they count as added. If none are named: the latest version of every
-            domain, as added; those whose data is not on this machine are left out, and the report says so.
-        machine: What else scores depend on: device and number format.
-        questions: Whether questions with choices are answered too.
-        max_bytes: At most so much text of each domain.
+        base: Returns the base model; not called if all cells are cached.
+        record: Fingerprint of the base model.
+        domains: References in the order of addition. By default the latest version of every domain, in the order in
+            which they were added; domains whose data is not on this machine are left out, and the report lists them.
+        machine: Device and dtype, which scores depend on.
+        questions: Also score questions with choices.
+        max_bytes: Maximum number of bytes of text per domain.
 
     Raises:
-        InputError: There is no domain, one is named twice, or data is not on this machine: of a named one, or of all.
+        InputError: There is no domain, one is named twice, or the data of a named domain (or of all) is not on this
+            machine.
         NotFoundError: There is no such domain or version.
     """
     limit = max_bytes or MAX_SCORED_BYTES
@@ -67,11 +69,11 @@ def report_retention(
         chosen = [store.manifest(*parse_reference(reference)) for reference in domains]
     else:
         latest = [store.manifest(name) for name in store.domains() if name != GENERAL]
-        chosen = in_order_of_addition(store, latest)
+        chosen = sort_by_addition(store, latest)
     data, left_out = {GENERAL: general_text(max_bytes=limit)}, {}
     for manifest in chosen:
         try:
-            data[manifest.name] = measured_on(store, manifest, max_bytes=limit, with_questions=questions)
+            data[manifest.name] = find_held_out(store, manifest, max_bytes=limit, with_questions=questions)
         except InputError as error:
             if domains:
                 raise
@@ -79,9 +81,9 @@ def report_retention(
     added = [manifest for manifest in chosen if manifest.name in data]
     if chosen and not added:
         raise InputError(
-            "No domain can be measured: the held-out text of none is to be had.",
+            "No domain can be measured: no held-out text is available.",
             cause="; ".join(left_out.values()),
-            fix=f"measure one on text of your own: registry evaluate {chosen[0].name} --data FILE",
+            fix=f"evaluate a domain on your own text: registry evaluate {chosen[0].name} --data FILE",
         )
     scores = measure_retention(
         store,
@@ -95,8 +97,8 @@ def report_retention(
     return RetentionReport(scores, left_out=left_out)
 
 
-def in_order_of_addition(store: Store, manifests: Sequence[PackManifest]) -> list[PackManifest]:
-    """The domains in the order in which they were first added; KP's bank is left out."""
+def sort_by_addition(store: Store, manifests: Sequence[PackManifest]) -> list[PackManifest]:
+    """Return the domains, without KP, in the order in which they were first added."""
     return sorted(
         (manifest for manifest in manifests if manifest.name != GENERAL),
         key=lambda manifest: (_first_created(store, manifest.name), manifest.name),
@@ -113,25 +115,26 @@ def measure_retention(
     machine: Mapping[str, Any],
     on_progress: OnProgress,
 ) -> RetentionScores:
-    """Measures what the cache does not have.
+    """Return the scores of all cells; those that are not cached are measured.
 
     Args:
-        base: Gives the base model; not called if everything was measured before.
-        added: Versions in the order in which they count as added, without KP.
-        data: Held-out data by domain; `general` among them.
-        machine: What else scores depend on: device and number format.
+        base: Returns the base model; not called if all cells are cached.
+        record: Fingerprint of the base model.
+        added: Versions in the order of addition, without KP.
+        data: Held-out data by domain, including `general`.
+        machine: Device and dtype, which scores depend on.
 
     Raises:
-        InputError: A domain is named twice, or none is.
+        InputError: A domain is named twice, or there is none.
     """
-    _check(added)
+    _check_names(added)
     kp = _plan(store, record, [])
     plans = [None, kp, *(_plan(store, record, added[:i]) for i in range(1, len(added) + 1))]
     steps = (BASE_STEP, GENERAL, *(manifest.name for manifest in added))
     columns = tuple(data[name] for name in steps[1:])
     places = measured_cells(len(added))
-    routed = [_Wanted(plans[i], columns[j], after=steps[i]) for i, j in places]
-    own = [_Wanted(_plan(store, record, [m]), data[m.name], after="its own experts", alone=m) for m in added]
+    routed = [_Cell(plans[i], columns[j], after=steps[i]) for i, j in places]
+    own = [_Cell(_plan(store, record, [m]), data[m.name], after="its own experts", alone=m) for m in added]
     shared = {
         "scorer": SCORER,
         "router": METHOD,
@@ -156,23 +159,23 @@ def measure_retention(
 
 
 def measured_cells(added: int) -> list[tuple[int, int]]:
-    """Which cells (step, column) are measured for so many domains, row by row; column 0 is general text."""
+    """Return the cells (step, column) to measure for a number of domains, row by row; column 0 is general text."""
     last = added + 1
     return [(i, j) for i in range(last + 1) for j in range(added + 1) if i <= 1 or i >= j]  # j is learned at step j + 1
 
 
 @dataclass(frozen=True)
-class _Wanted:
-    """Scores that are needed: of which data, under which model."""
+class _Cell:
+    """One cell to measure: the data, and the model."""
 
     plan: Plan | None  # None is the bare base
     data: HeldOut
-    after: str  # for a person
-    alone: PackManifest | None = None  # only this domain's experts, slot gate 1
+    after: str  # the step, for progress reports
+    alone: PackManifest | None = None  # measure under this domain's experts alone, slot gate 1
 
     @property
     def key(self) -> dict[str, Any]:
-        """What the scores depend on, besides what all scores depend on."""
+        """The part of the cache key that differs between cells."""
         if self.plan is None:
             model: object = BASE_STEP
         elif self.alone is not None:
@@ -183,7 +186,7 @@ class _Wanted:
 
 
 class _Composer:
-    """Gives the model of a plan; keeps the packs, and the latest model."""
+    """Models by plan, with the packs and the latest model kept in memory."""
 
     def __init__(self, store: Store, base: Callable[[], LoadedBase]):
         self._store = store
@@ -192,50 +195,50 @@ class _Composer:
         self.base = base
 
     def pack(self, manifest: PackManifest) -> DomainPack:
-        """A pack, read once."""
+        """Return a pack; each is read once."""
         if manifest.digest not in self._packs:
             self._packs[manifest.digest] = read_pack(self._store, manifest)
         return self._packs[manifest.digest]
 
     def routing(self, manifest: PackManifest) -> Routable:
-        """What a pack routes by; its experts are not read for that."""
+        """Return the part of a pack that routing needs, without reading its experts."""
         return self._packs.get(manifest.digest) or read_routing(self._store, manifest)
 
     def model(self, plan: Plan | None) -> PreTrainedModel:
-        """The bare base, or the routed composition."""
+        """Return the bare base, or the routed composition of a plan."""
         if plan is None:
             return self.base().model
         if self._latest is None or self._latest[0] != plan:
-            self._latest = None  # the old one goes before the new one comes
+            self._latest = None  # frees the old model before the new one is built
             self._latest = plan, compose_packs(plan, [self.pack(slot.manifest) for slot in plan.slots], self.base())
         return self._latest[1]
 
 
 def _measure_all(
-    wanted: Sequence[_Wanted], cache: ScoreCache, composer: _Composer, on_progress: OnProgress
+    cells: Sequence[_Cell], cache: ScoreCache, composer: _Composer, on_progress: OnProgress
 ) -> list[CellScores]:
-    """The scores of each, from the cache or measured now and kept there at once."""
-    found = [cache.find(one.key) for one in wanted]
+    """Return the scores of each cell, from the cache, or measured and cached at once."""
+    found = [cache.get(cell.key) for cell in cells]
     missing = [i for i, scores in enumerate(found) if scores is None]
     for number, i in enumerate(missing, start=1):
-        one = wanted[i]
-        what = f"{number} of {len(missing)}: {one.data.name} after {one.after}"
-        model = composer.model(one.plan)
-        with fixed_slots(model, {one.alone.name: 1.0}) if one.alone else nullcontext():
-            scores = score_held_out(model, composer.base(), one.data, what=what, on_progress=on_progress)
-        cache.put(one.key, scores)
+        cell = cells[i]
+        stage = f"{number} of {len(missing)}: {cell.data.name} after {cell.after}"
+        model = composer.model(cell.plan)
+        with fixed_slots(model, {cell.alone.name: 1.0}) if cell.alone else nullcontext():
+            scores = score_held_out(model, composer.base(), cell.data, stage=stage, on_progress=on_progress)
+        cache.put(cell.key, scores)
         found[i] = scores
     return [scores for scores in found if scores is not None]
 
 
 def _plan(store: Store, record: BaseRecord, domains: Sequence[PackManifest]) -> Plan:
-    """The routed composition of KP and these versions."""
+    """Return the plan of the routed composition of KP and these versions."""
     terms = [GENERAL, *(f"{manifest.name}@{manifest.version}" for manifest in domains)]
     return plan_composition(store, "+".join(terms), base=record)
 
 
 def _drifts(composer: _Composer, preservation: PackManifest, added: Sequence[PackManifest]) -> Iterator[Drift]:
-    """What each addition did to the routing of the domains before it."""
+    """Yield the routing drift that each addition causes for the domains before it."""
     kp = composer.pack(preservation)
     width = kp.bank.layers[kp.bank.first_layer].expert_gate.shape[1]
     routing = {manifest.name: composer.routing(manifest) for manifest in added}
@@ -248,18 +251,18 @@ def _first_created(store: Store, name: str) -> str:
     return min(manifest.created for manifest in store.history(name))
 
 
-def _check(added: Sequence[PackManifest]) -> None:
+def _check_names(added: Sequence[PackManifest]) -> None:
     names = [manifest.name for manifest in added]
     if not names:
         raise InputError(
-            "There is no domain whose retention could be measured.",
-            cause="the registry has its KP bank only",
-            fix="add one: registry add-domain medicine",
+            "There is no domain to measure.",
+            cause="the registry has only its KP bank",
+            fix="add a domain: registry add-domain medicine",
         )
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated or GENERAL in names:
         raise InputError(
             f"{', '.join(repeated) or GENERAL} cannot be among the domains{' twice' if repeated else ''}.",
-            cause=f"asked for {', '.join(names)}; general is the KP slot and always there",
+            cause=f"asked for {', '.join(names)}; general is the KP slot, which is always measured",
             fix="name each domain once: registry report --domains medicine,legal",
         )

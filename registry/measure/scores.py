@@ -1,9 +1,10 @@
-"""Scores that were measured once, kept in the store's cache: derived, disposable, believed only if they fit their key.
+"""Cache scores in the store, so that a report measures each cell only once.
 
     <store>/cache/scores/ab/ab12....json       {schema, key, digest, scores}, named by the digest of the key
 
-The key says everything the scores depend on: how is scored and routed, versions of the programs, base, composition with
-its digests and priors, text. A file that is damaged, or that says another key than it is named by, counts as not there.
+The key contains everything that the scores depend on: methods of scoring and routing, versions of the programs, base
+model, composition with its digests and priors, text. A file is ignored if it is damaged or if its key does not match
+its name. The cache can be deleted at any time.
 """
 
 import logging
@@ -25,14 +26,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class CellScores:
-    """One domain's held-out data under one model."""
+    """Scores of one domain's held-out data under one model: one cell of the retention matrix."""
 
     text_nats: tuple[float, ...]  # of each text
     text_bytes: tuple[int, ...]
-    right: tuple[bool, ...] = ()  # of each question
-    # texts by the slot with the largest mean gate; empty: no router
+    right: tuple[bool, ...] = ()  # whether each question was answered correctly
+    # number of texts by the slot with the largest mean gate; empty without a router
     taken: dict[str, int] = field(default_factory=dict)
-    gates: dict[str, float] = field(default_factory=dict)  # mean slot gate of all texts
+    gates: dict[str, float] = field(default_factory=dict)  # mean slot gates over all texts
 
     def __post_init__(self) -> None:
         if len(self.text_nats) != len(self.text_bytes) or sum(self.text_bytes) <= 0:
@@ -40,12 +41,12 @@ class CellScores:
 
     @property
     def bits_per_byte(self) -> float:
-        """Lower is better."""
+        """Mean over all bytes; lower is better."""
         return math.fsum(self.text_nats) / math.log(2) / sum(self.text_bytes)
 
     @property
     def accuracy(self) -> float | None:
-        """Share of questions answered right; None without questions."""
+        """Share of questions answered correctly; None without questions."""
         return sum(self.right) / len(self.right) if self.right else None
 
 
@@ -58,14 +59,14 @@ class _CacheFile:
 
 
 class ScoreCache:
-    """Scores by key; what all keys share is given once."""
+    """Scores by key; `shared` is the part that all keys have in common."""
 
     def __init__(self, folder: Path, shared: JsonObject):
         self._folder = folder
         self._shared = shared
 
-    def find(self, key: JsonObject) -> CellScores | None:
-        """The scores measured under this key, if they are there and whole."""
+    def get(self, key: JsonObject) -> CellScores | None:
+        """Return the scores with this key, or None if they are missing or damaged."""
         path = self._path(key)
         try:
             value = parse_json(path.read_bytes(), source=str(path))
@@ -75,19 +76,19 @@ class ScoreCache:
         except FileNotFoundError:
             return None
         except (IntegrityError, IncompatibleError) as error:
-            logger.info("%s is measured again: %s", path, error)
+            logger.info("%s is ignored, its scores are measured again: %s", path, error)
             return None
         is_whole = found.key == self._shared | key and found.digest == _digest(found.scores)
         return found.scores if is_whole else None
 
     def put(self, key: JsonObject, scores: CellScores) -> None:
-        """Keeps scores, unless the store may not be written to."""
+        """Write scores, unless the store is read-only."""
         path = self._path(key)
         if not os.access(self._folder.parent, os.W_OK):
             return
         make_folder(path.parent)
-        kept = _CacheFile(key=self._shared | key, digest=_digest(scores), scores=scores)
-        write_atomic(path, canonical_json(record_to_json(kept)))
+        content = _CacheFile(key=self._shared | key, digest=_digest(scores), scores=scores)
+        write_atomic(path, canonical_json(record_to_json(content)))
 
     def _path(self, key: JsonObject) -> Path:
         name = hex_of(sha256_of(canonical_json(self._shared | key)))

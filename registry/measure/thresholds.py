@@ -1,12 +1,12 @@
-"""Thresholds that a report must hold: `retention>=0.98`, checked for every domain that has the figure.
+"""Check a report against thresholds such as `retention>=0.98`.
 
-    gate      NAME OPERATOR NUMBER
-    NAME      a figure of the report
-    OPERATOR  >=  <=  >  <
+    threshold  NAME OPERATOR NUMBER
+    NAME       a figure of the report
+    OPERATOR   >=  <=  >  <
 
-A figure of domains holds if it holds for each of them, one without domains if it holds as a whole. Domains to which a
-figure does not apply (the last one cannot have been forgotten yet) are passed over; a share that is not defined because
-the domain gained nothing does not hold.
+A figure with values for domains must meet the threshold for every domain, any other figure as a whole. Domains that a
+figure does not apply to are skipped (the newest domain cannot have been forgotten yet). A share that is undefined
+because the domain gained nothing fails.
 """
 
 import operator
@@ -24,12 +24,12 @@ _COMPARE: Final[dict[str, Callable[[float, float], bool]]] = {
     ">": operator.gt,
     "<": operator.lt,
 }
-_GATE: Final = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(>=|<=|>|<)\s*([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))\s*")
+_THRESHOLD: Final = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(>=|<=|>|<)\s*([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))\s*")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Threshold:
-    """A gate as it was asked for."""
+    """Parsed threshold."""
 
     name: str
     operator: str
@@ -39,59 +39,59 @@ class Threshold:
         return f"{self.name}{self.operator}{self.bound:g}"
 
     def holds(self, value: float) -> bool:
-        """Whether a value is on the right side."""
+        """Return whether a value meets the threshold."""
         return _COMPARE[self.operator](value, self.bound)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What became of one gate."""
+    """Result of one threshold."""
 
     threshold: Threshold
-    failed: dict[str, float | None]  # by domain, or by the figure's own name where it has no domains
-    checked: int
+    failed: dict[str, float | None]  # values by domain, or by the name of a figure without domains
+    checked: int  # number of values
 
     @property
     def holds(self) -> bool:
-        """Whether nothing failed."""
+        """Whether all values meet the threshold."""
         return not self.failed
 
     def as_json(self) -> dict[str, Any]:
-        """For --json."""
+        """Return the content for --json."""
         failed = {name: None if value is None else round(value, 6) for name, value in self.failed.items()}
         return {"gate": str(self.threshold), "holds": self.holds, "checked": self.checked, "failed": failed}
 
 
 def parse_threshold(text: str) -> Threshold:
-    """Reads one gate.
+    """Parse one threshold.
 
     >>> str(parse_threshold("retention >= 0.980"))
     'retention>=0.98'
 
     Raises:
-        InputError: It breaks the grammar, or there is no such figure.
+        InputError: `text` violates the grammar, or there is no such figure.
     """
-    match = _GATE.fullmatch(text)
+    match = _THRESHOLD.fullmatch(text)
     if match is None:
         raise InputError(
-            f"{text!r} is not a gate.",
+            f"{text!r} is not a threshold.",
             cause="expected NAME, one of >= <= > <, and a number",
             fix='registry report --gate "retention>=0.98"',
         )
     if match[1] not in figure_names():
         raise InputError(
             f"There is no figure {match[1]!r}.",
-            cause=f"there are {', '.join(sorted(figure_names()))}",
+            cause=f"the figures are {', '.join(sorted(figure_names()))}",
             fix='registry report --gate "retention>=0.98"',
         )
     return Threshold(name=match[1], operator=match[2], bound=float(match[3]))
 
 
 def judge(report: RetentionReport, thresholds: Sequence[Threshold]) -> list[Verdict]:
-    """The verdicts, in order.
+    """Return the verdict on each threshold, in order.
 
     Raises:
-        InputError: A figure is not in this report: it is about questions, and no domain has any.
+        InputError: A figure is missing because it needs questions, and no domain has any.
     """
     figures = {figure.name: figure for figure in report.figures}
     verdicts = []
@@ -99,25 +99,25 @@ def judge(report: RetentionReport, thresholds: Sequence[Threshold]) -> list[Verd
         if threshold.name not in figures:
             raise InputError(
                 f"This report has no figure {threshold.name!r}.",
-                cause="it is about questions with choices: no domain has any, or --no-questions was given",
-                fix="leave the gate out",
+                cause="it needs questions with choices: no domain has any, or --no-questions was given",
+                fix="remove the threshold, or run the report without --no-questions",
             )
         verdicts.append(_judge(figures[threshold.name], threshold))
     return verdicts
 
 
 def check_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """Passes if every gate holds.
+    """Raise if a threshold was not met.
 
     Raises:
-        GateFailedError: One does not; names the domains that failed, with their values.
+        GateFailedError: Names the thresholds, and the domains that failed with their values.
     """
     failed = [verdict for verdict in verdicts if not verdict.holds]
     if failed:
         raise GateFailedError(
-            f"{len(failed)} of {len(verdicts)} gates failed: {', '.join(str(v.threshold) for v in failed)}.",
+            f"{len(failed)} of {len(verdicts)} thresholds were not met: {', '.join(str(v.threshold) for v in failed)}.",
             cause="; ".join(f"{v.threshold.name} of {_listed(v.failed)}" for v in failed),
-            fix="retrain what failed: registry retrain NAME --data FILE; or see every number: registry report --json",
+            fix="retrain these domains: registry retrain NAME --data FILE; all figures: registry report --json",
         )
 
 
@@ -128,6 +128,4 @@ def _judge(figure: Figure, threshold: Threshold) -> Verdict:
 
 
 def _listed(failed: dict[str, float | None]) -> str:
-    return ", ".join(
-        f"{name} is {'not defined' if value is None else f'{value:.4g}'}" for name, value in failed.items()
-    )
+    return ", ".join(f"{name} is {'undefined' if value is None else f'{value:.4g}'}" for name, value in failed.items())

@@ -29,7 +29,7 @@ from lorary.domains.data.corpus import corpus_digest, read_examples
 from lorary.domains.statistics.statistics import DomainStatistics
 from lorary.registry import Registry
 from lorary.registry.compose.build import read_packs
-from lorary.registry.measure.evaluate import routed_right
+from lorary.registry.measure.evaluate import routing_accuracy
 from lorary.registry.pack.pack import read_pack
 
 MAX_KP_STEPS = 50  # enough to learn what general text looks like
@@ -129,7 +129,7 @@ def _finals(
         found["alone"][each.name] = book.cell(_alone(registry, each), each, with_questions=True)
         explicit = _explicit(registry, each, f"after {domain.name}")
         found["explicit_at_the_end"][each.name] = book.cell(explicit, each, with_questions=True)
-        found["routed_right"][each.name] = routed_right(model, bench.base, each.name, each.texts)
+        found["routed_right"][each.name] = routing_accuracy(model, bench.base, each.name, each.texts)
     packs = read_packs(registry.store, registry.plan("+".join(each.name for each in bench.domains)))
     return found | {"order_invariance": order_invariance([pack.statistics for pack in packs])}
 

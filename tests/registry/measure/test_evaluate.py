@@ -1,4 +1,4 @@
-"""Scores of stored domains: what is compared with what, and whether the held-out text is the right one."""
+"""Scores of stored domains: under which model each is measured, and on which held-out text."""
 
 import math
 import shutil
@@ -13,7 +13,7 @@ from lorary.domains.data.example import Example
 from lorary.domains.errors import CorpusError, InputError
 from lorary.domains.scoring.language import score_language
 from lorary.registry import Registry
-from lorary.registry.measure.evaluate import DomainScores, routed_right, score_in_composition
+from lorary.registry.measure.evaluate import DomainScores, routing_accuracy, score_in_composition
 from lorary.registry.measure.held_out import HELD_OUT, stored_held_out
 
 
@@ -33,12 +33,12 @@ def scores(**changes: Any) -> DomainScores:
     ],
     ids=str,
 )
-def test_the_share_of_oracle_gain_is_what_routing_keeps(values: dict[str, float], share: float) -> None:
+def test_the_share_of_oracle_gain_is_its_formula(values: dict[str, float], share: float) -> None:
     assert scores(**values).share_of_oracle_gain == pytest.approx(share)
 
 
 @pytest.mark.parametrize("alone", [4.0, 4.5])
-def test_without_an_oracle_gain_there_is_no_share(alone: float) -> None:
+def test_without_an_oracle_gain_the_share_is_undefined(alone: float) -> None:
     assert math.isnan(scores(alone=alone).share_of_oracle_gain)
     assert scores(alone=alone).as_json()["share_of_oracle_gain"] is None
 
@@ -51,7 +51,7 @@ def test_scores_as_json_are_rounded_and_named() -> None:
     assert document["interval"] == [2.4, 2.6]
 
 
-def test_the_manifest_holds_what_evaluating_again_gives(whole: Registry, cooking_store: Path) -> None:
+def test_evaluating_again_gives_the_scores_of_the_manifest(whole: Registry, cooking_store: Path) -> None:
     stored = whole.show("cooking").evaluation
 
     found = Registry.open(cooking_store).evaluate("cooking")["cooking"]
@@ -61,7 +61,7 @@ def test_the_manifest_holds_what_evaluating_again_gives(whole: Registry, cooking
     assert found.bytes == stored["bytes"]
 
 
-def test_each_score_is_that_of_its_model(whole: Registry, texts: Any) -> None:
+def test_each_score_is_measured_under_its_model(whole: Registry, texts: Any) -> None:
     held_out = split(read_examples([texts["cooking"]]), HELD_OUT)[1]
     model = whole.compose("cooking+sailing")
 
@@ -77,7 +77,7 @@ def test_each_score_is_that_of_its_model(whole: Registry, texts: Any) -> None:
     assert found.interval[0] <= found.routed <= found.interval[1]
 
 
-def test_of_much_text_routing_is_measured_on_what_is_scored(whole: Registry, texts: Any, monkeypatch: Any) -> None:
+def test_routing_is_measured_on_the_scored_part_of_long_text(whole: Registry, texts: Any, monkeypatch: Any) -> None:
     examples = list(read_examples([texts["cooking"]]))
     monkeypatch.setattr("lorary.registry.measure.evaluate.MAX_SCORED_BYTES", examples[0].target_bytes)
     asked: list[list[Example]] = []
@@ -86,7 +86,7 @@ def test_of_much_text_routing_is_measured_on_what_is_scored(whole: Registry, tex
         asked.append(chosen)
         return 1.0
 
-    monkeypatch.setattr("lorary.registry.measure.evaluate.routed_right", right)
+    monkeypatch.setattr("lorary.registry.measure.evaluate.routing_accuracy", right)
     found = score_in_composition(
         whole.compose("cooking"), whole.base, "cooking", examples, on_progress=lambda _progress: None
     )
@@ -95,7 +95,7 @@ def test_of_much_text_routing_is_measured_on_what_is_scored(whole: Registry, tex
     assert asked == [examples[:1]]
 
 
-def test_held_out_text_was_never_trained_on(whole: Registry, texts: Any) -> None:
+def test_held_out_text_is_never_trained_on(whole: Registry, texts: Any) -> None:
     train, held_out = split(read_examples([texts["cooking"]]), HELD_OUT)
 
     found = stored_held_out(whole.store, whole.show("cooking"))
@@ -122,7 +122,7 @@ def test_data_that_is_not_what_it_was_is_refused(
     assert "--data" in str(caught.value.fix)
 
 
-def test_given_text_is_scored_instead(whole: Registry, texts: Any) -> None:
+def test_given_text_replaces_the_held_out_text(whole: Registry, texts: Any) -> None:
     found = whole.evaluate("cooking", data=[texts["sailing"]])
 
     assert list(found) == ["cooking"]
@@ -136,18 +136,18 @@ def test_text_given_for_two_domains_is_refused(whole: Registry, texts: Any) -> N
     assert "cooking, sailing" in str(caught.value.cause)
 
 
-def test_bad_text_is_named_by_its_line(whole: Registry, tmp_path: Path) -> None:
+def test_an_invalid_row_is_reported_with_its_line(whole: Registry, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": 3}\n', encoding="utf-8")
 
     with pytest.raises(CorpusError, match=":2"):
         whole.evaluate("cooking", data=[tmp_path / "bad.jsonl"])
 
 
-def test_a_static_composition_has_no_routing_to_be_right_about(whole: Registry, texts: Any) -> None:
+def test_routing_accuracy_needs_routing_and_the_domain(whole: Registry, texts: Any) -> None:
     examples = list(read_examples([texts["cooking"]]))[:2]
 
-    assert routed_right(whole.compose("cooking", static=True), whole.base, "cooking", examples) is None
-    assert routed_right(whole.compose("cooking"), whole.base, "sailing", examples) is None
-    share = routed_right(whole.compose("cooking"), whole.base, "cooking", examples)
+    assert routing_accuracy(whole.compose("cooking", static=True), whole.base, "cooking", examples) is None
+    assert routing_accuracy(whole.compose("cooking"), whole.base, "sailing", examples) is None
+    share = routing_accuracy(whole.compose("cooking"), whole.base, "cooking", examples)
     assert share is not None
     assert 0.5 < share <= 1

@@ -1,4 +1,4 @@
-"""The metrics of a retention matrix: hand-made numbers, both directions, draws, and the cases without a value."""
+"""The metrics of a retention matrix: worked examples, both directions, draws, and undefined values."""
 
 import math
 import subprocess
@@ -43,14 +43,14 @@ def test_each_metric_is_its_formula(name: str, expected: list, whole: float):
 
 @pytest.mark.parametrize("name", [name for name in METRICS if name != "average_score"])
 @given(R=arrays(float, (4, 3), elements=st.floats(0.1, 9)))
-def test_turning_the_scores_round_changes_no_metric(name: str, R: np.ndarray):
+def test_negated_scores_give_the_same_metrics(name: str, R: np.ndarray):
     losses, accuracies = matrix(R), matrix(-R, lower_is_better=False, oracle=[-2.0, -2.0, -6.5])
 
     assert of_domains(name, losses) == of_domains(name, accuracies)
 
 
 @pytest.mark.parametrize("name", METRICS)
-def test_draws_in_front_give_draws_in_front(name: str):
+def test_leading_axes_are_kept(name: str):
     noisy = np.asarray(LOSSES) + np.random.default_rng(0).normal(0, 0.1, (7, 4, 3))
     oracle = np.tile([2.0, 2.0, 5.0], (7, 1))
 
@@ -62,7 +62,7 @@ def test_draws_in_front_give_draws_in_front(name: str):
         assert np.array_equal(found[draw], one, equal_nan=True)
 
 
-def test_what_was_not_measured_is_passed_over():
+def test_missing_cells_are_skipped():
     R = np.array(LOSSES)
     R[1, 2] = R[1, 1] = np.nan
 
@@ -71,14 +71,14 @@ def test_what_was_not_measured_is_passed_over():
     assert np.isnan(mean([np.nan, np.nan]))
 
 
-def test_a_domain_that_gained_nothing_has_no_retention():
+def test_retention_is_undefined_without_a_gain():
     R = np.array(LOSSES)
     R[1, 0] = 4.0
 
     assert of_domains("retention", matrix(R))[0] is None
 
 
-def test_one_step_has_nothing_to_forget():
+def test_a_single_step_has_no_forgetting():
     found = RetentionMatrix(steps=STEPS[:2], domains=STEPS[1:2], R=[[4.0], [2.0]], lower_is_better=True)
 
     assert {name: of_domains(name, found) for name in METRICS} == {
@@ -91,7 +91,7 @@ def test_one_step_has_nothing_to_forget():
     }
 
 
-def test_columns_are_chosen_by_name():
+def test_columns_are_selected_by_name():
     found = matrix().of(["code", "medicine"])
 
     assert found.R.tolist() == [[6.0, 4.0], [6.5, 2.0], [5.5, 2.5], [3.0, 3.0]]
@@ -104,14 +104,14 @@ def test_a_matrix_of_another_shape_is_refused():
         matrix(domains=("medicine", "legal"))
 
 
-def test_every_metric_says_where_it_comes_from():
+def test_every_metric_has_a_formula_a_source_and_a_meaning():
     for metric in METRICS.values():
         assert metric.formula
         assert metric.source
         assert metric.meaning
 
 
-def test_metrics_need_no_torch():
+def test_metrics_do_not_import_torch():
     modules = "lorary.registry.measure.metrics, lorary.domains.statistics.intervals"
     program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
 

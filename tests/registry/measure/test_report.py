@@ -1,7 +1,9 @@
-"""The numbers of a report, from cells made by hand: matrices, intervals, figures, routing."""
+"""The figures of a report from constructed cells: matrices, intervals, metrics, routing."""
 
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +30,7 @@ def cell(bits: float, *, right: str = "", taken: dict[str, int] | None = None) -
     return CellScores(text_nats=nats, text_bytes=sizes, right=tuple(c == "+" for c in right), taken=taken or {})
 
 
-def made_by_hand(**changes: Any) -> RetentionReport:
+def constructed_report(**changes: Any) -> RetentionReport:
     asked = {1: {0: "+---", 1: "+---", 2: "+++-", 3: "++--"}}
     taken = {0: {"general": 3}, 1: {"medicine": 2, "general": 1}, 2: {"legal": 3}}
     cells = {
@@ -51,7 +53,7 @@ def made_by_hand(**changes: Any) -> RetentionReport:
 
 
 def test_the_matrix_has_the_scores_of_the_cells():
-    report = made_by_hand()
+    report = constructed_report()
 
     np.testing.assert_allclose(report.bits.matrix.R, list(BITS.values()))
     assert report.accuracy is not None
@@ -59,8 +61,8 @@ def test_the_matrix_has_the_scores_of_the_cells():
     assert report.accuracy.matrix.learned == (2,)
 
 
-def test_accuracies_have_wilsons_interval():
-    report = made_by_hand()
+def test_accuracies_have_wilson_intervals():
+    report = constructed_report()
 
     assert report.accuracy is not None
     assert report.accuracy.intervals[2][0] == wilson_interval(3, 4)
@@ -84,7 +86,7 @@ def test_accuracies_have_wilsons_interval():
     ],
 )
 def test_figures_are_their_formulas(name: str, whole: float, domains: dict):
-    figure = made_by_hand().figure(name)
+    figure = constructed_report().figure(name)
 
     assert figure.whole.value == pytest.approx(whole)
     assert {domain: value.value for domain, value in figure.domains.items()} == {
@@ -92,18 +94,18 @@ def test_figures_are_their_formulas(name: str, whole: float, domains: dict):
     }
 
 
-def test_the_names_of_figures_are_known_beforehand():
-    assert {figure.name for figure in made_by_hand().figures} == figure_names()
+def test_figure_names_are_those_of_a_full_report():
+    assert {figure.name for figure in constructed_report().figures} == figure_names()
 
 
-def test_general_text_is_in_no_mean_over_domains():
-    report = made_by_hand()
+def test_general_text_is_excluded_from_means_over_domains():
+    report = constructed_report()
 
     assert "general" not in report.figure("backward_transfer").domains
 
 
-def test_the_document_has_formulas_beside_numbers():
-    document = made_by_hand(left_out={"finance": "gone"}).as_json()
+def test_the_json_contains_formulas_and_values():
+    document = constructed_report(left_out={"finance": "gone"}).as_json()
 
     json.dumps(document, allow_nan=False)
     figure = document["figures"]["forgetting"]
@@ -113,3 +115,38 @@ def test_the_document_has_formulas_beside_numbers():
     assert document["matrix"][3] == [2.1, 2.5, 3.0]
     assert document["left_out"] == {"finance": "gone"}
     assert document["routing"]["texts"]["medicine"] == {"medicine": 2, "general": 1}
+
+
+def test_reading_a_report_does_not_import_torch():
+    modules = "lorary.registry.measure.report, lorary.registry.measure.thresholds"
+    program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+# --- how a report is shown ---
+
+
+def test_a_report_shows_its_domains_and_what_it_leaves_out():
+    assert repr(constructed_report()) == "RetentionReport(domains=['medicine', 'legal'], cells=12)"
+    assert repr(constructed_report(left_out={"finance": "gone"})).endswith(", left_out=['finance'])")
+
+
+def test_the_html_of_a_report_has_a_row_per_domain():
+    page = constructed_report()._repr_html_()
+
+    assert page.count("<tr>") == 1 + 3
+    assert "<td>general</td><td>2.000</td><td>1.900</td><td>2.100</td><td></td><td></td>" in page
+    assert "<td>medicine</td><td>4.000</td><td>2.000</td><td>2.500</td><td>0.750</td><td>0.600</td>" in page
+
+
+def test_text_in_a_report_cannot_become_markup():
+    report = constructed_report(left_out={"<script>alert(1)</script>": "gone"})
+    report.columns = ("general", "<img src=x>", "legal")
+    report.steps, report.domains = ("base", *report.columns), report.columns[1:]
+
+    page = report._repr_html_()
+
+    assert "<script" not in page
+    assert "<img" not in page
+    assert "&lt;img src=x&gt;" in page

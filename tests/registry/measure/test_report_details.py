@@ -1,4 +1,4 @@
-"""The prototype map and the gates by layer, from real packs and from points made by hand."""
+"""The prototype map and the gates by layer, from stored packs and from constructed points."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from lorary.registry.measure.report_details import principal_plane, read_details
 from lorary.registry.pack.pack import read_pack
 
 
-def test_points_of_a_plane_keep_their_distances():
+def test_points_in_a_plane_keep_their_distances():
     draw = np.random.default_rng(0)
     flat = draw.normal(size=(30, 2)) * [5.0, 1.0]
     turned, _ = np.linalg.qr(draw.normal(size=(8, 2)))
@@ -34,14 +34,14 @@ def test_the_axes_of_the_map_have_fixed_signs():
     np.testing.assert_allclose(mirrored["a"], -first["a"], atol=1e-9)
 
 
-def test_one_point_lies_in_the_middle():
+def test_a_single_point_is_at_the_origin():
     places, explained = principal_plane({"a": np.ones((1, 6))})
 
     assert places["a"].tolist() == [[0.0, 0.0]]
     assert explained == (0.0, 0.0)
 
 
-def test_details_are_those_of_the_packs(whole: Registry):
+def test_details_match_the_packs(whole: Registry):
     manifests = {manifest.name: manifest for manifest in whole.list()}
 
     details = read_details(whole.store, manifests)

@@ -1,4 +1,4 @@
-"""The cells of the retention matrix: what each is, which are measured, and that none is measured twice."""
+"""The cells of the retention matrix: what each one is, which are measured, and that none is measured twice."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +12,15 @@ from lorary.domains.progress import Progress
 from lorary.domains.scoring.language import score_language
 from lorary.registry import Registry
 from lorary.registry.measure.held_out import general_examples, stored_held_out
-from lorary.registry.measure.retention import in_order_of_addition, measured_cells
+from lorary.registry.measure.retention import measured_cells, sort_by_addition
 from lorary.registry.pack import pack
 
 
 def measured_now(registry: Registry, *domains: str) -> list[str]:
-    """The cells that a report measures now, as "legal after medicine"."""
-    told: list[Progress] = []
-    registry.retention(domains, on_progress=told.append)
-    return list(dict.fromkeys(progress.stage.partition(": ")[2] for progress in told))
+    """Return the cells that a report measures, such as "legal after medicine"."""
+    reports: list[Progress] = []
+    registry.retention(domains, on_progress=reports.append)
+    return list(dict.fromkeys(progress.stage.partition(": ")[2] for progress in reports))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_learning_a_domain_lowers_its_own_column(reported: Any) -> None:
 
 
 @pytest.mark.parametrize("added", [1, 2, 7])
-def test_what_no_metric_needs_is_not_measured(added: int) -> None:
+def test_cells_without_a_metric_are_not_measured(added: int) -> None:
     cells = measured_cells(added)
 
     assert len(set(cells)) == len(cells)
@@ -85,7 +85,7 @@ def test_one_more_domain_measures_its_row_and_the_beginning_of_its_column(both_s
     ]
 
 
-def test_an_interrupted_report_goes_on(both_store: Path, fresh_copy: Any) -> None:
+def test_an_interrupted_report_resumes(both_store: Path, fresh_copy: Any) -> None:
     registry = fresh_copy(both_store)
 
     def interrupt(progress: Progress) -> None:
@@ -98,7 +98,7 @@ def test_an_interrupted_report_goes_on(both_store: Path, fresh_copy: Any) -> Non
     assert len(measured_now(registry, "cooking")) == 3 * 2 + 1 - 3
 
 
-def test_what_was_measured_needs_no_base_model_and_no_experts(whole: Registry, reported: Any, monkeypatch: Any) -> None:
+def test_a_cached_report_needs_neither_base_model_nor_experts(whole: Registry, reported: Any, monkeypatch: Any) -> None:
     again, read = Registry.open(whole.store.path), []
 
     def read_pack(files: Any, manifest: Any) -> Any:
@@ -110,18 +110,18 @@ def test_what_was_measured_needs_no_base_model_and_no_experts(whole: Registry, r
     found = again.retention()
 
     assert again._base is None
-    assert read == ["general"]  # of the others only what they route by, for drift
+    assert read == ["general"]  # of the others only the data for routing, for drift
     assert found.as_json() == reported.as_json()
 
 
-def test_domains_come_in_the_order_in_which_they_were_added(whole: Registry) -> None:
+def test_domains_are_in_the_order_of_addition(whole: Registry) -> None:
     manifests = [whole.show(name) for name in ("sailing", "general", "cooking")]
 
-    assert [m.name for m in in_order_of_addition(whole.store, manifests)] == ["cooking", "sailing"]
+    assert [m.name for m in sort_by_addition(whole.store, manifests)] == ["cooking", "sailing"]
     assert whole.retention(["sailing", "cooking"]).steps == ("base", "general", "sailing", "cooking")
 
 
-def test_a_domain_whose_data_is_gone_is_left_out_unless_it_is_named(
+def test_a_domain_with_missing_data_is_left_out_unless_it_is_named(
     cooking_store: Path, fresh_copy: Any, texts: Any, short_run: Any, tmp_path: Path
 ) -> None:
     registry, file = fresh_copy(cooking_store), tmp_path / "boats.jsonl"
@@ -138,24 +138,24 @@ def test_a_domain_whose_data_is_gone_is_left_out_unless_it_is_named(
         registry.retention(["boats"])
 
     registry.remove("cooking")
-    with pytest.raises(InputError, match="held-out text of none") as caught:
+    with pytest.raises(InputError, match="no held-out text is available") as caught:
         registry.retention()
     assert "boats@1 is not on this machine" in str(caught.value.cause)
-    assert caught.value.fix == "measure one on text of your own: registry evaluate boats --data FILE"
+    assert caught.value.fix == "evaluate a domain on your own text: registry evaluate boats --data FILE"
 
 
-def test_odd_choices_of_domains_are_refused(whole: Registry, kp_store: Path) -> None:
+def test_invalid_choices_of_domains_are_refused(whole: Registry, kp_store: Path) -> None:
     with pytest.raises(NotFoundError):
         whole.retention(["boating"])
     with pytest.raises(InputError, match="twice"):
         whole.retention(["cooking", "cooking@1"])
     with pytest.raises(InputError, match="general cannot"):
         whole.retention(["general"])
-    with pytest.raises(InputError, match="no domain"):
+    with pytest.raises(InputError, match="no domain to measure"):
         Registry.open(kp_store).retention()
 
 
-def test_less_text_is_another_text(whole: Registry) -> None:
+def test_less_text_has_another_digest(whole: Registry) -> None:
     few = whole.retention(["cooking"], max_bytes=100)
 
     assert few.bits.counts["cooking"] < whole.retention(["cooking"]).bits.counts["cooking"]

@@ -1,4 +1,4 @@
-"""Kept scores: found again under their own key only, and only if they are whole."""
+"""Cached scores: returned for their own key only, and only if they are undamaged."""
 
 import json
 import os
@@ -24,26 +24,26 @@ def only_file(tmp_path: Path) -> Path:
     return file
 
 
-def test_what_was_put_is_found_to_the_last_bit(cache: ScoreCache):
+def test_scores_are_returned_bit_for_bit(cache: ScoreCache):
     precise = CellScores(text_nats=(0.1 + 0.2, 1e-17), text_bytes=(1, 1))
     cache.put(KEY, precise)
 
-    assert cache.find(KEY) == precise
+    assert cache.get(KEY) == precise
 
 
 @pytest.mark.parametrize(
     "other", [{"data": "sha256:3"}, {"model": "base"}, {"model": [["legal", "sha256:1", 0.30000000000000004]]}]
 )
-def test_another_key_finds_nothing(cache: ScoreCache, other: dict):
+def test_another_key_returns_nothing(cache: ScoreCache, other: dict):
     cache.put(KEY, SCORES)
 
-    assert cache.find(KEY | other) is None
+    assert cache.get(KEY | other) is None
 
 
-def test_other_circumstances_find_nothing(cache: ScoreCache, tmp_path: Path):
+def test_another_shared_key_returns_nothing(cache: ScoreCache, tmp_path: Path):
     cache.put(KEY, SCORES)
 
-    assert ScoreCache(tmp_path / "scores", {"scorer": 2, "device": "cpu"}).find(KEY) is None
+    assert ScoreCache(tmp_path / "scores", {"scorer": 2, "device": "cpu"}).get(KEY) is None
 
 
 @pytest.mark.parametrize(
@@ -59,32 +59,32 @@ def test_other_circumstances_find_nothing(cache: ScoreCache, tmp_path: Path):
     ],
     ids=["cut", "score", "key", "schema", "type", "unknown", "list"],
 )
-def test_a_damaged_file_counts_as_not_there_and_is_replaced(cache: ScoreCache, tmp_path: Path, damage):
+def test_a_damaged_file_is_ignored_and_replaced(cache: ScoreCache, tmp_path: Path, damage):
     cache.put(KEY, SCORES)
     file = only_file(tmp_path)
     file.write_text(damage(file.read_text()))
 
-    assert cache.find(KEY) is None
+    assert cache.get(KEY) is None
     cache.put(KEY, SCORES)
-    assert cache.find(KEY) == SCORES
+    assert cache.get(KEY) == SCORES
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_store_that_may_not_be_written_to_keeps_nothing(cache: ScoreCache, tmp_path: Path):
+def test_a_read_only_store_caches_nothing(cache: ScoreCache, tmp_path: Path):
     tmp_path.chmod(0o500)
 
     cache.put(KEY, SCORES)
 
-    assert cache.find(KEY) is None
+    assert cache.get(KEY) is None
     tmp_path.chmod(0o700)
 
 
-def test_scores_that_do_not_belong_together_are_refused():
+def test_inconsistent_scores_are_refused():
     with pytest.raises(ValueError, match="2 texts and 1"):
         CellScores(text_nats=(1.0, 2.0), text_bytes=(3,))
 
 
-def test_sums_are_those_of_all_texts():
+def test_sums_are_over_all_texts():
     assert SCORES.bits_per_byte == pytest.approx(3.75 / 30 / 0.6931471805599453)
     assert SCORES.accuracy == 0.5
     assert CellScores(text_nats=(1.0,), text_bytes=(1,)).accuracy is None

@@ -1,4 +1,4 @@
-"""Gates: a small strict grammar, and the verdict over domains."""
+"""Thresholds: a small strict grammar, and the verdict over domains."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def figure(unit: str = "share", whole: float | None = 0.9, **domains: float | No
 
 
 @given(st.sampled_from([">=", "<=", ">", "<"]), st.decimals(-100, 100, places=4), st.sampled_from(["", " "]))
-def test_a_gate_is_read_as_it_is_written(operator: str, bound, space: str):
+def test_parsing_and_formatting_round_trip(operator: str, bound, space: str):
     found = parse_threshold(f"{space}retention{space}{operator}{space}{bound}")
 
     assert found == Threshold(name="retention", operator=operator, bound=float(bound))
@@ -30,14 +30,14 @@ def test_a_gate_is_read_as_it_is_written(operator: str, bound, space: str):
     ["", "retention", "retention=0.9", "retention==0.9", "0.9<=retention", "retention>=nan", "retention>=0.9%",
      "retention>=0.9 retention>=0.8", "retention>=1e9", "__import__('os')>=1", "retention>=.", "Retention>=1"],
 )  # fmt: skip
-def test_other_words_are_refused(text: str):
-    with pytest.raises(InputError, match="is not a gate") as caught:
+def test_a_text_that_violates_the_grammar_is_refused(text: str):
+    with pytest.raises(InputError, match="is not a threshold") as caught:
         parse_threshold(text)
 
     assert "retention>=0.98" in str(caught.value.fix)
 
 
-def test_an_unknown_figure_is_refused_with_those_there_are():
+def test_an_unknown_figure_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match="no figure 'retension'") as caught:
         parse_threshold("retension>=0.9")
 
@@ -45,7 +45,7 @@ def test_an_unknown_figure_is_refused_with_those_there_are():
 
 
 @pytest.mark.parametrize(
-    ("gate", "failed"),
+    ("text", "failed"),
     [
         ("retention>=0.9", {"b": 0.8}),
         ("retention>0.8", {"b": 0.8}),
@@ -53,36 +53,36 @@ def test_an_unknown_figure_is_refused_with_those_there_are():
         ("retention<2", {}),
     ],
 )
-def test_every_domain_must_hold(gate: str, failed: dict):
-    verdict = _judge(figure(a=0.9, b=0.8), parse_threshold(gate))
+def test_every_domain_must_meet_the_threshold(text: str, failed: dict):
+    verdict = _judge(figure(a=0.9, b=0.8), parse_threshold(text))
 
     assert (verdict.failed, verdict.holds, verdict.checked) == (failed, not failed, 2)
 
 
-def test_a_share_that_is_not_defined_does_not_hold():
+def test_an_undefined_share_fails():
     assert _judge(figure(a=0.9, b=None), parse_threshold("retention>=0.1")).failed == {"b": None}
 
 
-def test_a_domain_to_which_a_figure_does_not_apply_is_passed_over():
+def test_a_domain_that_a_figure_does_not_apply_to_is_skipped():
     verdict = _judge(figure("bits/byte", a=0.9, b=None), parse_threshold("retention>=0.1"))
 
     assert (verdict.holds, verdict.checked) == (True, 1)
 
 
-def test_without_domains_the_whole_is_judged():
+def test_a_figure_without_domains_is_judged_as_a_whole():
     assert _judge(figure(), parse_threshold("retention>=0.95")).failed == {"retention": 0.9}
 
 
-def test_a_failed_gate_names_domains_and_values():
-    gates = [parse_threshold("retention>=0.5"), parse_threshold("retention>=0.98")]
+def test_an_unmet_threshold_names_domains_and_values():
+    thresholds = [parse_threshold("retention>=0.5"), parse_threshold("retention>=0.98")]
     verdicts = [
-        Verdict(threshold=gates[0], failed={}, checked=2),
-        Verdict(threshold=gates[1], failed={"medicine": 0.8668, "legal": None}, checked=2),
+        Verdict(threshold=thresholds[0], failed={}, checked=2),
+        Verdict(threshold=thresholds[1], failed={"medicine": 0.8668, "legal": None}, checked=2),
     ]
 
-    with pytest.raises(GateFailedError, match="1 of 2 gates failed: retention>=0.98") as caught:
+    with pytest.raises(GateFailedError, match="1 of 2 thresholds were not met: retention>=0.98") as caught:
         check_verdicts(verdicts)
 
     assert caught.value.exit_code == 9
-    assert caught.value.cause == "retention of medicine is 0.8668, legal is not defined"
+    assert caught.value.cause == "retention of medicine is 0.8668, legal is undefined"
     check_verdicts(verdicts[:1])
