@@ -5,21 +5,21 @@ from collections.abc import Callable
 
 import typer
 
-from .boundary import ReportingGroup
 from .commands.add_domain import add_domain
 from .commands.compose import compose, generate
 from .commands.diff import diff
+from .commands.evaluate import evaluate, route
 from .commands.export import export
-from .commands.hub import pull, push, search
 from .commands.import_adapter import import_adapter
 from .commands.init import init
-from .commands.look import list_domains, show, version
-from .commands.maintenance import doctor, gc, verify
-from .commands.measure import evaluate, route
+from .commands.log import alias, log, remove, restore
+from .commands.pull import pull, push, search
 from .commands.quickstart import quickstart
 from .commands.report import report
 from .commands.retrain import retrain
-from .commands.versions import alias, log, remove, restore
+from .commands.show import list_domains, show, version
+from .commands.verify import doctor, gc, verify
+from .errors import ReportingGroup
 
 app = typer.Typer(
     name="registry",

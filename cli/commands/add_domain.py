@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..opening import open_registry
 from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, sources, takes_groups
 from ..show import facts as of
 from ..show import output
 from ..show.page import Cell, Page, Part, Span, cell, facts, line, title
 from ..show.plan import plan_addition
 from ..show.watch import Watch, watch
+from ..startup import open_registry
 
 if TYPE_CHECKING:
     from ...domains.statistics.prototypes import Neighbour

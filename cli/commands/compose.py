@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...domains.errors import InputError
-from ..opening import open_registry
 from ..options import Device, Dtype, Json, MaxNewTokens, Spec, Static, StorePath
 from ..show import facts as of
 from ..show import output
 from ..show.numbers import brief, exact, percent, plural, short
 from ..show.page import Block, Page, Span, Table, Words, cell, facts, faint, line, slot_style, table, title
-from ..show.slot_views import answer_data, answer_line, legend, routed_text, shares
+from ..show.slots import answer_data, answer_line, legend, routed_text, shares
 from ..show.watch import watch
-from .hub import localised
+from ..startup import open_registry
+from .pull import localised
 
 if TYPE_CHECKING:
     from ...registry import Registry

@@ -3,12 +3,12 @@
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from ..opening import open_registry
 from ..options import Json, Reference, StorePath
 from ..show import facts as of
 from ..show import output
 from ..show.numbers import brief, exact, size
 from ..show.page import Block, Cell, Page, Span, Table, cell, facts, line, table
+from ..startup import open_registry
 
 if TYPE_CHECKING:
     from ...registry.maintenance.diff import VersionDiff

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ..opening import open_registry
 from ..options import Device, Dtype, Json, Spec, Static, StorePath
 from ..show import output
 from ..show.page import Cell, Page, Part, Words, cell, facts, line, title
 from ..show.watch import watch
+from ..startup import open_registry
 
 if TYPE_CHECKING:
     from ...registry.interop.export_plan import ExportResult

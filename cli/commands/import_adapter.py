@@ -5,12 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..opening import open_registry
 from ..options import Data, Device, Dtype, Json, StorePath, sources
 from ..show import facts as of
 from ..show import output
 from ..show.page import Cell, Page, Part, cell, facts, title
 from ..show.watch import watch
+from ..startup import open_registry
 
 if TYPE_CHECKING:
     from ...registry.interop.import_adapter import ImportResult

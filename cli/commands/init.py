@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...adapters.composition import GENERAL
-from ..opening import fetch_base, quiet_libraries, store_option
 from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, sources, takes_groups
 from ..show import facts as of
 from ..show import output
 from ..show.page import Page, cell, facts, title
 from ..show.watch import watch
+from ..startup import fetch_base, quiet_libraries, store_option
 
 if TYPE_CHECKING:
     from ...registry import Registry

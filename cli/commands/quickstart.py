@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from ..opening import quiet_libraries, store_option
 from ..options import Json
 from ..quickstart import COMPOSITION, PROMPT, Tour, take_tour
 from ..report.terminal import heat_table
@@ -13,8 +12,9 @@ from ..show import facts as of
 from ..show import output
 from ..show.numbers import duration, exact
 from ..show.page import Page, Span, Words, cell, facts, faint, line, title
-from ..show.slot_views import answer_data
+from ..show.slots import answer_data
 from ..show.watch import watch
+from ..startup import quiet_libraries, store_option
 
 FAST_STEPS = 4
 FAST_BYTES = 4000

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...domains.errors import InputError
-from ..opening import open_registry
 from ..options import Device, Dtype, Json, NoQuestions, StorePath
 from ..report.html import PageSource, retention_html
 from ..report.svg import retention_svg
@@ -28,7 +27,8 @@ from ..show import output
 from ..show.numbers import exact
 from ..show.page import Block, Page, Words, faint, line, title
 from ..show.watch import watch
-from .versions import history_of
+from ..startup import open_registry
+from .log import history_of
 
 if TYPE_CHECKING:
     from ...registry import Registry

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ...domains.errors import GateFailedError
-from ..opening import open_registry
 from ..options import (
     Data,
     Device,
@@ -25,6 +24,7 @@ from ..show import output
 from ..show.numbers import bits, exact, percent, plural, size
 from ..show.page import Cell, Page, Part, Span, cell, facts, line, title
 from ..show.watch import watch
+from ..startup import open_registry
 
 if TYPE_CHECKING:
     from ...registry.learn.retrain import RetrainedDomain

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from lorary.cli.boundary import INTERRUPTED
+from lorary.cli.errors import INTERRUPTED
 
 SHORT = ["--steps", "1", "--block", "64", "--batch", "2"]
 

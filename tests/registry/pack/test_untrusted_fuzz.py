@@ -309,7 +309,7 @@ def judged(data: bytes, files: Files) -> LoraryError | tuple[PackManifest, Domai
 @pytest.fixture(scope="module")
 def judge(whole: Registry, loose: Any) -> Any:
     """`judge(seed)` makes a mutant, lets the reader judge it, and judges the reader."""
-    from lorary.cli.commands.look import files_page, show_page
+    from lorary.cli.commands.show import files_page, show_page
     from lorary.registry.hub.card import model_card
 
     packs = [loose(name) for name in ("cooking", "sailing")]

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...domains.errors import InputError, IntegrityError
-from ..opening import open_registry, quiet_libraries
 from ..options import Json, StorePath
 from ..show import output
 from ..show.numbers import plural, size
 from ..show.page import Block, Cell, Page, Span, Words, cell, facts, line, table
 from ..show.watch import watch
+from ..startup import open_registry, quiet_libraries
 
 if TYPE_CHECKING:
     from ...registry.maintenance.doctor import Finding

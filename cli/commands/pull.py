@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...adapters.composition import GENERAL
-from ..opening import open_registry, quiet_libraries
 from ..options import Json, Reference, StorePath
 from ..show import facts as of
 from ..show import output
 from ..show.numbers import brief, exact, percent, plural, size
 from ..show.page import Cell, Page, Span, cell, facts, faint, line, table, title
 from ..show.watch import watch
+from ..startup import open_registry, quiet_libraries
 
 if TYPE_CHECKING:
     from ...registry import Registry

@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .boundary import DEBUG
+from .errors import DEBUG
 from .show import output
 
 if TYPE_CHECKING:

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...adapters.composition import GENERAL
-from ..opening import open_registry
 from ..options import Json, Reference, StorePath
 from ..show import facts as of
 from ..show import output
 from ..show.numbers import brief, exact, percent, short, size
 from ..show.page import Cell, Page, Part, cell, facts, table, title
+from ..startup import open_registry
 
 if TYPE_CHECKING:
     from ...registry import Registry

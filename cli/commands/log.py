@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...domains.errors import InputError
-from ..opening import open_registry
 from ..options import Json, Reference, StorePath
 from ..show import facts as of
 from ..show import output
 from ..show.page import Cell, Page, Span, cell, facts, table
+from ..startup import open_registry
 
 if TYPE_CHECKING:
     from ...registry import Registry

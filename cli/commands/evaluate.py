@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ...adapters.composition import GENERAL
-from ..opening import open_registry
 from ..options import Data, Device, Dtype, Json, NoQuestions, Spec, StorePath, sources
 from ..show import facts as of
 from ..show import output
 from ..show.numbers import exact, percent, plural
 from ..show.page import Cell, Page, Span, Table, cell, facts, line, slot_style, table
-from ..show.slot_views import shares, similarity_cell
+from ..show.slots import shares, similarity_cell
 from ..show.watch import watch
-from .hub import localised
+from ..startup import open_registry
+from .pull import localised
 
 if TYPE_CHECKING:
     from ...registry.compose.plan import Plan
