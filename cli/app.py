@@ -1,4 +1,4 @@
-"""The program: `registry`, also installed as `lorary`. Commands are registered here, and nothing else happens."""
+"""The program `registry`, also installed as `lorary`: registers the commands."""
 
 import inspect
 from collections.abc import Callable
@@ -6,26 +6,36 @@ from collections.abc import Callable
 import typer
 
 from .commands.add_domain import add_domain
-from .commands.compose import compose, generate
+from .commands.alias import alias
+from .commands.compose import compose
 from .commands.diff import diff
-from .commands.evaluate import evaluate, route
+from .commands.doctor import doctor
+from .commands.evaluate import evaluate
 from .commands.export import export
+from .commands.gc import gc
+from .commands.generate import generate
 from .commands.import_adapter import import_adapter
 from .commands.init import init
-from .commands.log import alias, log, remove, restore
-from .commands.pull import pull, push, search
+from .commands.list import list_domains
+from .commands.log import log
+from .commands.pull import pull
+from .commands.push import push
 from .commands.quickstart import quickstart
+from .commands.remove import remove, restore
 from .commands.report import report
 from .commands.retrain import retrain
-from .commands.show import list_domains, show, version
-from .commands.verify import doctor, gc, verify
+from .commands.route import route
+from .commands.search import search
+from .commands.show import show
+from .commands.verify import verify
+from .commands.version import version
 from .errors import ReportingGroup
 
 app = typer.Typer(
     name="registry",
     cls=ReportingGroup,
-    help="A continual-learning registry of LoRA experts: add domains one after another to a frozen language model, "
-    "forget nothing, compose any of them.",
+    help="A continual-learning registry: a mixture of LoRA experts over a frozen language model. Add one domain after "
+    "another without forgetting, and compose any of them.",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -60,7 +70,7 @@ COMMANDS = {
 
 
 def _help(command: Callable[..., None]) -> str:
-    """The docstring, each paragraph on one line: rich breaks lines where the terminal ends."""
+    """Return the docstring with each paragraph on one line: rich wraps lines to the terminal."""
     paragraphs = inspect.cleandoc(command.__doc__ or "").split("\n\n")
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
@@ -70,5 +80,5 @@ for _name, _command in COMMANDS.items():
 
 
 def main() -> None:
-    """The entry point of the console scripts."""
+    """Run the program."""
     app()

@@ -1,6 +1,6 @@
-"""The one place where errors end: every failure becomes three lines on stderr and an exit code.
+"""Turn exceptions into three lines on stderr and an exit code.
 
-A subclass of TyperGroup, so that it holds under typer's CliRunner as well as in a shell.
+A subclass of TyperGroup does this, so that it also works under typer's CliRunner.
 """
 
 import os
@@ -19,13 +19,13 @@ from ..domains.errors import LoraryError
 from .show import output
 
 INTERRUPTED = 130
-DEBUG = "LORARY_DEBUG"  # set to 1: errors come with their traceback
-# commands that go on where they were interrupted
+DEBUG = "LORARY_DEBUG"  # set to 1, errors have a traceback
+# commands that resume when they are repeated
 RESUMING = ("init", "add-domain", "retrain", "quickstart", "report", "pull")
 
 
 class ReportingGroup(TyperGroup):
-    """The top of the command tree; its commands raise, it reports."""
+    """Top-level command group that reports the exceptions of its commands."""
 
     def main(
         self,
@@ -36,10 +36,10 @@ class ReportingGroup(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        """Runs the command that the arguments name and exits with its code."""
+        """Run the command that the arguments name, and exit with its code."""
         words = list(sys.argv[1:] if args is None else args)
         name = Path(sys.argv[0]).stem
-        with _reported(words):
+        with _reporting(words):
             code = super().main(
                 args=words or ["--help"],
                 prog_name=name if name == "lorary" else "registry",
@@ -48,24 +48,24 @@ class ReportingGroup(TyperGroup):
                 windows_expand_args=windows_expand_args,
                 **extra,
             )
-            if code == INTERRUPTED:  # typer has made it out of a KeyboardInterrupt
+            if code == INTERRUPTED:  # what typer makes of a KeyboardInterrupt
                 raise KeyboardInterrupt
         sys.exit(code or 0)
 
 
 @contextmanager
-def _reported(words: list[str]) -> Iterator[None]:
-    """Reports what is raised inside and exits with its code."""
+def _reporting(words: list[str]) -> Iterator[None]:
+    """Report an exception raised in the context, and exit with its code."""
     try:
         yield
     except (KeyboardInterrupt, typer.Abort):
-        _fail(_interrupted(words), words)
+        _fail(_interrupted_record(words), words)
     except LoraryError as error:
-        _fail(_foreseen(error), words)
+        _fail(_expected_record(error), words)
     except typer.TyperException as error:
-        _fail(_wrong_usage(error), words)
+        _fail(_usage_record(error), words)
     except Exception as error:
-        _fail(_unexpected(error), words)
+        _fail(_unexpected_record(error), words)
 
 
 def _fail(record: dict[str, Any], words: list[str]) -> None:
@@ -73,31 +73,31 @@ def _fail(record: dict[str, Any], words: list[str]) -> None:
         traceback.print_exc()
     as_json = "--json" in words
     if record["exit"] == INTERRUPTED and not as_json:
-        output.tell(record["message"])  # what a person did is no error
+        output.write_line(record["message"])  # not an error: the user did it
     else:
-        output.failure(record, as_json=as_json)
+        output.show_error(record, as_json=as_json)
     sys.exit(record["exit"])
 
 
-def _foreseen(error: LoraryError) -> dict[str, Any]:
+def _expected_record(error: LoraryError) -> dict[str, Any]:
     kind = re.sub(r"(?<!^)(?=[A-Z])", "_", type(error).__name__.removesuffix("Error")).lower()
     return _record(kind, error.exit_code, error.message, error.cause, error.fix)
 
 
-def _wrong_usage(error: typer.TyperException) -> dict[str, Any]:
+def _usage_record(error: typer.TyperException) -> dict[str, Any]:
     context = getattr(error, "ctx", None)
     path = context.command_path if context else "registry"
-    message = error.format_message().replace(": Value error, ", ": ")  # words of the library that checks values
+    message = error.format_message().replace(": Value error, ", ": ")  # wording of pydantic
     return _record("usage", error.exit_code, message, None, f"see {path} --help")
 
 
-def _unexpected(error: Exception) -> dict[str, Any]:
+def _unexpected_record(error: Exception) -> dict[str, Any]:
     detail = " ".join(str(error).split())
     message = f"{type(error).__name__}: {detail}" if detail else type(error).__name__
-    return _record("unexpected", 1, message, None, f"see the traceback: repeat the command with {DEBUG}=1 before it")
+    return _record("unexpected", 1, message, None, f"to see the traceback, repeat the command with {DEBUG}=1 in front")
 
 
-def _interrupted(words: list[str]) -> dict[str, Any]:
+def _interrupted_record(words: list[str]) -> dict[str, Any]:
     if any(word in RESUMING for word in words[:1]):
         return _record("interrupted", INTERRUPTED, "Interrupted. Repeat the same command to resume.", None, None)
     return _record("interrupted", INTERRUPTED, "Interrupted.", None, None)

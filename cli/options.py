@@ -1,4 +1,4 @@
-"""Options that several commands share, each declared once."""
+"""Options that several commands share."""
 
 import inspect
 from collections.abc import Callable
@@ -14,14 +14,16 @@ from ..adapters.config import BankConfig, TrainingConfig
 if TYPE_CHECKING:
     from ..domains.data.corpus import Source
 
-_BANK, _TRAINING, _MACHINE = "The new experts", "Training", "Machine"
+_BANK, _TRAINING, _MACHINE = "New experts", "Training", "Machine"  # headings of --help
+_DEFAULTS = TrainingConfig()
 
 StorePath = Annotated[
     Path | None,
     typer.Option(
         "--store",
         metavar="PATH",
-        help="The registry's folder. Otherwise $LORARY_STORE, the nearest .lorary above this folder, or your own.",
+        help="The registry's folder. Default: $LORARY_STORE, the nearest .lorary in this folder or above, or "
+        "~/.local/share/lorary.",
         show_default=False,
     ),
 ]
@@ -33,8 +35,8 @@ Spec = Annotated[
     str,
     typer.Argument(
         metavar="SPEC",
-        help="Domains joined by +, each with an optional version and weight: medicine@2:0.7+legal:0.3. "
-        "A domain may be a pack on the Hub, hf://OWNER/REPO@v2. Or the folder of a saved composition.",
+        help="Domains joined by +, with optional versions and weights: medicine@2:0.7+legal:0.3. A domain may be a "
+        "pack on the Hub: hf://OWNER/REPO@v2. Alternatively, the folder of a saved composition.",
     ),
 ]
 Static = Annotated[bool, typer.Option("--static", metavar="", help="Constant weights instead of routing.")]
@@ -43,7 +45,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="FILE",
-        help="JSONL, JSON, CSV, TSV, TXT or parquet, or hf:OWNER/NAME; repeat it for several.",
+        help="JSONL, JSON, CSV, TSV, TXT or Parquet file, or hf:OWNER/NAME for a dataset on the Hub. Repeatable.",
         show_default=False,
     ),
 ]
@@ -51,15 +53,15 @@ Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or 
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(
-        metavar="TYPE", help="auto, float32, bfloat16 or float16: numbers of the base model.", rich_help_panel=_MACHINE
+        metavar="TYPE", help="dtype of the base model: auto, float32, bfloat16 or float16.", rich_help_panel=_MACHINE
     ),
 ]
-NoQuestions = Annotated[bool, typer.Option("--no-questions", metavar="", help="Leave out the questions.")]
-MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="At most so many tokens are written.")]
+NoQuestions = Annotated[bool, typer.Option("--no-questions", metavar="", help="Skip the questions.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of new tokens.")]
 
 
 def shape_option(text: str, *names: str, **more: Any) -> Any:
-    """An option that shapes new experts."""
+    """Declare an option about the new experts."""
     return typer.Option(*names, help=text, rich_help_panel=_BANK, **{"metavar": "N", **more})
 
 
@@ -68,36 +70,38 @@ def _training(text: str, default: str, **more: Any) -> Any:
 
 
 def sources(data: list[str] | None) -> "list[Source]":
-    """What --data names: files as paths, the rest as it is."""
+    """Parse --data: files become paths, hf: names stay text."""
     return [name if name.startswith("hf:") else Path(name) for name in data or []]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BankOptions:
-    """What the new experts look like."""
+    """Options about the new experts."""
 
     rank: Annotated[int, shape_option("Rank of each expert.", min=1)] = BankConfig.rank
-    alpha: Annotated[float, shape_option("Scale of each expert: alpha / rank.")] = BankConfig.alpha
-    experts: Annotated[float, shape_option("Experts a layer, on average over the layers that have any.")] = (
+    alpha: Annotated[float, shape_option("LoRA alpha; the scale is alpha / rank.")] = BankConfig.alpha
+    experts: Annotated[float, shape_option("Experts per layer, on average over the layers that have experts.")] = (
         BankConfig.experts
     )
     schedule: Annotated[
         Literal["linear", "quarters", "uniform", "data"],
-        shape_option("How their number grows with depth; data measures it.", metavar="linear|quarters|uniform|data"),
+        shape_option(
+            "How the number of experts grows with depth; data measures it on the data.",
+            metavar="linear|quarters|uniform|data",
+        ),
     ] = "linear"
     targets: Annotated[
         str | None,
-        shape_option("Linear modules to extend, such as q_proj,v_proj.", metavar="NAMES", show_default="all of them"),
+        shape_option("Linear modules to adapt, such as q_proj,v_proj.", metavar="NAMES", show_default="all"),
     ] = None
-    no_rank_gates: Annotated[bool, shape_option("Leave out the gate of each rank.", "--no-rank-gates", metavar="")] = (
-        False
-    )
+    no_rank_gates: Annotated[bool, shape_option("Train no rank gates.", "--no-rank-gates", metavar="")] = False
     method: Annotated[
-        Literal["lora", "rslora"], shape_option("Scale by alpha / rank, or alpha / sqrt(rank).", metavar="lora|rslora")
+        Literal["lora", "rslora"],
+        shape_option("Scale by alpha / rank (lora) or alpha / sqrt(rank) (rslora).", metavar="lora|rslora"),
     ] = "lora"
 
     def config(self) -> BankConfig:
-        """The same for the library."""
+        """Return the library's configuration."""
         names = tuple(name.strip() for name in (self.targets or "").split(",") if name.strip())
         return BankConfig(
             rank=self.rank,
@@ -112,44 +116,48 @@ class BankOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
-    """How the new experts are trained.
-
-    None is the library's default: importing it takes seconds, so the help repeats the numbers (a test compares them).
-    """
+    """Options about training; None means the library's default."""
 
     steps: Annotated[int | None, _training("Training steps.", "as many as --epochs needs", min=1)] = None
-    epochs: Annotated[float | None, _training("Passes over the data, if --steps is not given.", "4.0")] = None
-    batch: Annotated[int | None, _training("Blocks a step.", "8", min=1)] = None
-    block: Annotated[int | None, _training("Tokens a block.", "256", min=2)] = None
-    learning_rate: Annotated[
-        float | None, _training("Highest learning rate.", "2 / width of the base; for init .03 of it")
+    epochs: Annotated[
+        float | None, _training("Passes over the data, unless --steps is given.", str(_DEFAULTS.epochs))
     ] = None
-    seed: Annotated[int | None, _training("Same data and seed, same experts.", "0")] = None
+    batch: Annotated[int | None, _training("Batch size, in blocks.", str(_DEFAULTS.batch), min=1)] = None
+    block: Annotated[int | None, _training("Block length, in tokens.", str(_DEFAULTS.block), min=2)] = None
+    learning_rate: Annotated[
+        float | None, _training("Peak learning rate.", "2 / hidden size of the base model; for init 0.03 of that")
+    ] = None
+    seed: Annotated[int | None, _training("Random seed.", str(_DEFAULTS.seed))] = None
     checkpoint_every: Annotated[
-        int | None, _training("Steps between checkpoints, from which a repeated command resumes.", "50", min=1)
+        int | None,
+        _training(
+            "Steps between checkpoints; a repeated command resumes from the last one.",
+            str(_DEFAULTS.checkpoint_every),
+            min=1,
+        ),
     ] = None
 
     def config(self) -> TrainingConfig:
-        """The same for the library."""
+        """Return the library's configuration."""
         return TrainingConfig(**given_options(self))
 
 
 def given_options(group: Any) -> dict[str, Any]:
-    """The options of a group that were given, those that are not None, by their name in the library."""
+    """Return the options of a group that were given (not None), by name."""
     values = {field.name: getattr(group, field.name) for field in fields(group)}
     return {name: value for name, value in values.items() if value is not None}
 
 
-def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
-    """Lets a command take a dataclass of options: each of its fields becomes an option of the command.
+def expand_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn each parameter that is a dataclass of options into one option per field.
 
-    A command that shares twenty options with another then names two groups instead of twenty parameters.
+    Commands that share twenty options then declare two parameters instead of twenty.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
 
     @wraps(command)
-    def with_groups(**given: Any) -> None:
+    def expanded(**given: Any) -> None:
         for name, group in groups.items():
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         command(**given)
@@ -158,9 +166,9 @@ def takes_groups(command: Callable[..., None]) -> Callable[..., None]:
     for name, parameter in inspect.signature(command).parameters.items():
         own = parameter.replace(annotation=hints[name], kind=parameter.KEYWORD_ONLY)
         parameters += _parameters(groups[name]) if name in groups else [own]
-    vars(with_groups)["__signature__"] = inspect.Signature(parameters)
-    with_groups.__annotations__ = {p.name: p.annotation for p in parameters}
-    return with_groups
+    vars(expanded)["__signature__"] = inspect.Signature(parameters)
+    expanded.__annotations__ = {p.name: p.annotation for p in parameters}
+    return expanded
 
 
 def _parameters(group: type) -> list[inspect.Parameter]:

@@ -1,4 +1,4 @@
-"""Writes docs/cli.md from the help texts: `python -m lorary.cli.reference`. A test fails when the page is stale."""
+"""Write docs/cli.md from the help texts: `python -m lorary.cli.reference`. A test fails if the page is stale."""
 
 import re
 from pathlib import Path
@@ -13,26 +13,26 @@ from .errors import RESUMING
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cli.md"
 _HEAD = """# The command line
 
-Written by `python -m lorary.cli.reference` from the help texts: change those, not this page.
+Generated from the help texts by `python -m lorary.cli.reference`; do not edit.
 
 `registry` is also installed as `lorary`. Every command takes `--help`.
 
 - **Results** go to stdout: a table on a terminal, tab-separated values in a pipe, and with `--json` exactly one JSON
-  document with `"schema": "lorary.cli/1"`. Progress, hints and errors go to stderr; with `--json` as lines of JSON.
-- **Errors** are three lines, `Error:`, `Cause:` and `Fix:`. Exit codes: 0 done, 1 unexpected, 2 wrong words or data,
-  3 not found, 4 exists already, 5 damaged, 6 another base model or a missing device, 7 network, 8 no space, 9 a quality
-  gate did not hold, 130 interrupted.
-- **Where the registry is**: `--store PATH`, else `$LORARY_STORE`, else the nearest `.lorary` above this folder, else
-  `~/.local/share/lorary`.
-- `$NO_COLOR` takes colours away, `$FORCE_COLOR` draws tables although stdout is no terminal, `LORARY_DEBUG=1` shows
-  tracebacks and the warnings of the libraries below.
-- **Interrupted** work (Ctrl-C) stores no version. These go on where they were when they are repeated:
+  document with `"schema": "lorary.cli/1"`. Progress, hints and errors go to stderr; with `--json` as JSON lines.
+- **Errors** have three lines: `Error:`, `Cause:` and `Fix:`. Exit codes: 0 success, 1 unexpected error, 2 invalid
+  arguments or data, 3 not found, 4 already exists, 5 damaged, 6 incompatible base model or missing device, 7 network,
+  8 no disk space, 9 acceptance check or threshold failed, 130 interrupted.
+- **The registry** is `--store PATH`, otherwise `$LORARY_STORE`, otherwise the nearest `.lorary` in this folder or
+  above, otherwise `~/.local/share/lorary`.
+- `$NO_COLOR` turns colours off; `$FORCE_COLOR` draws tables even if stdout is not a terminal; `LORARY_DEBUG=1` shows
+  tracebacks and the warnings of the libraries.
+- **Interrupting** a command (Ctrl-C) stores no version. These commands resume when they are repeated:
   {}.
 """.format(", ".join(f"`{name}`" for name in RESUMING))
 
 
 def reference() -> str:
-    """The page."""
+    """Return the page."""
     group = get_command(app)
     assert isinstance(group, TyperGroup)
     commands = [_command(name, command) for name, command in group.commands.items()]
@@ -48,7 +48,7 @@ def _command(name: str, command: object) -> str:
     )
     rows = [record for param in context.command.get_params(context) if (record := param.get_help_record(context))]
     table = [f"| `{_option(name)}` | {_meaning(text)} |" for name, text in rows if not name.startswith("--help")]
-    parts = [f"## {name}", described, f"    {usage}", f"For example:\n\n    {example}"]
+    parts = [f"## {name}", described, f"    {usage}", f"Example:\n\n    {example}"]
     return "\n\n".join(parts) + "\n\n| | |\n|---|---|\n" + "\n".join(table) + "\n"
 
 
@@ -57,7 +57,7 @@ def _option(name: str) -> str:
 
 
 def _meaning(text: str) -> str:
-    """The help of an option, with its default in plain brackets."""
+    """Return the help of an option, with its default in plain brackets."""
     text = re.sub(r"default: \((.*?)\)", r"default: \1", re.sub(r"; x>=[\d.]+", "", text))
     return re.sub(r"\s+\[x>=[\d.]+\]", "", text).replace("  [", " [").replace("|", "\\|")
 

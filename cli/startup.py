@@ -1,4 +1,4 @@
-"""Opens the registry that a command works on, with the libraries below kept quiet."""
+"""Open the registry that a command works on, and silence the libraries."""
 
 import os
 import shlex
@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import DEBUG
-from .show import output
 
 if TYPE_CHECKING:
     from ..registry import Registry
 
 
 def open_registry(store: Path | None, *, device: str = "cpu", dtype: str = "auto") -> "Registry":
-    """The registry in a folder, or the one that is found; see `Registry.open`."""
+    """Open the registry in a folder, or find it; see `Registry.open`."""
     from ..registry import Registry
 
     quiet_libraries()
@@ -23,8 +22,8 @@ def open_registry(store: Path | None, *, device: str = "cpu", dtype: str = "auto
 
 
 def quiet_libraries() -> None:
-    """Keeps bars and warnings of transformers and huggingface_hub off the screen, unless one is looking for a bug."""
-    # threads that wait without spinning: on a busy machine spinning costs a factor of two (docs/log.md)
+    """Hide progress bars and warnings of transformers and huggingface_hub, unless $LORARY_DEBUG is set."""
+    # waiting threads sleep instead of spinning: spinning costs a factor of two on a busy machine (docs/log.md)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if os.environ.get(DEBUG):
         return
@@ -41,21 +40,8 @@ def quiet_libraries() -> None:
 
 
 def store_option(store: Path) -> str:
-    """The option that the next command needs to find this registry from this folder; empty where it finds it."""
+    """Return the --store option that another command needs here to find this registry; empty if it needs none."""
     from ..registry.store.store import locate_store
 
     is_found = locate_store(None, os.environ, Path.cwd()).resolve() == store.resolve()
     return "" if is_found else f" --store {shlex.quote(str(store))}"
-
-
-def fetch_base(base: str, revision: str | None) -> None:
-    """Downloads a base model of the Hub that is not here yet, under the Hub client's own progress bars."""
-    from ..registry.base.find import POCKET, find_base
-
-    if base == POCKET or Path(base).expanduser().is_dir():
-        return
-    output.hint(f"Looking for {base} in the Hub's cache, else downloading it.")
-    find_base(base, revision=revision)
-    from huggingface_hub.utils import disable_progress_bars
-
-    disable_progress_bars()

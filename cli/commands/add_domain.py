@@ -1,29 +1,34 @@
-"""`registry add-domain`: new experts for a domain, everything older frozen and proved so."""
+"""`registry add-domain`: new experts for a domain, with everything older frozen."""
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, sources, takes_groups
-from ..show import facts as of
-from ..show import output
-from ..show.page import Cell, Page, Part, Span, cell, facts, line, title
-from ..show.plan import plan_addition
-from ..show.watch import Watch, watch
+from ...adapters.allocation import allocate
+from ...adapters.composition import GENERAL
+from ...adapters.config import BankConfig
+from ...domains.data.corpus import Source
+from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, expand_option_groups, sources
+from ..show import facts, output
+from ..show.charts import layers
+from ..show.numbers import plural, size
+from ..show.page import Cell, Page, Part, Span, cell, fields, line, title
+from ..show.progress import ProgressDisplay, show_progress
 from ..startup import open_registry
 
 if TYPE_CHECKING:
     from ...domains.statistics.prototypes import Neighbour
+    from ...registry import Registry
     from ...registry.learn.add_domain import AddedDomain
 
 Name = Annotated[
-    str, typer.Argument(metavar="NAME", help="A built-in domain, or any name together with --data.", show_default=False)
+    str, typer.Argument(metavar="NAME", help="A built-in domain, or any name with --data.", show_default=False)
 ]
 
 
-@takes_groups
+@expand_option_groups
 def add_domain(
     *,
     name: Name,
@@ -35,10 +40,10 @@ def add_domain(
     store: StorePath = None,
     as_json: Json = False,
 ) -> None:
-    """Add a domain: train new experts for it, with everything older frozen and proved to be unchanged.
+    """Add a domain: train new experts for it, and prove that everything older is unchanged.
 
-    medicine, legal, finance and code come with a sample corpus and need no --data. A repeated command resumes an
-    interrupted one from its last checkpoint.
+    medicine, legal, finance and code have bundled sample corpora and need no --data. Repeat an interrupted command to
+    resume it from its last checkpoint.
 
     Example: registry add-domain medicine
     """
@@ -47,81 +52,130 @@ def add_domain(
     plan = plan_addition(registry, name, files, shape, steps=training.steps)
     if not as_json:
         output.hint(str(plan))
-    with watch("loading the base model", as_json=as_json) as watching:
+    with show_progress("loading the base model", as_json=as_json) as progress:
         added = registry.add_domain(
             name,
             data=files,
             bank=shape,
             training=training.config(),
-            on_neighbours=lambda found: _point_out(found, watching, data or [], as_json=as_json),
-            on_progress=watching.on_progress,
+            on_neighbours=lambda found: _warn_of_near_duplicate(found, progress, data or [], as_json=as_json),
+            on_progress=progress.on_progress,
         )
     output.show(added_page(added, data or []), command="add-domain", as_json=as_json)
 
 
-def _point_out(found: "list[Neighbour]", watching: Watch, data: list[str], *, as_json: bool) -> None:
-    """Tells, before training begins, of a stored domain whose text is nearly the same; the run goes on."""
+@dataclass(frozen=True, kw_only=True)
+class AdditionPlan:
+    """What `add-domain` is about to train, known before anything heavy is loaded."""
+
+    name: str
+    files: tuple[str, ...]
+    rows: int
+    bytes: int
+    experts: int  # over all decoder layers
+    by_layer: str
+    rank: int
+    steps: str
+
+    def __str__(self) -> str:
+        text = f"{', '.join(self.files)}: {plural(self.rows, 'row')}, {size(self.bytes)}"
+        experts = f"{plural(self.experts, 'expert')} of rank {self.rank}, by layer {self.by_layer}"
+        return f"Adding {self.name} from {text}\n{experts}, {self.steps}; everything older stays frozen"
+
+
+def plan_addition(
+    registry: "Registry", name: str, data: list[Source], bank: BankConfig, *, steps: int | None
+) -> AdditionPlan:
+    """Check name, data and bank, and count rows and experts.
+
+    Raises:
+        LoraryError: Name, data or bank is invalid, or there is no KP bank yet.
+    """
+    from ...registry.measure.held_out import check_new_name, read_domain_data, spec_of
+
+    check_new_name(registry.store, name)
+    depth = len(registry.plan(GENERAL).experts_per_layer)
+    is_measured = bank.schedule == "data"
+    schedule = "uniform" if is_measured else bank.schedule  # the total is always the same
+    counts = allocate(depth, experts=bank.experts, schedule=schedule, expert_free=bank.expert_free)
+    found = read_domain_data(spec_of(name, data), data).record
+    return AdditionPlan(
+        name=name,
+        files=tuple(found["files"]),
+        rows=found["rows"],
+        bytes=found["bytes"],
+        experts=sum(counts),
+        by_layer="as measured on the data" if is_measured else layers(counts),
+        rank=bank.rank,
+        steps=plural(steps, "step") if steps else "as many steps as --epochs needs",
+    )
+
+
+def _warn_of_near_duplicate(
+    found: "list[Neighbour]", progress: ProgressDisplay, data: list[str], *, as_json: bool
+) -> None:
+    """Warn before training if a stored domain has nearly the same text."""
     from ...domains.statistics.prototypes import find_near_duplicate
 
-    twin = find_near_duplicate(found)
-    if twin and as_json:
-        output.tell_json({"near_duplicate": _twin_data(twin, data)})
-    elif twin:
-        watching.say(_twin_text(twin, data))
+    duplicate = find_near_duplicate(found)
+    if duplicate and as_json:
+        output.write_json_line({"near_duplicate": _duplicate_record(duplicate, data)})
+    elif duplicate:
+        progress.log(_duplicate_text(duplicate, data))
 
 
 def added_page(added: "AddedDomain", data: list[str]) -> Page:
-    """What adding the domain brought; `data` is how the command named its files."""
+    """Make the page about a new domain; `data` is --data as it was given."""
     manifest = added.manifest
     rows: list[tuple[str, Cell | Part | None]] = [
-        ("version", cell(of.reference(manifest))),
+        ("version", cell(facts.reference(manifest))),
         ("digest", cell(manifest.digest)),
-        ("experts", of.experts(manifest)),
-        ("per layer", of.per_layer(manifest.allocation["counts"])),
-        ("training", of.training(manifest)),
+        ("experts", facts.experts(manifest)),
+        ("per layer", facts.per_layer(manifest.allocation["counts"])),
+        ("training", facts.training(manifest)),
         ("resumed", f"from step {added.resumed_from}" if added.resumed_from else None),
-        ("loss", of.loss(manifest)),
-        ("neighbours", of.neighbours(added.neighbours)),
+        ("loss", facts.loss(manifest)),
+        ("neighbours", facts.neighbours(added.neighbours)),
         ("warm start", f"from the experts of {added.copied_from}" if added.copied_from else None),
-        ("routing drift", of.drift(manifest)),
-        ("frozen", of.proof(manifest)),
+        ("routing drift", facts.drift(manifest)),
+        ("frozen", facts.proof(manifest)),
     ]
     return Page(
         data=_data(added, data),
-        blocks=(title(f"{manifest.name} is added", *_warning(added, data)), facts(rows), of.scores(manifest)),
+        blocks=(title(f"{manifest.name} was added", *_warning(added, data)), fields(rows), facts.scores(manifest)),
         hints=(f'Try it: registry compose {manifest.name} --prompt "..."',),
     )
 
 
 def _warning(added: "AddedDomain", data: list[str]) -> tuple[Part, ...]:
-    twin = added.near_duplicate
-    return line("\n", Span(_twin_text(twin, data), "warn")) if twin else ()
+    duplicate = added.near_duplicate
+    return line("\n", Span(_duplicate_text(duplicate, data), "warn")) if duplicate else ()
 
 
-def _twin_text(twin: "Neighbour", data: list[str]) -> str:
+def _duplicate_text(duplicate: "Neighbour", data: list[str]) -> str:
     return (
-        f"Its text is nearly that of {twin.name} ({twin.similarity:.2f}). "
-        f"To teach {twin.name} this text instead:\n{_retrain_command(twin, data)}"
+        f"Its text is nearly the same as that of {duplicate.name} (similarity {duplicate.similarity:.2f}). "
+        f"To retrain {duplicate.name} on it instead:\n{_retrain_command(duplicate, data)}"
     )
 
 
-def _twin_data(twin: "Neighbour", data: list[str]) -> dict[str, object]:
-    return {**of.neighbour_record(twin), "instead": _retrain_command(twin, data)}
+def _duplicate_record(duplicate: "Neighbour", data: list[str]) -> dict[str, object]:
+    return {**facts.neighbour_record(duplicate), "instead": _retrain_command(duplicate, data)}
 
 
-def _retrain_command(twin: "Neighbour", data: list[str]) -> str:
+def _retrain_command(duplicate: "Neighbour", data: list[str]) -> str:
     given = [word for source in data for word in ("--data", source)] or ["--data", "FILE"]
-    return shlex.join(["registry", "retrain", twin.name, *given])
+    return shlex.join(["registry", "retrain", duplicate.name, *given])
 
 
 def _data(added: "AddedDomain", data: list[str]) -> dict[str, object]:
-    manifest, twin = added.manifest, added.near_duplicate
+    manifest, duplicate = added.manifest, added.near_duplicate
     return {
-        **of.record(manifest),
+        **facts.record(manifest),
         "scores": added.scores.as_json(),
         "drift": asdict(added.drift),
-        "neighbours": [of.neighbour_record(near) for near in added.neighbours],
-        "near_duplicate": _twin_data(twin, data) if twin else None,
+        "neighbours": [facts.neighbour_record(near) for near in added.neighbours],
+        "near_duplicate": _duplicate_record(duplicate, data) if duplicate else None,
         "warm_start": added.copied_from,
         "resumed_from": added.resumed_from,
         "losses": manifest.train["losses"],

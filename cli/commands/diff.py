@@ -1,13 +1,12 @@
-"""`registry diff`: what is different between two versions."""
+"""`registry diff`: the differences between two versions."""
 
 from collections import Counter
 from typing import TYPE_CHECKING
 
 from ..options import Json, Reference, StorePath
-from ..show import facts as of
-from ..show import output
+from ..show import facts, output
 from ..show.numbers import brief, exact, size
-from ..show.page import Block, Cell, Page, Span, Table, cell, facts, line, table
+from ..show.page import Block, Cell, Page, Span, Table, cell, fields, line, table
 from ..startup import open_registry
 
 if TYPE_CHECKING:
@@ -26,10 +25,10 @@ _STYLES = {"added": "good", "removed": "bad", "changed": "warn"}
 
 
 def diff(a: Reference, b: Reference, store: StorePath = None, as_json: Json = False) -> None:
-    """Compare two versions: experts and the size of their updates by layer, statistics, scores, files.
+    """Compare two versions: experts, norms of their weight updates by layer, statistics, scores and files.
 
-    |dW| is the norm of what the experts of a layer add to its weights under constant gates, CHANGE that of the
-    difference. Scores are bits per byte, each on the held-out text that its version had.
+    |dW| is the Frobenius norm of a layer's weight update under constant gates; CHANGE is the norm of the difference.
+    Scores are bits per byte, each on the held-out text of its version.
 
     Example: registry diff medicine@1 medicine@2
     """
@@ -42,11 +41,11 @@ def diff(a: Reference, b: Reference, store: StorePath = None, as_json: Json = Fa
 
 
 def diff_page(found: "VersionDiff") -> Page:
-    """Both versions, side by side."""
+    """Make the page with both versions side by side."""
     before, after = found.versions
-    names = of.reference(before), of.reference(after)
+    names = facts.reference(before), facts.reference(after)
     sizes = [sum(file.size for file in manifest.files) for manifest in found.versions]
-    parameters = [of.parameters(manifest) for manifest in found.versions]
+    parameters = [facts.parameters(manifest) for manifest in found.versions]
     rows = [
         ("experts", *(cell(_experts(manifest)) for manifest in found.versions)),
         ("parameters", *(cell(f"{number:,}", number) for number in parameters)),
@@ -55,17 +54,19 @@ def diff_page(found: "VersionDiff") -> Page:
         ("digest", *(cell(brief(manifest.digest), manifest.digest) for manifest in found.versions)),
     ]
     blocks: list[Block] = [
-        table(("", *names), rows, right=names, tight=("", *names)),
+        table(("", *names), rows, right=names, no_wrap=("", *names)),
         _layer_table(found),
         _score_table(found, names),
         _file_table(found),
-        facts([("like texts", cell(f"{found.feature_cosine:.4f} cosine of mean features", found.feature_cosine))]),
+        fields(
+            [("text similarity", cell(f"{found.feature_cosine:.4f} cosine of mean features", found.feature_cosine))]
+        ),
     ]
     return Page(data=found.as_json(), blocks=tuple(block for block in blocks if not _is_empty(block)))
 
 
 def _experts(manifest: "PackManifest") -> str:
-    """Experts by generation: `3 of rank 4 + 3 of rank 4`."""
+    """Describe the experts by generation: `3 of rank 4 + 3 of rank 4`."""
     groups = Counter((expert.generation, expert.rank) for expert in manifest.experts)
     return " + ".join(f"{count} of rank {rank}" for (_, rank), count in sorted(groups.items()))
 
@@ -83,7 +84,7 @@ def _layer_table(found: "VersionDiff") -> Table:
         ]
         for layer in found.layers
     ]
-    return table(columns, rows, right=columns, tight=columns)
+    return table(columns, rows, right=columns, no_wrap=columns)
 
 
 def _pair(before: int, after: int) -> Cell:
@@ -102,18 +103,18 @@ def _score_table(found: "VersionDiff", names: tuple[str, str]) -> Table:
         rows.append(
             [
                 cell(_SCORE_NAMES[key]),
-                of.number(before),
-                of.number(after),
+                facts.number(before),
+                facts.number(after),
                 cell(line(Span(shown, style)), exact(delta)),
             ]
         )
     columns = ("BITS/BYTE", *names, "DELTA")
-    return table(columns, rows, right=columns[1:], tight=columns)
+    return table(columns, rows, right=columns[1:], no_wrap=columns)
 
 
 def _file_table(found: "VersionDiff") -> Table:
     rows = [[cell(path), cell(Span(state, _STYLES[state]))] for path, state in found.files.items() if state != "same"]
-    return table(("FILE", "STATE"), rows, tight=("STATE",))
+    return table(("FILE", "STATE"), rows, no_wrap=("STATE",))
 
 
 def _is_empty(block: Block) -> bool:

@@ -1,4 +1,4 @@
-"""`registry export`: domains for the tools of others."""
+"""`registry export`: domains for PEFT, vLLM and transformers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -7,8 +7,8 @@ import typer
 
 from ..options import Device, Dtype, Json, Spec, Static, StorePath
 from ..show import output
-from ..show.page import Cell, Page, Part, Words, cell, facts, line, title
-from ..show.watch import watch
+from ..show.page import Cell, Page, Paragraph, Part, cell, fields, line, title
+from ..show.progress import show_progress
 from ..startup import open_registry
 
 if TYPE_CHECKING:
@@ -20,19 +20,19 @@ To = Annotated[
     typer.Option(
         "--to",
         metavar="FORM",
-        help="peft or vllm: an adapter; merged: a whole checkpoint of transformers; tar: the pack itself.",
+        help="peft or vllm: an adapter; merged: a transformers checkpoint; tar: an archive of the pack.",
         show_default=False,
     ),
 ]
 Out = Annotated[
-    Path, typer.Option("--out", metavar="PATH", help="A new folder; a new file for tar.", show_default=False)
+    Path, typer.Option("--out", metavar="PATH", help="A new folder; for tar, a new file.", show_default=False)
 ]
 ServedBase = Annotated[
     str | None,
     typer.Option(
         "--served-base",
         metavar="NAME",
-        help="What the base model is called where vLLM serves it.",
+        help="Name of the base model on the vLLM server.",
         show_default="its Hub id, or its folder",
     ),
 ]
@@ -40,8 +40,8 @@ _LABELS = {
     "rank": "rank",
     "served_name": "served as",
     "max_rank": "--max-lora-rank",
-    "numbers": "numbers",
-    "difference": "checked",
+    "numbers": "dtype",
+    "difference": "verified",
     "files": "files",
 }
 
@@ -57,35 +57,38 @@ def export(
     store: StorePath = None,
     as_json: Json = False,
 ) -> None:
-    """Export domains to PEFT, vLLM, a merged checkpoint, or an archive.
+    """Export domains to PEFT, vLLM, a merged transformers checkpoint, or an archive.
 
-    An adapter and a merged checkpoint have constant gates: the means on each domain's own text. One domain by itself
-    is exported so; several, whose routing would be lost, only with --static. A merged checkpoint is in the numbers of
-    --dtype, and is compared with the composed model before it gets its name.
+    Adapters and merged checkpoints have constant gates: the means on each domain's own text. They cannot route, so
+    several domains need --static. A merged checkpoint has the dtype of --dtype, and its logits are compared with those
+    of the composed model before it is stored.
 
     Example: registry export medicine --to vllm --out medicine-vllm
     """
     registry = open_registry(store, device=device, dtype=dtype)
-    with watch("exporting", as_json=as_json):
+    with show_progress("exporting", as_json=as_json):
         exported = registry.export(spec, out, to=to, static=static, served_base=served_base)
     output.show(exported_page(exported, to), command="export", as_json=as_json)
 
 
 def exported_page(exported: "ExportResult", to: Form) -> Page:
-    """What was written, and how to use it."""
+    """Make the page about an export, with the command that uses it."""
     rows: list[tuple[str, Cell | Part]] = [("versions", cell(exported.pinned))]
     if to != "tar":
-        rows.append(("gates", cell("constant: the means on each domain's own text, instead of routing")))
+        rows.append(("gates", cell("constant: the means on each domain's own text, no routing")))
     rows += [(_LABELS[key], _value(key, value)) for key, value in exported.facts.items()]
     rows.append(("written", cell(str(exported.out))))
     data = {"versions": exported.pinned, "to": to, "out": str(exported.out), "use": exported.command}
     return Page(
         data={**data, **exported.facts},
-        blocks=(title("Exported"), facts(rows), Words(line(exported.command))),
+        blocks=(title("Exported"), fields(rows), Paragraph(line(exported.command))),
     )
 
 
 def _value(key: str, value: str | int | float) -> Cell:
     if key == "difference":
-        return cell(f"its logits are the composed model's within {value:.1g} of the largest", f"{value:g}")
+        return cell(
+            f"logits match the composed model: largest difference {value:.1g}, relative to the largest logit",
+            f"{value:g}",
+        )
     return cell(str(value))

@@ -1,4 +1,4 @@
-"""`registry init`: a registry for a base model, with its knowledge-preservation bank trained."""
+"""`registry init`: a registry for a base model, with a trained knowledge-preservation bank."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -6,26 +6,27 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...adapters.composition import GENERAL
-from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, sources, takes_groups
-from ..show import facts as of
-from ..show import output
-from ..show.page import Page, cell, facts, title
-from ..show.watch import watch
-from ..startup import fetch_base, quiet_libraries, store_option
+from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, expand_option_groups, sources
+from ..show import facts, output
+from ..show.page import Page, cell, fields, title
+from ..show.progress import show_progress
+from ..startup import quiet_libraries, store_option
 
 if TYPE_CHECKING:
     from ...registry import Registry
 
-BaseModel = Annotated[str, typer.Option("--base", metavar="MODEL", help="pocket, a folder, or a Hub id.")]
+BaseModel = Annotated[
+    str, typer.Option("--base", metavar="MODEL", help="pocket (bundled, 9 MB), a folder, or a Hub model id.")
+]
 Revision = Annotated[
-    str | None, typer.Option(metavar="COMMIT", help="A commit of the Hub model.", show_default="its newest")
+    str | None, typer.Option(metavar="COMMIT", help="A commit of the Hub model.", show_default="the newest")
 ]
 Folder = Annotated[
-    Path | None, typer.Argument(metavar="PATH", help="The registry's folder, as with --store.", show_default=False)
+    Path | None, typer.Argument(metavar="PATH", help="The registry's folder, same as --store.", show_default=False)
 ]
 
 
-@takes_groups
+@expand_option_groups
 def init(
     *,
     path: Folder = None,
@@ -39,18 +40,18 @@ def init(
     store: StorePath = None,
     as_json: Json = False,
 ) -> None:
-    """Make a registry for a base model and train its knowledge-preservation bank on general text.
+    """Create a registry for a base model and train its knowledge-preservation (KP) bank, the shared general expert.
 
-    Without --data the bundled general corpus is used. A repeated command resumes an interrupted one.
+    The KP bank is trained on general text: --data, or the bundled corpus. Repeat an interrupted command to resume it.
 
     Example: registry init --base pocket
     """
     from ...registry import Registry
 
     shape = bank.config()
-    fetch_base(base, revision)
+    _fetch_base(base, revision)
     quiet_libraries()
-    with watch("loading the base model", as_json=as_json) as watching:
+    with show_progress("loading the base model", as_json=as_json) as progress:
         registry = Registry.init(
             path or store,
             base=base,
@@ -60,35 +61,48 @@ def init(
             training=training.config(),
             device=device,
             dtype=dtype,
-            on_progress=watching.on_progress,
+            on_progress=progress.on_progress,
         )
     output.show(init_page(registry), command="init", as_json=as_json)
 
 
+def _fetch_base(base: str, revision: str | None) -> None:
+    """Download a base model from the Hub unless it is cached, with the Hub client's own progress bars."""
+    from ...registry.base.find import POCKET, find_base
+
+    if base == POCKET or Path(base).expanduser().is_dir():
+        return
+    output.hint(f"Fetching {base} from the Hub's cache or the Hub.")
+    find_base(base, revision=revision)
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()
+
+
 def init_page(registry: "Registry") -> Page:
-    """What was made."""
+    """Make the page about a new registry."""
     manifest = registry.show(GENERAL)
-    loss, proof = of.loss(manifest), of.proof(manifest)
+    loss, proof = facts.loss(manifest), facts.proof(manifest)
     rows = [
         ("registry", cell(str(registry.store.path))),
-        ("base", of.base(manifest)),
-        ("bank", cell(of.reference(manifest))),
+        ("base", facts.base(manifest)),
+        ("bank", cell(facts.reference(manifest))),
         ("digest", cell(manifest.digest)),
-        ("experts", of.experts(manifest)),
-        ("per layer", of.per_layer(manifest.allocation["counts"])),
-        ("training", of.training(manifest)),
+        ("experts", facts.experts(manifest)),
+        ("per layer", facts.per_layer(manifest.allocation["counts"])),
+        ("training", facts.training(manifest)),
         ("loss", loss) if loss else None,
         ("frozen", proof) if proof else None,
     ]
     return Page(
         data={
             "store": str(registry.store.path),
-            **of.record(manifest),
+            **facts.record(manifest),
             "base": {"id": manifest.base.id, "revision": manifest.base.revision, "weights": manifest.base.weights},
             "losses": manifest.train["losses"],
             "scores": manifest.evaluation,
             "proof": manifest.proof,
         },
-        blocks=(title("A registry is ready"), facts(rows), of.scores(manifest)),
+        blocks=(title("The registry is ready"), fields(rows), facts.scores(manifest)),
         hints=(f"Add a domain: registry add-domain medicine{store_option(registry.store.path)}",),
     )

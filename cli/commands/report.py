@@ -1,4 +1,4 @@
-"""`registry report`: what is kept of every domain, step by step, with formulas, intervals and gates."""
+"""`registry report`: retention of every domain after every step, with intervals, formulas and thresholds."""
 
 import csv
 import io
@@ -15,7 +15,7 @@ from ..options import Device, Dtype, Json, NoQuestions, StorePath
 from ..report.html import PageSource, retention_html
 from ..report.svg import retention_svg
 from ..report.terminal import (
-    WIDE,
+    MAX_COLUMNS,
     confusion_table,
     domains_table,
     figures_table,
@@ -25,8 +25,8 @@ from ..report.terminal import (
 )
 from ..show import output
 from ..show.numbers import exact
-from ..show.page import Block, Page, Words, faint, line, title
-from ..show.watch import watch
+from ..show.page import Block, Page, Paragraph, faint, line, title
+from ..show.progress import show_progress
 from ..startup import open_registry
 from .log import history_of
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ...registry.measure.report import RetentionReport
     from ...registry.measure.thresholds import Verdict
 
-SYMBOLS = "R score, G gain over the base, i step, j domain, T last step, L(j) step at which j was learned"
+SYMBOLS = "R: score; G: gain over the base; i: step; j: domain; T: last step; L(j): step at which j was learned"
 
 
 def report(
@@ -43,27 +43,30 @@ def report(
         list[str] | None,
         typer.Option(
             metavar="GATE",
-            help='A threshold such as "retention>=0.98": exit 9 unless every domain holds it; repeat it for several.',
+            help='A threshold such as "retention>=0.98": exit with 9 if a domain misses it. Repeatable.',
             show_default=False,
         ),
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write one page with everything, which loads nothing.", show_default=False),
+        typer.Option(metavar="FILE", help="Write a self-contained HTML page.", show_default=False),
     ] = None,
     svg: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the heat maps and kept shares as an SVG image.", show_default=False),
     ] = None,
     csv: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write every cell with its interval.", show_default=False)
+        Path | None, typer.Option(metavar="FILE", help="Write every score with its interval.", show_default=False)
     ] = None,
     domains: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="medicine,legal@2: these, as if added in this order.", show_default="all"),
+        typer.Option(
+            metavar="NAMES", help="Only these domains, as if added in this order: medicine,legal@2.", show_default="all"
+        ),
     ] = None,
     max_bytes: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Most held-out text of a domain.", show_default="120000")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Maximum bytes of held-out text per domain.", show_default="120000"),
     ] = None,
     no_questions: NoQuestions = False,
     device: Device = "cpu",
@@ -71,10 +74,10 @@ def report(
     store: StorePath = None,
     as_json: Json = False,
 ) -> None:
-    """Report what is kept of every domain after every step: scores, forgetting, transfer, routing, drift.
+    """Report the retention of every domain after every step: scores, forgetting, transfer, routing and drift.
 
-    Scores are kept in the registry's cache: after one more domain only its row is measured, and an interrupted report
-    goes on where it was.
+    Scores are cached in the registry: after one more domain only its row is measured, and a repeated command resumes an
+    interrupted one.
 
     Example: registry report --gate "retention>=0.98"
     """
@@ -82,12 +85,12 @@ def report(
 
     thresholds = [parse_threshold(text) for text in gate or []]
     for path in filter(None, (html, svg, csv)):
-        _check_place(path)  # measuring may take long
+        _check_writable(path)  # measuring may take long
     registry = open_registry(store, device=device, dtype=dtype)
     named = [name.strip() for name in (domains or "").split(",") if name.strip()]
-    with watch("reading held-out text", as_json=as_json) as watching:
+    with show_progress("reading held-out text", as_json=as_json) as progress:
         found = registry.retention(
-            named, questions=not no_questions, max_bytes=max_bytes, on_progress=watching.on_progress
+            named, questions=not no_questions, max_bytes=max_bytes, on_progress=progress.on_progress
         )
     verdicts = judge(found, thresholds)
     if csv:
@@ -101,7 +104,7 @@ def report(
 
 
 def _page_source(registry: "Registry", report: "RetentionReport", verdicts: "list[Verdict]") -> PageSource:
-    """What the HTML page shows besides the report."""
+    """Collect what the HTML page shows."""
     from importlib.metadata import version
 
     from ...registry.measure.report_details import read_details
@@ -119,21 +122,21 @@ def _page_source(registry: "Registry", report: "RetentionReport", verdicts: "lis
 
 
 def retention_page(report: "RetentionReport", verdicts: "list[Verdict]") -> Page:
-    """The report in a terminal."""
+    """Make the page for the terminal."""
     blocks: list[Block] = [
-        title("What is kept", faint("   bits per byte after each step, lower is better")),
+        title("Retention", faint("   bits per byte after each step, lower is better")),
         heat_table(report.bits),
     ]
-    if len(report.columns) > WIDE:
-        blocks.append(Words(line(faint("0 is a column's best score, 5 its worst")), in_pipes=False))
+    if len(report.columns) > MAX_COLUMNS:
+        blocks.append(Paragraph(line(faint("0 is the best score of a column, 5 the worst")), in_pipes=False))
     if report.accuracy:
         blocks += [
-            title("Questions answered right", faint("   by likelihood, higher is better")),
+            title("Accuracy on questions", faint("   by likelihood, higher is better")),
             heat_table(report.accuracy),
         ]
     blocks += [title("Domains"), domains_table(report)]
     blocks += [questions_table(report.accuracy)] if report.accuracy else []
-    blocks += [title("Where texts go", faint("   held-out texts by the slot that takes most of them"))]
+    blocks += [title("Routing", faint("   held-out texts by the slot with the largest gate"))]
     blocks += [confusion_table(report), title("Figures", faint("   " + SYMBOLS)), figures_table(report.figures)]
     blocks += verdict_lines(verdicts)
     hints = [f"Left out: {name}: {why}" for name, why in report.left_out.items()]
@@ -142,7 +145,7 @@ def retention_page(report: "RetentionReport", verdicts: "list[Verdict]") -> Page
 
 
 def cells_csv(report: "RetentionReport") -> str:
-    """Every measured cell on a line, for spreadsheets and plots."""
+    """Write every measured score as a CSV row."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["step", "after", "domain", "metric", "value", "low", "high", "n"])
@@ -158,23 +161,23 @@ def cells_csv(report: "RetentionReport") -> str:
     return text.getvalue()
 
 
-def _check_place(path: Path) -> None:
-    """Passes if a file can be written there.
+def _check_writable(path: Path) -> None:
+    """Raise if no file can be written to this path.
 
     Raises:
-        InputError: Its folder is not there or may not be written to, or the path is a folder.
+        InputError: Its folder does not exist or is not writable, or the path is a folder.
     """
     folder = path.absolute().parent
     if path.is_dir():
-        raise InputError(f"{path} is a folder.", fix=f"name a file in it: {path / 'report.html'}")
+        raise InputError(f"{path} is a folder.", fix=f"name a file: {path / 'report.html'}")
     if not folder.is_dir():
         raise InputError(f"There is no folder {folder}.", fix=f"mkdir -p {shlex.quote(str(folder))}")
     if not os.access(folder, os.W_OK):
-        raise InputError(f"{folder} may not be written to.", fix="name a file in a folder of your own")
+        raise InputError(f"{folder} is not writable.", fix="name a file in another folder")
 
 
 def _write(path: Path, data: bytes) -> None:
-    """A file the user asked for; a failure is theirs to fix."""
+    """Write a file that the user asked for."""
     from ...registry.store.files import write_atomic
 
     write_atomic(path.absolute(), data)

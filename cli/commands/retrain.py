@@ -1,4 +1,4 @@
-"""`registry retrain`: the next version of a domain, from new text."""
+"""`registry retrain`: the next version of a domain, trained on new text."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,16 +14,15 @@ from ..options import (
     Reference,
     StorePath,
     TrainingOptions,
+    expand_option_groups,
     given_options,
     shape_option,
     sources,
-    takes_groups,
 )
-from ..show import facts as of
-from ..show import output
+from ..show import facts, output
 from ..show.numbers import bits, exact, percent, plural, size
-from ..show.page import Cell, Page, Part, Span, cell, facts, line, title
-from ..show.watch import watch
+from ..show.page import Cell, Page, Part, Span, cell, fields, line, title
+from ..show.progress import show_progress
 from ..startup import open_registry
 
 if TYPE_CHECKING:
@@ -33,15 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeOptions:
-    """What is different in the new experts; what is not given is as in the parent."""
+    """Settings of the new experts that differ from the parent's."""
 
-    rank: Annotated[int | None, shape_option("Rank of each new expert.", min=1, show_default="as the parent")] = None
-    experts: Annotated[float | None, shape_option("New experts a layer, on average.", show_default="as the parent")] = (
-        None
-    )
+    rank: Annotated[int | None, shape_option("Rank of each new expert.", min=1, show_default="the parent's")] = None
+    experts: Annotated[
+        float | None, shape_option("New experts per layer, on average.", show_default="the parent's")
+    ] = None
 
 
-@takes_groups
+@expand_option_groups
 def retrain(
     *,
     ref: Reference,
@@ -50,7 +49,8 @@ def retrain(
         Literal["extend", "continue", "fresh"],
         typer.Option(
             metavar="extend|continue|fresh",
-            help="Add experts beside the parent's, which stay frozen; train a copy of the parent's; or start over.",
+            help="extend adds experts beside the parent's, which stay frozen; continue trains a copy of the parent's; "
+            "fresh trains new ones only.",
         ),
     ] = "extend",
     tolerance: Annotated[
@@ -58,14 +58,16 @@ def retrain(
         typer.Option(
             min=0.0,
             metavar="N",
-            help="Share by which bits per byte may rise on the parent's held-out text.",
+            help="Maximum relative increase in bits per byte on the parent's held-out text.",
             show_default="0.005",
         ),
     ] = None,
     gate_data: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FILE", help="Judge by this text instead of the parent's held-out text.", show_default=False
+            metavar="FILE",
+            help="Text for the acceptance check, instead of the parent's held-out text.",
+            show_default=False,
         ),
     ] = None,
     shape: ShapeOptions,
@@ -75,10 +77,10 @@ def retrain(
     store: StorePath = None,
     as_json: Json = False,
 ) -> None:
-    """Learn new text of a domain as its next version. The parent stays as it is.
+    """Retrain a domain on new text: train its next version. The parent version is unchanged.
 
-    latest moves to the new version if that predicts the parent's held-out text as well as the parent, within the
-    tolerance. Otherwise it is stored and held back: exit code 9. A repeated command resumes an interrupted one.
+    The acceptance check compares both on the parent's held-out text: within the tolerance, latest moves to the new
+    version; otherwise the new version is stored but held back (exit code 9). Repeat an interrupted command to resume.
 
     Example: registry retrain medicine --data new-notes.jsonl
     """
@@ -89,9 +91,9 @@ def retrain(
     plan = plan_retraining(registry.store, registry.show(ref), sources(data), **options)
     if not as_json:
         output.hint(plan_text(plan))
-    with watch("loading the base model", as_json=as_json) as watching:
+    with show_progress("loading the base model", as_json=as_json) as progress:
         done = registry.retrain(
-            ref, data=sources(data), training=training.config(), on_progress=watching.on_progress, **options
+            ref, data=sources(data), training=training.config(), on_progress=progress.on_progress, **options
         )
     output.show(retrained_page(done), command="retrain", as_json=as_json)
     if not done.acceptance.holds:
@@ -99,58 +101,63 @@ def retrain(
 
 
 def plan_text(plan: "RetrainingPlan") -> str:
-    """What is about to happen."""
-    name, record = of.reference(plan.parent), plan.data.record
+    """Describe what is about to be trained."""
+    name, record = facts.reference(plan.parent), plan.data.record
     text = f"{', '.join(record['files'])}: {plural(record['rows'], 'row')}, {size(record['bytes'])}"
     how = {
         "extend": f"new experts of rank {plan.bank.rank} beside those of {name}, which stay frozen",
-        "continue": f"a copy of the experts of {name} is trained further",
+        "continue": f"a copy of the experts of {name}, trained further",
         "fresh": f"new experts of rank {plan.bank.rank} in place of those of {name}",
     }
-    judged = f"judged by {plural(len(plan.older), 'held-out row')}, tolerance {percent(plan.tolerance, digits=1)}"
-    return f"Retraining {name} with {text}\n{how[plan.mode]}; {judged}"
+    check = (
+        f"acceptance check on {plural(len(plan.older), 'held-out row')}, tolerance {percent(plan.tolerance, digits=1)}"
+    )
+    return f"Retraining {name} with {text}\n{how[plan.mode]}; {check}"
 
 
 def retrained_page(done: "RetrainedDomain") -> Page:
-    """What the retraining brought."""
-    manifest, gate = done.manifest, done.acceptance
-    verdict = Span("latest moves to it" if gate.holds else "held back", "good" if gate.holds else "bad")
-    judged = line(
-        f"{bits(gate.parent)} -> {bits(gate.new)} bits per byte on {size(gate.bytes)} of the parent's held-out text, ",
-        verdict,
-    )
+    """Make the page about a new version."""
+    manifest, check = done.manifest, done.acceptance
+    verdict = Span("latest moves to it" if check.holds else "held back", "good" if check.holds else "bad")
+    scores = f"{bits(check.parent)} -> {bits(check.new)} bits per byte"
+    judged = line(f"{scores} on {size(check.bytes)} of the parent's held-out text, ", verdict)
     inherited = manifest.proof.get("inherited")
     rows: list[tuple[str, Cell | Part | None]] = [
-        ("version", cell(f"{of.reference(manifest)}, {manifest.lineage['mode']} of {of.reference(done.parent)}")),
+        ("version", cell(f"{facts.reference(manifest)}, {manifest.lineage['mode']} of {facts.reference(done.parent)}")),
         ("digest", cell(manifest.digest)),
-        ("gate", cell(judged, f"{exact(gate.parent)} {exact(gate.new)} {'holds' if gate.holds else 'held back'}")),
-        ("experts", of.experts(manifest)),
-        ("per layer", of.per_layer(manifest.allocation["counts"])),
-        ("training", of.training(manifest)),
-        ("kept", _kept(inherited) if inherited else None),
+        (
+            "acceptance check",
+            cell(judged, f"{exact(check.parent)} {exact(check.new)} {'holds' if check.holds else 'held back'}"),
+        ),
+        ("experts", facts.experts(manifest)),
+        ("per layer", facts.per_layer(manifest.allocation["counts"])),
+        ("training", facts.training(manifest)),
+        ("inherited", _inherited(inherited) if inherited else None),
         ("resumed", f"from step {done.resumed_from}" if done.resumed_from else None),
-        ("loss", of.loss(manifest)),
-        ("routing drift", of.drift(manifest)),
-        ("frozen", of.proof(manifest)),
+        ("loss", facts.loss(manifest)),
+        ("routing drift", facts.drift(manifest)),
+        ("frozen", facts.proof(manifest)),
     ]
-    head = f"{manifest.name} is retrained" if not done.is_repeated else f"{of.reference(manifest)} was stored before"
-    hints = (f"Compare them: registry diff {of.reference(done.parent)} {of.reference(manifest)}",)
-    return Page(data=_data(done), blocks=(title(head), facts(rows), of.scores(manifest)), hints=hints)
+    head = (
+        f"{manifest.name} was retrained" if not done.is_repeated else f"{facts.reference(manifest)} was stored before"
+    )
+    hints = (f"Compare them: registry diff {facts.reference(done.parent)} {facts.reference(manifest)}",)
+    return Page(data=_data(done), blocks=(title(head), fields(rows), facts.scores(manifest)), hints=hints)
 
 
-def _kept(inherited: dict[str, Any]) -> Cell:
+def _inherited(inherited: dict[str, Any]) -> Cell:
     text = f"{plural(inherited['experts'], 'expert')} of {inherited['from']}, unchanged"
     return cell(Span(text, "good"), f"{text}, {inherited['digest']}")
 
 
 def held_back(done: "RetrainedDomain") -> GateFailedError:
-    """The error of a version that did not pass."""
-    gate, name = done.acceptance, of.reference(done.manifest)
-    most, found = percent(gate.tolerance, digits=2), percent(gate.change, digits=2)
+    """Make the error of a version that did not pass the acceptance check."""
+    check, name = done.acceptance, facts.reference(done.manifest)
+    limit, found = percent(check.tolerance, digits=2), percent(check.change, digits=2)
     return GateFailedError(
-        f"{name} is stored and held back: {done.manifest.name} still means {of.reference(done.parent)}.",
-        cause=f"on the parent's held-out text it needs {found} more bits per byte"
-        f" ({gate.parent:.4f} -> {gate.new:.4f}), at most {most} are allowed",
+        f"{name} was stored but held back: {done.manifest.name} still means {facts.reference(done.parent)}.",
+        cause=f"bits per byte on the parent's held-out text rose by {found} ({check.parent:.4f} -> {check.new:.4f}); "
+        f"the tolerance is {limit}",
         fix=f"accept it anyway: registry alias {name} latest",
     )
 
@@ -158,7 +165,7 @@ def held_back(done: "RetrainedDomain") -> GateFailedError:
 def _data(done: "RetrainedDomain") -> dict[str, object]:
     manifest = done.manifest
     return {
-        **of.record(manifest),
+        **facts.record(manifest),
         "parent": done.parent.version,
         "mode": manifest.lineage["mode"],
         "held_back": not done.acceptance.holds,

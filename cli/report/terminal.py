@@ -1,9 +1,9 @@
-"""How a retention report is shown in a terminal: heat maps, what became of each domain, figures with formulas."""
+"""The retention report in a terminal: heat maps, results by domain, and figures with their formulas."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..show import facts as of
+from ..show import facts
 from ..show.charts import HEAT_LEVELS
 from ..show.numbers import bits, exact, percent
 from ..show.page import Block, Cell, Span, Table, cell, faint, line, table, title
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from ...registry.measure.report import Figure, Interval, RetentionReport, ScoreTable, Value
     from ...registry.measure.thresholds import Verdict
 
-WIDE = 10  # columns from which a heat map shows levels instead of scores, for people
+MAX_COLUMNS = 10  # a heat map with more columns shows levels instead of scores; pipes get the scores
 
 
 def heat_table(scores: "ScoreTable") -> Table:
-    """The retention matrix: a row for each step, a column for each domain, dark where it is predicted best."""
-    matrix, is_wide = scores.matrix, len(scores.matrix.domains) > WIDE
+    """Make the retention matrix: a row for each step, a column for each domain, coloured by score."""
+    matrix, is_wide = scores.matrix, len(scores.matrix.domains) > MAX_COLUMNS
     names = [f"{j}" if is_wide else name for j, name in enumerate(matrix.domains)]
     levels = [heat_levels(scores, j, levels=HEAT_LEVELS) for j in range(len(names))]
     rows = []
@@ -26,7 +26,7 @@ def heat_table(scores: "ScoreTable") -> Table:
         cells = [_heat_cell(scores, i, j, levels[j][i], is_wide=is_wide) for j in range(len(names))]
         rows.append([cell(format_step(i, step), step), *cells])
     headings = ("STEP", *names)
-    return table(headings, rows, right=names, tight=headings)
+    return table(headings, rows, right=names, no_wrap=headings)
 
 
 def _heat_cell(scores: "ScoreTable", step: int, column: int, level: int | None, *, is_wide: bool) -> Cell:
@@ -38,7 +38,7 @@ def _heat_cell(scores: "ScoreTable", step: int, column: int, level: int | None, 
 
 
 def domains_table(report: "RetentionReport") -> Table:
-    """What became of each domain: when it was learned, and after the last step."""
+    """Make the table of domains: scores of the base, when learned, and now; shares of the gain."""
     figures = {figure.name: figure for figure in report.figures}
     columns = ("DOMAIN", "BASE", "LEARNED", "NOW", "95 %", "KEPT", "ORACLE GAIN", "95 %")
     rows = []
@@ -47,7 +47,7 @@ def domains_table(report: "RetentionReport") -> Table:
         share = figures["oracle_share"].domains.get(name)
         row = [
             cell("general text" if j == 0 else name, name),
-            *(of.number(report.bits.value(i, j)) for i in (0, j + 1, len(report.steps) - 1)),
+            *(facts.number(report.bits.value(i, j)) for i in (0, j + 1, len(report.steps) - 1)),
             _interval(interval, "bits/byte"),
             _shown(figures["retention"].domains.get(name), "share"),
             _shown(share, "share"),
@@ -55,23 +55,23 @@ def domains_table(report: "RetentionReport") -> Table:
         ]
         rows.append(tuple(row))
     numbers = frozenset(range(1, len(columns)))
-    # where it is narrow, the one heading of two words breaks before a number is cut
-    return Table(columns, tuple(rows), right=numbers, tight=numbers - {columns.index("ORACLE GAIN")})
+    # on a narrow terminal, the one heading of two words breaks before a number is cut off
+    return Table(columns, tuple(rows), right=numbers, no_wrap=numbers - {columns.index("ORACLE GAIN")})
 
 
 def questions_table(scores: "ScoreTable") -> Table:
-    """The share of each domain's questions that is answered right: by the base, and after the last step."""
+    """Make the table of accuracies: of the base, and after the last step."""
     last, rows = len(scores.matrix.steps) - 1, []
     for j, name in enumerate(scores.matrix.domains):
         before, after = scores.value(0, j), scores.value(last, j)
         interval = _interval(scores.intervals[last][j], "share")
         rows.append([cell(name), cell(percent(before), exact(before)), cell(percent(after), exact(after)), interval])
     columns = ("QUESTIONS", "BASE", "NOW", "95 %")
-    return table(columns, rows, right=columns[1:], tight=columns)
+    return table(columns, rows, right=columns[1:], no_wrap=columns)
 
 
 def figures_table(figures: Sequence["Figure"]) -> Table:
-    """Every figure of the whole, with its interval, formula and source."""
+    """Make the table of all figures with interval, formula and source."""
     rows = []
     for figure in figures:
         origin = "" if figure.source == "this project" else f" ({figure.source})"
@@ -84,12 +84,12 @@ def figures_table(figures: Sequence["Figure"]) -> Table:
             ]
         )
     return table(
-        ("FIGURE", "VALUE", "95 %", "FORMULA"), rows, right=("VALUE", "95 %"), tight=("FIGURE", "VALUE", "95 %")
+        ("FIGURE", "VALUE", "95 %", "FORMULA"), rows, right=("VALUE", "95 %"), no_wrap=("FIGURE", "VALUE", "95 %")
     )
 
 
 def confusion_table(report: "RetentionReport") -> Table:
-    """Texts by true domain and the slot that took most of them; only what is not zero."""
+    """Make the table of texts by true domain and by the slot with their largest gate; zero counts are left out."""
     rows, right = [], report.figure("routing_accuracy").domains
     for name in report.columns:
         taken = sorted(report.confusion[name].items(), key=lambda item: -item[1])
@@ -97,17 +97,19 @@ def confusion_table(report: "RetentionReport") -> Table:
         spaced = [part for span in parts for part in (span, Span("   "))]
         texts = cell(line(*spaced), " ".join(f"{slot}:{count}" for slot, count in taken))
         rows.append([cell(name), _shown(right[name], "share"), texts])
-    return table(("TRUE DOMAIN", "RIGHT", "TEXTS BY SLOT"), rows, right=("RIGHT",), tight=("TRUE DOMAIN", "RIGHT"))
+    return table(("TRUE DOMAIN", "RIGHT", "TEXTS BY SLOT"), rows, right=("RIGHT",), no_wrap=("TRUE DOMAIN", "RIGHT"))
 
 
 def verdict_lines(verdicts: Sequence["Verdict"]) -> list[Block]:
-    """Which gates hold."""
+    """Make the table of thresholds."""
     rows = []
     for verdict in verdicts:
         failed = format_failed(verdict)
         word = Span("holds", "good") if verdict.holds else Span("fails", "bad")
         rows.append([cell(str(verdict.threshold)), cell(word), cell(str(verdict.checked)), cell(failed or "-", failed)])
-    return [title("Gates"), table(("GATE", "VERDICT", "CHECKED", "FAILED"), rows, right=("CHECKED",))] if rows else []
+    return (
+        [title("Thresholds"), table(("GATE", "VERDICT", "CHECKED", "FAILED"), rows, right=("CHECKED",))] if rows else []
+    )
 
 
 def _shown(value: "Value | None", unit: str) -> Cell:

@@ -1,1 +1,1 @@
-"""How results are shown: pages, tables, charts, numbers, and progress."""
+"""Output of commands: pages, tables, charts, numbers, and progress."""

@@ -1,11 +1,11 @@
-"""Small charts made of characters: bars, sparklines, levels of heat."""
+"""Small charts made of characters: bars, sparklines, and the colour levels of heat maps."""
 
 import math
 from collections.abc import Sequence
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _HEIGHTS = "▁▂▃▄▅▆▇█"
-# text and background, from teal to brown: told apart by all eyes (ColorBrewer BrBG)
+# text and background, from teal to brown; safe for colour-blind readers (ColorBrewer BrBG)
 HEAT_COLOURS = (
     ("white", "#01665e"),
     ("black", "#5ab4ac"),
@@ -18,7 +18,7 @@ HEAT_LEVELS = len(HEAT_COLOURS)
 
 
 def bar(share: float, *, width: int = 24) -> str:
-    """A horizontal bar, `width` characters long for a share of 1.
+    """Draw a horizontal bar, `width` characters long for a share of 1.
 
     >>> bar(0.5, width=5)
     '██▌  '
@@ -29,7 +29,7 @@ def bar(share: float, *, width: int = 24) -> str:
 
 
 def sparkline(values: Sequence[float], *, width: int = 48) -> str:
-    """The course of a figure, one character for each value or for the mean of several.
+    """Draw a series of values, one character for each value or for the mean of several.
 
     >>> sparkline([4, 3, 2, 1])
     '█▆▃▁'
@@ -44,7 +44,7 @@ def sparkline(values: Sequence[float], *, width: int = 48) -> str:
 
 
 def layers(counts: Sequence[int], *, highest: int | None = None, width: int = 48) -> str:
-    """A column for each decoder layer, first layer left; a dot where there is nothing.
+    """Draw a column for each decoder layer, the first layer on the left; a dot stands for zero.
 
     >>> layers([0, 0, 1, 2, 4])
     '··▂▄█'
@@ -55,7 +55,9 @@ def layers(counts: Sequence[int], *, highest: int | None = None, width: int = 48
 
 
 def heat(value: float, column: Sequence[float], *, levels: int = HEAT_LEVELS, min_span: float = 0.0) -> int:
-    """How high a value is among others: 0 for the lowest to `levels` - 1 for one that is `min_span` or more above it.
+    """Return the colour level of a value: 0 for the lowest of `column`, `levels` - 1 for its highest.
+
+    The scale spans at least `min_span`.
 
     >>> [heat(v, [1.0, 2.0, 3.0]) for v in (1.0, 2.0, 3.0)]
     [0, 2, 5]
@@ -69,6 +71,6 @@ def heat(value: float, column: Sequence[float], *, levels: int = HEAT_LEVELS, mi
 
 
 def _parts(values: Sequence, count: int) -> list[Sequence]:
-    """The values in `count` consecutive parts of nearly equal length."""
+    """Split the values into `count` consecutive parts of nearly equal length."""
     bounds = [round(i * len(values) / count) for i in range(count + 1)]
     return [values[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]

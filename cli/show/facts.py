@@ -1,4 +1,4 @@
-"""What a stored version says of itself, in the words and charts that several commands share."""
+"""Cells and records that describe a stored version, from its manifest; several commands share them."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -12,26 +12,33 @@ if TYPE_CHECKING:
     from ...domains.statistics.prototypes import Neighbour
     from ...registry.store.manifest import PackManifest
 
-SCORES = ("BITS/BYTE", "BASE", "OWN EXPERTS", "ROUTED", "95 %", "ORACLE GAIN")  # the last: the share of it that is kept
+SCORES = (
+    "BITS/BYTE",
+    "BASE",
+    "OWN EXPERTS",
+    "ROUTED",
+    "95 %",
+    "ORACLE GAIN",
+)  # the last: the share of the oracle's gain
 
 
 def reference(manifest: "PackManifest") -> str:
-    """`name@version`."""
+    """Return `name@version`."""
     return f"{manifest.name}@{manifest.version}"
 
 
 def parameters(manifest: "PackManifest") -> int:
-    """Numbers in all experts."""
+    """Count the parameters of all experts."""
     return sum(expert.parameters for expert in manifest.experts)
 
 
 def expert_count(manifest: "PackManifest") -> int:
-    """Experts, counted once in each layer."""
+    """Count the experts of all layers."""
     return sum(manifest.allocation["counts"])
 
 
 def record(manifest: "PackManifest") -> dict[str, Any]:
-    """For --json, what every command that stores a version says of it."""
+    """Return what every command that stores a version gives for --json."""
     return {
         "name": manifest.name,
         "version": manifest.version,
@@ -42,7 +49,7 @@ def record(manifest: "PackManifest") -> dict[str, Any]:
 
 
 def per_layer(counts: Iterable[int]) -> Cell:
-    """Numbers of all decoder layers, as small columns and as digits."""
+    """Show one count per decoder layer, as small columns and as digits."""
     numbers = list(counts)
     digits = " ".join(map(str, numbers))
     shown = line(Span(layers(numbers), "slot1"), *([f"   {digits}"] if len(numbers) <= 40 else []))
@@ -50,7 +57,7 @@ def per_layer(counts: Iterable[int]) -> Cell:
 
 
 def experts(manifest: "PackManifest") -> Cell:
-    """How many there are, where, and of which form."""
+    """Describe the experts: how many, in how many layers, with which rank, alpha and method."""
     counts, first = manifest.allocation["counts"], manifest.experts[0]
     bearing = sum(1 for count in counts if count)
     text = (
@@ -61,7 +68,7 @@ def experts(manifest: "PackManifest") -> Cell:
 
 
 def scores(manifest: "PackManifest") -> Table:
-    """Bits per byte of its own held-out text and of general text."""
+    """Make the table of bits per byte on the domain's held-out text and on general text."""
     found = manifest.evaluation
     own = score_row(manifest.name, found)
     rows = [own]
@@ -72,36 +79,36 @@ def scores(manifest: "PackManifest") -> Table:
 
 
 def score_table(rows: Iterable[Iterable[Cell | Part]]) -> Table:
-    """Scores of several texts; lower is better."""
-    return table(SCORES, rows, right=SCORES[1:], tight=SCORES)
+    """Make a table of bits per byte; lower is better."""
+    return table(SCORES, rows, right=SCORES[1:], no_wrap=SCORES)
 
 
 def score_row(name: str, found: dict[str, Any]) -> list[Cell]:
-    """One text of `score_table`, from a manifest's evaluation."""
+    """Make a row of `score_table` from a manifest's evaluation."""
     share = found.get("share_of_oracle_gain")
     return [
         cell(name),
         number(found.get("base")),
         number(found.get("alone")),
-        cell(against(found.get("base"), found.get("routed")), exact(found.get("routed"))),
+        cell(compared_score(found.get("base"), found.get("routed")), exact(found.get("routed"))),
         interval(found.get("interval")),
         cell(percent(share), exact(share)),
     ]
 
 
 def number(value: float | None) -> Cell:
-    """Bits per byte."""
+    """Make the cell of bits per byte."""
     return cell(bits(value), exact(value))
 
 
 def interval(bounds: Iterable[float] | None) -> Cell:
-    """A 95 % interval."""
+    """Make the cell of a 95 % interval."""
     values = list(bounds or [])
     return cell("–".join(map(bits, values)) or "-", " ".join(map(exact, values)))
 
 
-def against(before: float | None, after: float | None) -> Line:
-    """A score in the colour of what became of it; lower is better."""
+def compared_score(before: float | None, after: float | None) -> Line:
+    """Show the score after a change: green if it is lower than before, red if it is higher."""
     if before is None or after is None:
         return line(bits(after))
     is_worse = after > before * 1.005
@@ -109,17 +116,17 @@ def against(before: float | None, after: float | None) -> Line:
 
 
 def gain(manifest: "PackManifest") -> float | None:
-    """By what share routing lowers the bits per byte of the base."""
-    return lowered(manifest.evaluation.get("base"), manifest.evaluation.get("routed"))
+    """Return the relative reduction of the base model's bits per byte under routing."""
+    return reduction(manifest.evaluation.get("base"), manifest.evaluation.get("routed"))
 
 
-def lowered(before: float | None, after: float | None) -> float | None:
-    """By what share the second score is below the first."""
+def reduction(before: float | None, after: float | None) -> float | None:
+    """Return the relative reduction from the first score to the second."""
     return (before - after) / before if before and after is not None else None
 
 
 def loss(manifest: "PackManifest") -> Cell | None:
-    """The course of the training loss."""
+    """Show the training loss: first value, sparkline, last value."""
     losses = manifest.train.get("losses") or []
     if not losses:
         return None
@@ -128,7 +135,7 @@ def loss(manifest: "PackManifest") -> Cell | None:
 
 
 def training(manifest: "PackManifest") -> Cell:
-    """Steps, tokens and seconds; or where it was imported from."""
+    """Describe the training: steps, tokens, time; or where the adapter was imported from."""
     train = manifest.train
     if "imported" in train:
         return imported(train["imported"])
@@ -140,15 +147,15 @@ def training(manifest: "PackManifest") -> Cell:
 
 
 def imported(record: dict[str, Any]) -> Cell:
-    """Where an adapter was trained, as far as its files tell."""
+    """Describe where an imported adapter comes from."""
     commit = f" at {record['commit'][:12]}" if record["commit"] else ""
     digests = [digest for _, digest in sorted(record["files"].items())]
-    text = f"none here, imported from {record['from']}{commit}: "
+    text = f"imported from {record['from']}{commit}: "
     return cell(line(text, faint(", ".join(map(brief, digests)))), text + ", ".join(digests))
 
 
 def data(manifest: "PackManifest") -> Cell | None:
-    """Which data it learned from."""
+    """Describe the training data."""
     found = manifest.train.get("data")
     if not found:
         return None
@@ -157,7 +164,7 @@ def data(manifest: "PackManifest") -> Cell | None:
 
 
 def proof(manifest: "PackManifest") -> Cell | None:
-    """What stayed frozen while it was trained."""
+    """Describe what the frozen proof covers."""
     frozen = manifest.proof.get("frozen")
     if not frozen or not manifest.proof.get("unchanged"):
         return None
@@ -169,7 +176,7 @@ def proof(manifest: "PackManifest") -> Cell | None:
 
 
 def base(manifest: "PackManifest") -> Cell:
-    """Which base model it needs."""
+    """Describe the base model."""
     found = manifest.base
     name = found.id + (f" at {found.revision[:12]}" if found.revision else "")
     kind = found.architecture.split()[0]
@@ -178,7 +185,7 @@ def base(manifest: "PackManifest") -> Cell:
 
 
 def drift(manifest: "PackManifest") -> Cell | None:
-    """How the routing of older domains changed."""
+    """Describe how the routing of older domains changed."""
     found = manifest.proof.get("drift")
     if not found or not found["domains"]:
         return None
@@ -186,23 +193,23 @@ def drift(manifest: "PackManifest") -> Cell | None:
 
     flips, share = found["top1_flips"], found["newcomer_share"]
     compared = f"{plural(found['domains'], 'older domain')} compared: mean KL {found['mean_kl']:z.4f} nats, "
-    taken = f"the newcomer takes at most {percent(share, digits=1)}"
+    taken = f"the new domain takes at most {percent(share, digits=1)}"
     taken += f", more than {percent(DRIFT_EPSILON)}" if share > DRIFT_EPSILON else ""
-    flipped = Span(f"{flips or 'none'} routed elsewhere now", "warn" if flips else "good")
+    flipped = Span(f"{flips or 'none'} routed to another domain", "warn" if flips else "good")
     return cell(line(compared, Span(taken, "warn") if share > DRIFT_EPSILON else taken, ", ", flipped))
 
 
 def neighbours(found: "Iterable[Neighbour]") -> Cell | None:
-    """The stored domains that are most like it."""
+    """List the most similar stored domains."""
     nearest = [f"{near.name} {near.similarity:.2f}" for near in list(found)[:5] if is_name(near.name)]
     return cell(", ".join(nearest)) if nearest else None
 
 
 def neighbour_record(near: "Neighbour") -> dict[str, Any]:
-    """One of them for --json."""
+    """Return a similar domain for --json."""
     return {"name": near.name, "similarity": round(near.similarity, 5)}
 
 
 def day(time: str) -> Cell:
-    """A time as a person reads it."""
+    """Show the date of a time."""
     return cell(time[:10], time)

@@ -1,10 +1,10 @@
-"""Numbers as people read them."""
+"""Format numbers for people."""
 
 import math
 
 
 def short(number: float) -> str:
-    """A count in at most four signs and a letter.
+    """Format a count in at most four characters and a letter.
 
     >>> short(999), short(12_300), short(98_304), short(1_234_567)
     ('999', '12.3 K', '98.3 K', '1.23 M')
@@ -16,7 +16,7 @@ def short(number: float) -> str:
 
 
 def size(number: int) -> str:
-    """Bytes.
+    """Format a number of bytes.
 
     >>> size(512), size(8_665_248)
     ('512 B', '8.67 MB')
@@ -25,7 +25,7 @@ def size(number: int) -> str:
 
 
 def bits(number: float | None) -> str:
-    """Bits per byte; what rounds to zero has no sign.
+    """Format bits per byte; what rounds to zero has no sign.
 
     >>> bits(2.91449), bits(-0.0001), bits(None)
     ('2.914', '0.000', '-')
@@ -34,7 +34,7 @@ def bits(number: float | None) -> str:
 
 
 def percent(share: float | None, *, digits: int = 0) -> str:
-    """A share of 1; what rounds to zero has no sign.
+    """Format a share of 1 as a percentage; what rounds to zero has no sign.
 
     >>> percent(0.964), percent(0.0312, digits=1), percent(-0.0001), percent(None)
     ('96 %', '3.1 %', '0 %', '-')
@@ -43,7 +43,7 @@ def percent(share: float | None, *, digits: int = 0) -> str:
 
 
 def exact(number: float | None) -> str:
-    """For a pipe: empty where there is no number.
+    """Format a number for a pipe; empty if there is none.
 
     >>> exact(0.5), exact(-0.0), exact(None)
     ('0.5', '0', '')
@@ -52,7 +52,7 @@ def exact(number: float | None) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Time that is left.
+    """Format the time left.
 
     >>> clock(7.2), clock(62), clock(3700)
     ('0:07', '1:02', '1:01:40')
@@ -62,7 +62,7 @@ def clock(seconds: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Time that something took.
+    """Format the time that something took.
 
     >>> duration(4.24), duration(62), duration(3700)
     ('4.2 s', '1 min 2 s', '1 h 1 min')
@@ -74,7 +74,7 @@ def duration(seconds: float) -> str:
 
 
 def brief(digest: str) -> str:
-    """A digest as far as a person compares it.
+    """Shorten a digest to 12 digits.
 
     >>> brief("sha256:0123456789abcdef0123")
     'sha256:0123456789ab'
@@ -84,7 +84,7 @@ def brief(digest: str) -> str:
 
 
 def plural(number: int, word: str) -> str:
-    """A counted word.
+    """Format a count with its noun.
 
     >>> plural(1, "pack"), plural(2, "pack")
     ('1 pack', '2 packs')

@@ -1,9 +1,9 @@
-"""The one module that prints, and the only one that knows rich, which it imports when something is drawn.
+"""The one module that prints and that uses rich, which it imports only when something is drawn.
 
-stdout is the result: a table on a terminal, tab-separated values in a pipe, one JSON document with --json.
-stderr is everything else: progress, hints, errors; with --json each of its lines is a JSON document too.
+stdout holds the result: a table on a terminal, tab-separated values in a pipe, one JSON document with --json.
+stderr holds everything else: progress, hints and errors; with --json each of its lines is a JSON document too.
 
-$NO_COLOR takes colours away, $FORCE_COLOR draws for people although stdout is no terminal.
+$NO_COLOR turns colours off; $FORCE_COLOR formats the output as on a terminal.
 """
 
 import json
@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from ...domains.errors import InputError
 from .charts import HEAT_COLOURS
-from .page import Block, Cell, Facts, Line, Page, Runs, Words, slot_style
+from .page import Block, Cell, Fields, Line, Page, Paragraph, SlotRuns, slot_style
 from .safe_text import clean, one_line
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
-    from rich.progress import Progress as Drawing
+    from rich.progress import Progress
     from rich.text import Text
 
 SCHEMA = "lorary.cli/1"
@@ -43,82 +43,82 @@ _STYLES = {
 
 
 def show(page: Page, *, command: str, as_json: bool) -> None:
-    """Shows the result of a command on stdout, and its hints on stderr."""
+    """Write the result of a command to stdout and its hints to stderr."""
     if as_json:
         print(_json({"schema": SCHEMA, "command": command, **page.data}, indent=2))
-    elif is_for_people(sys.stdout):
+    elif is_terminal(sys.stdout):
         _draw(page.blocks)
     else:
-        print("\n\n".join(filter(None, map(_plain, page.blocks))))
+        print("\n\n".join(filter(None, map(_tsv, page.blocks))))
     sys.stdout.flush()
     if page.hints and not as_json:
         hint("\n".join(("", *page.hints) if sys.stdout.isatty() else page.hints))
 
 
-def raw(text: str) -> None:
-    """Writes a document that another program made to stdout: as it is in a pipe, made safe on a terminal."""
-    print(clean(text) if is_for_people(sys.stdout) else text)
+def show_document(text: str) -> None:
+    """Write a document to stdout: byte for byte in a pipe, without control characters on a terminal."""
+    print(clean(text) if is_terminal(sys.stdout) else text)
     sys.stdout.flush()
 
 
 def hint(text: str) -> None:
-    """A line on stderr, or several: what can be done next, or what is about to happen."""
-    _console(sys.stderr).print(_text(text, "faint")) if is_for_people(sys.stderr) else tell(text)
+    """Write a hint to stderr: what to do next, or what is about to happen."""
+    _console(sys.stderr).print(_text(text, "faint")) if is_terminal(sys.stderr) else write_line(text)
 
 
-def failure(record: dict[str, Any], *, as_json: bool) -> None:
-    """An error on stderr: three lines, or a JSON document; `record` has code, exit, message, cause and fix."""
+def show_error(record: dict[str, Any], *, as_json: bool) -> None:
+    """Write an error to stderr: three lines, or a JSON document; `record` has code, exit, message, cause and fix."""
     if as_json:
-        tell_json({"error": record})
+        write_json_line({"error": record})
         return
     for label, key, style in (("Error", "message", "bad"), ("Cause", "cause", "faint"), ("Fix", "fix", "good")):
         text = str(record[key] or "").strip()
-        if text and is_for_people(sys.stderr):
+        if text and is_terminal(sys.stderr):
             _console(sys.stderr).print(_text(f"{label}: ", style), _text(text), sep="", soft_wrap=True)
         elif text:
-            tell(f"{label}: {text}")
+            write_line(f"{label}: {text}")
 
 
-def is_for_people(stream: TextIO) -> bool:
-    """Whether a person reads the stream as it is written."""
+def is_terminal(stream: TextIO) -> bool:
+    """Return whether output to this stream is formatted for a terminal."""
     return stream.isatty() or bool(os.environ.get("FORCE_COLOR"))
 
 
-def confirmed(question: str, *, instead: str) -> bool:
-    """Whether a person at the terminal says yes.
+def confirm(question: str, *, instead: str) -> bool:
+    """Ask a yes-or-no question on the terminal; return whether the answer is yes.
 
     Raises:
-        InputError: There is no terminal; names the command that does not ask.
+        InputError: stdin is no terminal; the fix is `instead`, the command that does not ask.
     """
     if not sys.stdin.isatty():
-        raise InputError("This asks before it is done, and nobody can answer here.", fix=instead)
+        raise InputError("This command asks for confirmation, and standard input is not a terminal.", fix=instead)
     print(clean(question), "[y/N] ", file=sys.stderr, end="", flush=True)
     return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
-class Bar:
-    """A progress bar on stderr; made by `bar`."""
+class ProgressBar:
+    """A progress bar on stderr; made by `progress_bar`."""
 
-    def __init__(self, drawing: "Drawing", text: str):
-        self._drawing = drawing
-        self._task = drawing.add_task(one_line(text), total=None, figures="")
+    def __init__(self, progress: "Progress", stage: str):
+        self._progress = progress
+        self._task = progress.add_task(one_line(stage), total=None, figures="")
 
-    def restart(self, text: str) -> None:
-        """Something begins of which nobody knows how long it takes."""
-        self._drawing.reset(self._task, description=one_line(text), total=None, figures="")
+    def start(self, stage: str) -> None:
+        """Start a stage of unknown length."""
+        self._progress.reset(self._task, description=one_line(stage), total=None, figures="")
 
-    def move(self, text: str, done: int, total: int, figures: str) -> None:
-        """So far has it come."""
-        self._drawing.update(self._task, description=one_line(text), completed=done, total=total, figures=figures)
+    def update(self, stage: str, done: int, total: int, figures: str) -> None:
+        """Update the progress bar."""
+        self._progress.update(self._task, description=one_line(stage), completed=done, total=total, figures=figures)
 
-    def say(self, text: str) -> None:
-        """A line that stays, above the bar."""
-        self._drawing.console.print(_text(text))
+    def log(self, text: str) -> None:
+        """Write a line above the bar."""
+        self._progress.console.print(_text(text))
 
 
 @contextmanager
-def bar(waiting: str) -> "Iterator[Bar]":
-    """A bar that goes away at the end."""
+def progress_bar(stage: str) -> "Iterator[ProgressBar]":
+    """Show a progress bar that is erased at the end."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
     columns = (
@@ -127,17 +127,17 @@ def bar(waiting: str) -> "Iterator[Bar]":
         BarColumn(bar_width=14, complete_style="cyan", finished_style="cyan"),
         TextColumn("{task.fields[figures]}", markup=False, style=_STYLES["faint"]),
     )
-    with Progress(*columns, console=_console(sys.stderr), transient=True) as drawing:
-        yield Bar(drawing, waiting)
+    with Progress(*columns, console=_console(sys.stderr), transient=True) as progress:
+        yield ProgressBar(progress, stage)
 
 
-def tell(text: str) -> None:
-    """A plain line on stderr."""
+def write_line(text: str) -> None:
+    """Write a plain line to stderr."""
     print(clean(text), file=sys.stderr, flush=True)
 
 
-def tell_json(value: object) -> None:
-    """A JSON document on one line of stderr."""
+def write_json_line(value: object) -> None:
+    """Write a JSON document to stderr, on one line."""
     print(_json(value), file=sys.stderr, flush=True)
 
 
@@ -148,7 +148,7 @@ def _json(value: object, *, indent: int | None = None) -> str:
 def _console(stream: TextIO) -> "Console":
     from rich.console import Console
 
-    is_forced = is_for_people(stream) or None
+    is_forced = is_terminal(stream) or None
     return Console(file=stream, force_terminal=is_forced, highlight=False, markup=False, emoji=False)
 
 
@@ -157,17 +157,17 @@ def _draw(blocks: tuple[Block, ...]) -> None:
     for i, block in enumerate(blocks):
         if i:
             console.print()
-        console.print(_drawn(block, has_colour=console.color_system is not None and not console.no_color))
+        console.print(_renderable(block, has_colour=console.color_system is not None and not console.no_color))
 
 
-def _drawn(block: Block, *, has_colour: bool) -> "RenderableType":
+def _renderable(block: Block, *, has_colour: bool) -> "RenderableType":
     from rich.table import Table as Grid
 
-    if isinstance(block, Words):
+    if isinstance(block, Paragraph):
         return _line(block.line)
-    if isinstance(block, Runs):
-        return _coloured(block) if has_colour else _text(_bracketed(block))
-    if isinstance(block, Facts):
+    if isinstance(block, SlotRuns):
+        return _in_colours(block) if has_colour else _text(_in_brackets(block))
+    if isinstance(block, Fields):
         grid = Grid.grid(padding=(0, 3, 0, 0))
         grid.add_column(style=_STYLES["faint"], no_wrap=True)
         for label, value in block.rows:
@@ -175,7 +175,7 @@ def _drawn(block: Block, *, has_colour: bool) -> "RenderableType":
         return grid
     grid = Grid(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style=_STYLES["faint"])
     for i, name in enumerate(block.columns):
-        grid.add_column(_text(name), justify="right" if i in block.right else "left", no_wrap=i in block.tight)
+        grid.add_column(_text(name), justify="right" if i in block.right else "left", no_wrap=i in block.no_wrap)
     for row in block.rows:
         grid.add_row(*(_line(value.shown) for value in row))
     return grid
@@ -193,19 +193,19 @@ def _text(text: str, style: str = "") -> "Text":
     return Text(clean(text), style=_STYLES.get(style, ""), end="")
 
 
-def _coloured(block: Runs) -> "Text":
+def _in_colours(block: SlotRuns) -> "Text":
     from rich.text import Text
 
     return Text.assemble(*((clean(text), _STYLES[slot_style(slot)]) for text, slot in block.runs))
 
 
-def _plain(block: Block) -> str:
-    """A block for a pipe: tab-separated values, nothing cut off."""
-    if isinstance(block, Words):
+def _tsv(block: Block) -> str:
+    """Format a block for a pipe: tab-separated values, nothing truncated."""
+    if isinstance(block, Paragraph):
         return clean("".join(span.text for span in block.line)) if block.in_pipes else ""
-    if isinstance(block, Runs):
-        return clean(_bracketed(block))
-    if isinstance(block, Facts):
+    if isinstance(block, SlotRuns):
+        return clean(_in_brackets(block))
+    if isinstance(block, Fields):
         return "\n".join(f"{one_line(label)}\t{_value(value)}" for label, value in block.rows)
     return "\n".join(["\t".join(block.columns), *("\t".join(map(_value, row)) for row in block.rows)])
 
@@ -214,5 +214,5 @@ def _value(value: Cell) -> str:
     return one_line(value.plain)
 
 
-def _bracketed(block: Runs) -> str:
+def _in_brackets(block: SlotRuns) -> str:
     return "".join(f"[{slot}:{text}]" for text, slot in block.runs)

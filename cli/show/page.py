@@ -1,6 +1,6 @@
-"""Page: what a command shows, before it is decided how. output.py draws it for people, for pipes or as JSON.
+"""What a command shows, before it is formatted: output.py draws it on a terminal, as TSV in a pipe, or as JSON.
 
-Text here is only text: nothing in it is markup, whoever wrote it. Styles are meanings, not colours.
+All text is plain text and never markup. Styles are meanings, not colours.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Span:
-    """A piece of text with one meaning."""
+    """Text in one style."""
 
     text: str
     style: str = ""  # strong, faint, good, warn, bad, slot0 ... slot6, heat0 (best) ... heat5
@@ -22,58 +22,58 @@ Part = str | Span | Line
 
 @dataclass(frozen=True)
 class Cell:
-    """One value: as a person reads it, and exact for a pipe."""
+    """One value: formatted for a terminal, and exact for a pipe."""
 
     shown: Line
     plain: str
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Labels with values, one a line."""
+class Fields:
+    """Labels with values, one per line."""
 
     rows: tuple[tuple[str, Cell], ...]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Headings with rows below."""
+    """Column headings with rows below."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
-    right: frozenset[int] = frozenset()  # columns of numbers
-    tight: frozenset[int] = frozenset()  # columns that are never broken into lines
+    right: frozenset[int] = frozenset()  # columns that are aligned right
+    no_wrap: frozenset[int] = frozenset()  # columns that are never broken into lines
 
 
 @dataclass(frozen=True)
-class Words:
-    """A line of text, or several."""
+class Paragraph:
+    """One or more lines of text."""
 
     line: Line
     in_pipes: bool = True
 
 
 @dataclass(frozen=True)
-class Runs:
-    """A text in runs that belong to slots: coloured, or in brackets with the slot's number where there is no colour."""
+class SlotRuns:
+    """Text in runs of tokens with the same slot: coloured, or in brackets with the slot's number without colours."""
 
     runs: tuple[tuple[str, int], ...]
 
 
-Block = Facts | Table | Words | Runs
+Block = Fields | Table | Paragraph | SlotRuns
 
 
 @dataclass(frozen=True)
 class Page:
-    """Everything a command shows."""
+    """Everything that a command shows."""
 
     data: dict[str, Any]  # for --json
     blocks: tuple[Block, ...] = ()
-    hints: tuple[str, ...] = field(default=())  # what to do next; for people only
+    hints: tuple[str, ...] = field(default=())  # what to do next; not for pipes or --json
 
 
 def line(*parts: Part) -> Line:
-    """Text, spans and lines as one line.
+    """Join texts, spans and lines.
 
     >>> line("a ", Span("b", "good"))
     (Span(text='a ', style=''), Span(text='b', style='good'))
@@ -88,15 +88,15 @@ def line(*parts: Part) -> Line:
 
 
 def cell(shown: Part, plain: object = None) -> Cell:
-    """A value; in a pipe the same text unless `plain` says otherwise."""
+    """Make a cell; pipes get the same text unless `plain` is given."""
     whole = line(shown)
     return Cell(whole, "".join(span.text for span in whole) if plain is None else str(plain))
 
 
-def facts(rows: Iterable[tuple[str, Cell | Part | None] | None]) -> Facts:
-    """Labels with values; a row that is None, or has None for its value, is left out."""
+def fields(rows: Iterable[tuple[str, Cell | Part | None] | None]) -> Fields:
+    """Make fields; rows that are None, or whose value is None, are left out."""
     kept = [(row[0], row[1]) for row in rows if row is not None and row[1] is not None]
-    return Facts(tuple((label, value if isinstance(value, Cell) else cell(value)) for label, value in kept))
+    return Fields(tuple((label, value if isinstance(value, Cell) else cell(value)) for label, value in kept))
 
 
 def table(
@@ -104,29 +104,29 @@ def table(
     rows: Iterable[Iterable[Cell | Part]],
     *,
     right: Iterable[str] = (),
-    tight: Iterable[str] = (),
+    no_wrap: Iterable[str] = (),
 ) -> Table:
-    """A table; `right` and `tight` name columns."""
+    """Make a table; `right` and `no_wrap` name columns."""
     headings = tuple(columns)
     cells = tuple(tuple(value if isinstance(value, Cell) else cell(value) for value in row) for row in rows)
     return Table(
         headings,
         cells,
         frozenset(headings.index(name) for name in right),
-        frozenset(headings.index(name) for name in tight),
+        frozenset(headings.index(name) for name in no_wrap),
     )
 
 
 def slot_style(slot: int) -> str:
-    """The style of a slot by its number; 0 is KP, the six of the domains repeat."""
+    """Return the style of a slot: slot0 for KP; the six styles of domains repeat."""
     return f"slot{slot if slot == 0 else (slot - 1) % 6 + 1}"
 
 
-def title(name: str, *more: Part) -> Words:
-    """The first line of a page, for people only."""
-    return Words(line(Span(name, "strong"), *more), in_pipes=False)
+def title(name: str, *more: Part) -> Paragraph:
+    """Make a heading; pipes leave it out."""
+    return Paragraph(line(Span(name, "strong"), *more), in_pipes=False)
 
 
 def faint(text: str) -> Span:
-    """Less important text."""
+    """Make a span of less important text."""
     return Span(text, "faint")

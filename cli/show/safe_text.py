@@ -1,4 +1,4 @@
-"""Text that others wrote, made safe for a terminal: file names, data, what a model answers."""
+"""Make untrusted text safe for a terminal: file names, data, and what a model generates."""
 
 import re
 
@@ -8,7 +8,7 @@ _SURROGATES = re.compile(r"[\ud800-\udfff]")
 
 
 def clean(text: str) -> str:
-    r"""The text without escape sequences, control characters and signs that turn the direction of writing.
+    r"""Remove escape sequences, control characters, and characters that change the direction of text.
 
     Line breaks and tabs stay.
 
@@ -19,7 +19,7 @@ def clean(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""The same on one line, for a cell of a table.
+    r"""Clean the text and put it on one line, for a table cell.
 
     >>> one_line("a\n\tb")
     'a b'

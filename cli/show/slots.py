@@ -1,4 +1,4 @@
-"""How slots are shown: legends, bars of their shares, and texts coloured by the slot that took each token."""
+"""Show routing: bars of slot shares, a legend, and text coloured by the slot of each token."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING
 
 from .charts import bar
 from .numbers import exact, percent
-from .page import Cell, Line, Runs, Span, Table, Words, cell, line, slot_style, table
+from .page import Cell, Line, Paragraph, SlotRuns, Span, Table, cell, line, slot_style, table
 
 if TYPE_CHECKING:
     from ...registry.compose.generate import Answer
 
-_MARKER = re.compile(r"<\|[^|]*\|>|</?s>|<pad>|<eos>|<bos>")  # tokens that are no text
+_MARKER = re.compile(r"<\|[^|]*\|>|</?s>|<pad>|<eos>|<bos>")  # special tokens
 
 
 def shares(values: Mapping[str, float], order: Sequence[str], *, heading: str) -> Table:
-    """A bar for each slot, in the given order of the values and the colours of the slots."""
+    """Make a table with a bar for each slot; `order` gives the slots their colours."""
     rows = [
         [
             cell(Span(name, slot_style(order.index(name)))),
@@ -24,17 +24,17 @@ def shares(values: Mapping[str, float], order: Sequence[str], *, heading: str) -
         ]
         for name, share in values.items()
     ]
-    return table(("SLOT", heading, ""), rows, right=(heading,), tight=("SLOT", heading, ""))
+    return table(("SLOT", heading, ""), rows, right=(heading,), no_wrap=("SLOT", heading, ""))
 
 
-def legend(slots: Sequence[str]) -> Words:
-    """Which colour and which number stands for which slot."""
+def legend(slots: Sequence[str]) -> Paragraph:
+    """Make the legend: the colour and the number of each slot."""
     parts = [line(Span(f"{i} {name}", slot_style(i)), "   ") for i, name in enumerate(slots)]
-    return Words(line(*parts), in_pipes=False)
+    return Paragraph(line(*parts), in_pipes=False)
 
 
-def routed_text(answer: "Answer") -> Runs:
-    """Prompt and answer in runs of tokens that the same slot took."""
+def routed_text(answer: "Answer") -> SlotRuns:
+    """Split prompt and answer into runs of tokens with the same slot."""
     runs: list[tuple[str, int]] = []
     for text, gates in answer.tokens:
         if _MARKER.fullmatch(text):
@@ -44,16 +44,16 @@ def routed_text(answer: "Answer") -> Runs:
             runs[-1] = (runs[-1][0] + text, slot)
         else:
             runs.append((text, slot))
-    return Runs(tuple(runs))
+    return SlotRuns(tuple(runs))
 
 
 def answer_line(answer: "Answer") -> Line:
-    """The text that was written."""
-    return line(answer.text.strip("\n") or "(nothing: the model ended at once)")
+    """Return the generated text."""
+    return line(answer.text.strip("\n") or "(empty: the model stopped immediately)")
 
 
 def answer_data(answer: "Answer", *, with_tokens: bool = False) -> dict[str, object]:
-    """An answer for --json."""
+    """Return an answer for --json."""
     data: dict[str, object] = {
         "text": answer.text,
         "prompt_tokens": answer.prompt_tokens,
@@ -67,5 +67,5 @@ def answer_data(answer: "Answer", *, with_tokens: bool = False) -> dict[str, obj
 
 
 def similarity_cell(value: float | None) -> Cell:
-    """Cosine to the nearest prototype."""
+    """Make the cell of a cosine similarity."""
     return cell("-" if value is None else f"{value:.2f}", exact(value))

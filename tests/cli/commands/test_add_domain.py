@@ -42,7 +42,7 @@ def test_add_domain_prints_plan_progress_and_result(run, bare, rows, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert "Adding contracts from new.jsonl: 16 rows" in result.stderr
     assert "training contracts: 50 % (1 of 2)  loss" in result.stderr
-    for word in ("contracts is added", "contracts@1", "loss", "tensors and 1 pack unchanged", "general text"):
+    for word in ("contracts was added", "contracts@1", "loss", "tensors and 1 pack unchanged", "general text"):
         assert word in result.stdout
     assert "q_proj" in run("show", "contracts", store=bare).stdout
 
@@ -65,7 +65,7 @@ def test_a_near_duplicate_is_pointed_out_before_training_and_after(run, bare, bu
 
     shown = run("add-domain", "contracts-once-more", *data, *options, store=bare, tty=True)
     for text in (shown.stdout, shown.stderr):
-        assert "nearly that of contracts" in text
+        assert "nearly the same as that of contracts" in text
         assert "registry retrain contracts --data" in text.replace("\n", " ")
 
 

@@ -70,7 +70,7 @@ def test_a_saved_composition_that_routes_cannot_be_made_static(run, store, saved
     result = run("compose", str(saved), "--static", store=store)
 
     assert result.exit_code == 2
-    assert "routes" in result.stderr
+    assert "is routed, not static" in result.stderr
 
 
 @pytest.mark.parametrize("words", [["-"], []], ids=["dash", "nothing"])

@@ -27,7 +27,7 @@ def test_push_says_what_went_where(run, mine, local_hub):
     done = run("push", "legal", REPO, store=mine, tty=True)
 
     assert done.exit_code == 0, done.stderr
-    assert "legal@1 is on the Hub" in done.stdout
+    assert "legal@1 was pushed to the Hub" in done.stdout
     for word in (f"{REPO}@v1, a new repository", local_hub.url, "new or changed", "sha256:"):
         assert word in done.stdout
     assert f"registry pull {REPO}@v1" in done.stderr
@@ -61,14 +61,14 @@ def test_pull_says_what_came_from_where(run, mine, theirs, local_hub):
 
     assert done.exit_code == 0, done.stderr
     for word in (
-        "legal@1 is here",
+        "legal@1 was pulled",
         f"hf://{REPO}@v1 at {local_hub.url}",
         "against the manifest",
-        "trained over is here",
+        "the one that the pack was trained over",
     ):
         assert word in done.stdout
     assert "registry compose legal@1" in done.stderr
-    assert "was here already" in run("pull", REPO, store=theirs, tty=True).stdout
+    assert "was pulled before" in run("pull", REPO, store=theirs, tty=True).stdout
 
 
 def test_pull_for_programs(run, mine, theirs, local_hub, document):
@@ -103,7 +103,7 @@ def test_a_composition_with_a_pack_on_the_hub(run, mine, theirs, local_hub, docu
 
     assert document(done)["composition"] == "legal@1:0.5"
     assert answered.exit_code == 0, answered.stderr
-    assert f"hf://{REPO}@v1 is legal@1, here already" in answered.stderr
+    assert f"hf://{REPO}@v1 is legal@1, pulled before" in answered.stderr
     assert set(document(routed)["gates"]) == {"general", "legal"}
     assert set(document(scored)["domains"]) == {"legal"}
 
@@ -117,7 +117,7 @@ def test_search_lists_packs(run, mine, local_hub, document):
     assert REPO in shown.stdout
     assert f"registry pull {REPO}" in shown.stderr
     assert [pack["repo"] for pack in listed["packs"]] == [REPO]
-    assert "Nothing was found" in run("search", "nothing").stderr
+    assert "No pack was found" in run("search", "nothing").stderr
 
 
 @pytest.mark.parametrize(

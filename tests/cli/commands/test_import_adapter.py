@@ -28,7 +28,7 @@ def test_import_shows_what_it_brought(run, bare, rows, tmp_path, adapter):
     result = run("import", "medicine", str(adapter), "--data", str(data), store=bare, tty=True)
 
     assert result.exit_code == 0, result.stderr
-    assert "medicine is imported" in result.stdout
+    assert "medicine was imported" in result.stdout
     assert "imported from mine" in result.stdout
     assert "4 experts in 4 of 4 layers, rank 2" in result.stdout
     shown = run("show", "medicine", store=bare, tty=True)

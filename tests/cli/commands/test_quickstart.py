@@ -4,20 +4,19 @@ import json
 
 import pytest
 
-from lorary.cli import quickstart
-from lorary.cli.commands.quickstart import tour_page
-from lorary.cli.quickstart import DOMAINS, MARKER, Tour
+from lorary.cli.commands import quickstart
+from lorary.cli.commands.quickstart import DOMAINS, MARKER, QuickstartResult, quickstart_page
 from lorary.cli.report.terminal import heat_table
 from lorary.cli.show.page import Page
 from lorary.domains.errors import ConflictError
 
 
 @pytest.fixture(scope="module")
-def tour(store) -> Tour:
+def result(store) -> QuickstartResult:
     from lorary.registry import Registry
 
     registry = Registry.open(store)
-    return Tour(
+    return QuickstartResult(
         registry=registry,
         manifests=tuple(registry.show(name) for name in ("general", *DOMAINS)),
         plan=registry.plan("medicine+legal"),
@@ -27,19 +26,19 @@ def tour(store) -> Tour:
     )
 
 
-def test_the_page_has_the_retention_matrix(tour, tmp_path):
-    page = tour_page(tour, tmp_path)
+def test_the_page_has_the_retention_matrix(result, tmp_path):
+    page = quickstart_page(result, tmp_path)
 
     assert isinstance(page, Page)
-    assert [row[0].plain for row in heat_table(tour.retention.bits).rows] == list(tour.retention.steps)
+    assert [row[0].plain for row in heat_table(result.retention.bits).rows] == list(result.retention.steps)
     assert any("registry list" in hint for hint in page.hints)
     json.dumps(page.data, allow_nan=False)
 
 
-def test_the_best_of_a_column_is_coldest(tour):
-    table = heat_table(tour.retention.bits)
+def test_the_best_of_a_column_is_coldest(result):
+    table = heat_table(result.retention.bits)
 
-    for j, name in enumerate(tour.retention.columns, start=1):
+    for j, name in enumerate(result.retention.columns, start=1):
         column = [row[j] for row in table.rows]
         best = min(column, key=lambda value: float(value.plain))
         assert best.shown[0].style == "heat0", name
@@ -47,14 +46,14 @@ def test_the_best_of_a_column_is_coldest(tour):
 
 def test_only_an_unfinished_quickstart_is_gone_on_with(tmp_path):
     folder = tmp_path / "qs"
-    marker = quickstart._claim(folder)
+    marker = quickstart._mark_unfinished(folder)
     (folder / "store.json").touch()
-    assert quickstart._claim(folder) == marker == folder / MARKER
+    assert quickstart._mark_unfinished(folder) == marker == folder / MARKER
 
     marker.unlink()
 
     with pytest.raises(ConflictError):
-        quickstart._claim(folder)
+        quickstart._mark_unfinished(folder)
 
 
 @pytest.mark.slow

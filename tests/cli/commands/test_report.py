@@ -26,7 +26,7 @@ def test_the_document_has_matrix_intervals_and_figures(reported):
 def test_people_get_heat_maps_and_formulas(run, store, reported):
     shown = run("report", store=store, tty=True, env={"COLUMNS": "200"}).stdout
 
-    for words in ("What is kept", "+ medicine", "Questions answered right", "Where texts go", "Chaudhry et al. 2018"):
+    for words in ("Retention", "+ medicine", "Accuracy on questions", "Routing", "Chaudhry et al. 2018"):
         assert words in shown
 
 

@@ -30,7 +30,7 @@ def test_retrain_prints_plan_progress_and_result(run, copy, new_rows):
     for words in ("Retraining legal@1 with new.jsonl: 16 rows", "beside those of legal@1", "tolerance 50.0 %"):
         assert words in result.stderr
     assert "training legal" in result.stderr
-    for words in ("legal is retrained", "legal@2, extend of legal@1", "latest moves to it", "3 experts of legal@1"):
+    for words in ("legal was retrained", "legal@2, extend of legal@1", "latest moves to it", "3 experts of legal@1"):
         assert words in result.stdout
     assert "registry diff legal@1 legal@2" in result.stderr
     assert Store.open(copy).aliases("legal") == {"latest": 2}
@@ -66,8 +66,8 @@ def test_a_version_that_is_worse_is_held_back_with_exit_code_9(run, copy, rows, 
     result = run("retrain", "legal", "--data", other, *worse, "--tolerance", "0", store=copy)
 
     assert result.exit_code == 9, result.stderr
-    assert "Error: legal@3 is stored and held back: legal still means legal@2." in result.stderr
-    assert "at most 0.00 % are allowed" in result.stderr
+    assert "Error: legal@3 was stored but held back: legal still means legal@2." in result.stderr
+    assert "the tolerance is 0.00 %" in result.stderr
     assert "Fix: accept it anyway: registry alias legal@3 latest" in result.stderr
     assert "held back" in run("log", "legal", store=copy).stdout
 

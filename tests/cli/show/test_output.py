@@ -4,17 +4,17 @@ import sys
 
 import pytest
 
-from lorary.cli.show import output, watch
-from lorary.cli.show.page import Page, Runs, Span, Words, cell, facts, line, table, title
+from lorary.cli.show import output, progress
+from lorary.cli.show.page import Page, Paragraph, SlotRuns, Span, cell, fields, line, table, title
 from lorary.domains.progress import Progress
 
 PAGE = Page(
     data={"answer": 42},
     blocks=(
         title("For people"),
-        facts([("file", cell("[red]a\tb\x1b[31m[/red]")), None, ("size", cell("1.2 K", 1234))]),
+        fields([("file", cell("[red]a\tb\x1b[31m[/red]")), None, ("size", cell("1.2 K", 1234))]),
         table(("NAME", "SIZE"), [("x" * 200, cell("1 K", 1000))], right=("SIZE",)),
-        Words(line("said ", Span("so", "good"))),
+        Paragraph(line("said ", Span("so", "good"))),
     ),
     hints=("go on",),
 )
@@ -51,15 +51,15 @@ def test_json_has_no_hints(capsys):
 
 
 def test_runs_are_bracketed_where_there_is_no_colour(capsys):
-    output.show(Page(data={}, blocks=(Runs((("a b", 0), (" c", 1))),)), command="test", as_json=False)
+    output.show(Page(data={}, blocks=(SlotRuns((("a b", 0), (" c", 1))),)), command="test", as_json=False)
 
     assert capsys.readouterr().out == "[0:a b][1: c]\n"
 
 
 def test_a_person_who_waits_is_told_after_two_seconds(capsys, monkeypatch):
-    monkeypatch.setattr(watch, "QUIET_S", 0.01)
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.01)
 
-    with watch.watch("loading", as_json=False):
+    with progress.show_progress("loading", as_json=False):
         import time
 
         time.sleep(0.2)
@@ -71,10 +71,10 @@ def test_a_bar_is_drawn_on_a_terminal_and_goes_away(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("TERM", "xterm")
 
-    with watch.watch("loading", as_json=False) as watching:
-        watching.on_progress(Progress("training", 1, 2, {"loss": 1.5}))
-        watching.say("half of it")
-        watching.on_progress(Progress("training", 2, 2))
+    with progress.show_progress("loading", as_json=False) as display:
+        display.on_progress(Progress("training", 1, 2, {"loss": 1.5}))
+        display.log("half of it")
+        display.on_progress(Progress("training", 2, 2))
 
     drawn = capsys.readouterr().err
     assert "training" in drawn
@@ -86,7 +86,7 @@ def test_a_bar_is_drawn_on_a_terminal_and_goes_away(capsys, monkeypatch):
 def test_an_error_without_a_cause_has_no_empty_line(capsys, as_json):
     record = {"code": "x", "exit": 1, "message": "It is off.", "cause": None, "fix": "do this"}
 
-    output.failure(record, as_json=as_json)
+    output.show_error(record, as_json=as_json)
 
     expected = '{"error": {"code": "x", "exit": 1, "message": "It is off.", "cause": null, "fix": "do this"}}\n'
     assert capsys.readouterr().err == (expected if as_json else "Error: It is off.\nFix: do this\n")

@@ -1,6 +1,6 @@
 """What deserves a line of progress, and what it says."""
 
-from lorary.cli.show.progress import Pace
+from lorary.cli.show.progress import ProgressTracker
 from lorary.domains.progress import Progress
 
 
@@ -14,11 +14,11 @@ class Clock:
 
 def reported(total: int, *, seconds_each: float, stage: str = "training") -> list[int]:
     clock = Clock()
-    pace = Pace(clock)
+    tracker = ProgressTracker(clock)
     told = []
     for done in range(1, total + 1):
         clock.time += seconds_each
-        if pace.follow(Progress(stage, done, total)):
+        if tracker.update(Progress(stage, done, total)):
             told.append(done)
     return told
 
@@ -37,23 +37,23 @@ def test_short_work_says_one_line():
 
 def test_a_new_stage_begins_with_a_line():
     clock = Clock()
-    pace = Pace(clock)
+    tracker = ProgressTracker(clock)
 
-    assert pace.follow(Progress("reading", 1, 2))
-    assert not pace.follow(Progress("reading", 2, 2))
-    assert pace.follow(Progress("training", 1, 100))
+    assert tracker.update(Progress("reading", 1, 2))
+    assert not tracker.update(Progress("reading", 2, 2))
+    assert tracker.update(Progress("training", 1, 100))
 
 
 def test_time_left_counts_from_the_first_report():
     clock = Clock()
-    pace = Pace(clock)
-    pace.follow(Progress("training", 50, 100))
+    tracker = ProgressTracker(clock)
+    tracker.update(Progress("training", 50, 100))
     clock.time = 10.0
     progress = Progress("training", 60, 100, {"loss": 2.5, "tokens_per_second": 5120.0})
-    pace.follow(progress)
+    tracker.update(progress)
 
-    assert pace.left_s(progress) == 40.0
-    assert pace.line(progress) == "training: 60 % (60 of 100)  loss 2.500  5,120 tokens/s  0:40 left"
-    assert pace.record(progress)["progress"] == {
+    assert tracker.seconds_left(progress) == 40.0
+    assert tracker.line(progress) == "training: 60 % (60 of 100)  loss 2.500  5,120 tokens/s  0:40 left"
+    assert tracker.record(progress)["progress"] == {
         "stage": "training", "done": 60, "total": 100, "loss": 2.5, "tokens_per_second": 5120.0, "seconds_left": 40.0
     }  # fmt: skip
