@@ -3,9 +3,9 @@
     python examples/own_data.py --store /tmp/my-registry
     python examples/own_data.py --store /tmp/my-registry --data notes.jsonl --name notes --prompt "..."
 
-Creates a registry over the bundled pocket base, adds a built-in domain and one from a data file, and lets the router
-answer a prompt. The file has one `{"text": ...}` per line; CSV, TSV, TXT and chat messages work too. The pocket base is
-for demos: for readable answers use `--base` with a folder or a Hub id such as meta-llama/Llama-3.2-1B, and a GPU.
+Creates a registry over the bundled pocket base, adds a built-in domain and one from a data file, and answers a prompt
+with both composed. The file has one `{"text": ...}` per line; CSV, TSV, TXT and chat messages work too. The pocket base
+is for demos: for readable answers use `--base` with a folder or a Hub id such as meta-llama/Llama-3.2-1B.
 """
 
 import argparse
