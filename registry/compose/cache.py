@@ -139,7 +139,8 @@ def _read(path: Path) -> CachedComposition:
 def checksum(long: Mapping[str, Tensor], document: str) -> str:
     """Return the sha256 of the document and of the sums of 64-bit words over each 64 KiB of the tensors.
 
-    The number of bytes of each tensor is a multiple of 8.
+    It takes 2 ms for 86 MB, where sha256 of all bytes takes 52 ms (docs/log.md), more than the rest of composing. The
+    number of bytes of each tensor is a multiple of 8.
     """
     digest = hashlib.sha256(document.encode())
     for name in sorted(long):

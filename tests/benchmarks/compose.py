@@ -1,17 +1,20 @@
 """Time to compose 16 experts from a store, against 16 `load_adapter` calls of PEFT and reading the same bytes.
 
-    OMP_NUM_THREADS=1 python tests/benchmarks/compose.py [--stored 8,24] [--out compose.json]
+    OMP_NUM_THREADS=1 python tests/benchmarks/compose.py [--stored 8,24] [--checks] [--out compose.json]
 
 The base has about 100 M random parameters, each pack two experts of rank 8 on all linears of every layer. Files are in
-the page cache. `cold` reads, verifies and stacks packs and caches the result; `warm` reads the cache.
+the page cache. `cold` reads, verifies and stacks packs and caches the result; `warm` reads the cache. With `--checks`,
+`warm` is measured with different checksums of the cached file instead.
 """
 
 import argparse
 import copy
+import hashlib
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,8 @@ from peft import PeftModel
 from timing import report
 
 from lorary.domains.base_model import find_layout
+from lorary.registry.compose import cache
 from lorary.registry.compose.build import compose_model
-from lorary.registry.compose.cache import CompositionCache
 from lorary.registry.compose.plan import plan_composition
 from lorary.registry.pack.pack import DomainPack, expert_records, pack_files
 from lorary.registry.store.blobs import sha256_of
@@ -94,6 +97,36 @@ def seconds(run: Callable[[], Any], *, rounds: int) -> float:
     return sorted(times)[len(times) // 4]
 
 
+def sha256(long: Mapping[str, torch.Tensor], document: str) -> str:
+    """Return the sha256 of the same bytes."""
+    digest = hashlib.sha256(document.encode())
+    for name in sorted(long):
+        digest.update(long[name].numpy().data)
+    return digest.hexdigest()
+
+
+def crc32(long: Mapping[str, torch.Tensor], document: str) -> str:
+    """Return the CRC-32 of the same bytes."""
+    value = zlib.crc32(document.encode())
+    for name in sorted(long):
+        value = zlib.crc32(long[name].numpy().data, value)
+    return str(value)
+
+
+def compare_checks(compose: Callable[[], Any], folder: Path) -> list[dict[str, Any]]:
+    """Time composing from the cache with different checksums of the cached file, in turns."""
+    checks = {"sums of words": cache.checksum, "sha256": sha256, "CRC-32": crc32, "none": lambda _long, _document: ""}
+    times: dict[str, list[float]] = {name: [] for name in checks}
+    for _ in range(3):
+        for name, check in checks.items():
+            cache.checksum = check
+            shutil.rmtree(folder, ignore_errors=True)
+            compose()
+            times[name].append(seconds(compose, rounds=15))
+    cache.checksum = checks["sums of words"]
+    return [{"check": name, "warm ms": min(found) * 1e3} for name, found in times.items()]
+
+
 def load_with_peft(base: Any, paths: list[str]) -> None:
     model = PeftModel.from_pretrained(base, paths[0], adapter_name="e0")
     for number, path in enumerate(paths[1:], 1):
@@ -104,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--stored", type=lambda text: [int(part) for part in text.split(",")], default=[8, 24])
     parser.add_argument("--without-peft", action="store_true")
+    parser.add_argument("--checks", action="store_true")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     base: Any = Base(models.make_base())
@@ -117,9 +151,12 @@ def main() -> None:
             def compose(text: str = text) -> Any:
                 return compose_model(store, plan_composition(store, text, base=BASE), base)
 
+            if args.checks:
+                rows += compare_checks(compose, store.cache / "compositions")
+                continue
             shutil.rmtree(store.cache / "compositions", ignore_errors=True)
             cold = seconds(compose, rounds=1)
-            file = CompositionCache(store.cache).path(plan_composition(store, text, base=BASE), torch.float32)
+            file = cache.CompositionCache(store.cache).path(plan_composition(store, text, base=BASE), torch.float32)
             warm, read = [], []
             for _ in range(3):  # interleaved
                 warm.append(seconds(compose, rounds=7))
@@ -134,7 +171,7 @@ def main() -> None:
                 "warm / read": min(warm) / min(read),
             }
             rows.append(row)
-        if not args.without_peft:
+        if not (args.without_peft or args.checks):
             paths = models.saved_adapters(base.model, 2 * COMPOSED, Path(folder) / "adapters")
             peft = seconds(lambda: load_with_peft(copy.deepcopy(base.model), paths), rounds=1)
             rows[-1] |= {"PEFT ms": peft * 1e3, "PEFT / warm": peft * 1e3 / rows[-1]["warm ms"]}
