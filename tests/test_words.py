@@ -44,7 +44,6 @@ NOT_YET_CLEAN: set[str] = {
     "adapters/router",
     "docs/layer.md",
     "docs/peft.md",
-    "docs/retention.md",
     "registry/interop",
     "registry/maintenance",
     "registry/pack",
