@@ -641,12 +641,12 @@ class Registry:
             static: Constant slot weights instead of routing, which no export can have.
             served_base: The base model's name in the vLLM server.
         """
-        from .interop.export_plan import export_archive, static_plan
+        from .interop.export_plan import export_archive, plan_export
 
         if to == "tar":
             return export_archive(self.store, self.show(composition), Path(out))
         composition = self.resolve_composition(composition).composition
-        plan = static_plan(self._plan, composition, static=static, to=to)
+        plan = plan_export(self._plan, composition, static=static, to=to)
         from .compose.build import packs_of
         from .interop.export import export_composition
 

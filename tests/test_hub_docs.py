@@ -1,4 +1,4 @@
-"""The commands of docs/hub.md, as they stand there, run by a shell against a Hub of our own."""
+"""The commands of docs/hub.md, run as written by a shell against a local Hub server."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""The Hub of the tests answers the unmodified huggingface_hub client as the real one does."""
+"""The Hub server of the tests behaves to the unmodified huggingface_hub client as the real one does."""
 
 import os
 

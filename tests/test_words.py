@@ -43,9 +43,6 @@ NOT_YET_CLEAN: set[str] = {
     "adapters/layer",
     "adapters/router",
     "docs/layer.md",
-    "docs/peft.md",
-    "registry/interop",
-    "registry/maintenance",
     "registry/pack",
     "registry/store",
 }

@@ -1,4 +1,4 @@
-"""What an export will be, known before torch is loaded; and the one that needs no model: a pack as an archive."""
+"""What an export contains, known before torch is loaded; and the export of a pack as a tar archive."""
 
 import io
 import shlex
@@ -16,35 +16,38 @@ from ..store.files import new_path
 from ..store.manifest import MANIFEST_FILE, PackManifest
 from ..store.store import Store
 
-REASONS: Final = {
-    "peft": "an adapter of PEFT has constant gates",
-    "vllm": "vLLM serves one fixed adapter a request, and computes no gates",
-    "merged": "a weight is the same for every token",
+NOT_ROUTED: Final = {  # why a format has constant gates
+    "peft": "a PEFT adapter has constant gates",
+    "vllm": "vLLM serves one fixed adapter per request, and computes no gates",
+    "merged": "a merged weight is the same for every token",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    """What was written."""
+    """Result of an export."""
 
     out: Path
-    pinned: str  # the versions in it
-    command: str  # how to use it
+    pinned: str  # the composition with explicit versions
+    command: str  # how to use the result
     facts: dict[str, str | int | float] = field(default_factory=dict)
 
 
-def static_plan(plan_of: Callable[..., Plan], composition: str, *, static: bool, to: str) -> Plan:
-    """The plan of what is exported; one version without a weight stands for its own static composition.
+def plan_export(plan_of: Callable[..., Plan], composition: str, *, static: bool, to: str) -> Plan:
+    """Return the plan of what is exported; a single version without a weight is exported as a static composition.
+
+    Args:
+        plan_of: `plan_of(composition, static=...)` returns the plan of a composition.
 
     Raises:
-        IncompatibleError: The composition routes.
+        IncompatibleError: The composition is routed.
     """
-    plan = plan_of(composition, static=static or _is_alone(composition))
+    plan = plan_of(composition, static=static or _is_single(composition))
     check_static(plan, to=to)
     return plan
 
 
-def _is_alone(composition: str) -> bool:
+def _is_single(composition: str) -> bool:
     if is_saved_composition(composition):
         return False
     terms = Composition.parse(composition).terms
@@ -52,31 +55,31 @@ def _is_alone(composition: str) -> bool:
 
 
 def check_static(plan: Plan, *, to: str) -> None:
-    """Refuses to export gates that depend on the text.
+    """Raise if the gates of a composition depend on the text.
 
     Raises:
-        IncompatibleError: The composition routes.
+        IncompatibleError: The composition is routed.
     """
     if not plan.static:
         raise IncompatibleError(
-            f"{plan.composition} routes by its text; what is exported cannot.",
-            cause=REASONS[to],
+            f"{plan.composition} is routed, and no export can be.",
+            cause=NOT_ROUTED[to],
             fix=f"export it with constant weights: registry export {plan.composition} --static --to {to} --out DIR",
         )
 
 
 def export_archive(store: Store, manifest: PackManifest, out: Path) -> ExportResult:
-    """The pack of a version as a tar archive: the same bytes whenever and wherever it is written.
+    """Export the pack of a version as a reproducible tar archive.
 
     Raises:
         IntegrityError: A file of the pack is damaged.
-        ConflictError: There is something at `out`.
+        ConflictError: `out` exists.
     """
     files = {MANIFEST_FILE: manifest.to_json()} | {f.path: store.read(manifest, f.path) for f in manifest.files}
     with new_path(out) as temporary, tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
         for path, data in sorted(files.items()):
             member = tarfile.TarInfo(f"{manifest.name}/{path}")
-            member.size, member.mode = len(data), 0o644  # its times and owners are 0 and nobody
+            member.size, member.mode = len(data), 0o644  # mtime, uid and gid stay 0, so equal packs give equal bytes
             archive.addfile(member, io.BytesIO(data))
     pinned = f"{manifest.name}@{manifest.version}"
     return ExportResult(

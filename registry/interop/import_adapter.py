@@ -1,7 +1,7 @@
-"""Importing: a LoRA adapter that PEFT saved becomes the expert bank of a new domain, version 1, exactly.
+"""Import a PEFT LoRA adapter as version 1 of a new domain, numerically exact and without training.
 
-Nothing is trained. The domain's text gives what an adapter lacks: statistics and prototypes, by which the router knows
-the domain; scores and routing drift, as for a domain that was learned here.
+Statistics and prototypes for the router, scores and routing drift are computed from the domain's text, as for a domain
+that is trained here.
 """
 
 from dataclasses import asdict, dataclass
@@ -21,12 +21,12 @@ from ..store.manifest import ADAPTER_TENSORS, BaseRecord, PackManifest
 from ..store.store import Store
 from ..store.strict_json import canonical_json
 from .import_plan import ImportPlan
-from .peft_tensors import bank_of_adapter
+from .peft_tensors import convert_adapter
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportResult:
-    """What importing an adapter brought."""
+    """Result of an import."""
 
     manifest: PackManifest
     scores: DomainScores
@@ -35,23 +35,23 @@ class ImportResult:
 
 
 def import_adapter(
-    store: Store, base: LoadedBase, record: BaseRecord, what: ImportPlan, *, on_progress: OnProgress
+    store: Store, base: LoadedBase, record: BaseRecord, plan: ImportPlan, *, on_progress: OnProgress
 ) -> ImportResult:
-    """Make an adapter the bank of a new domain, measure it, and store version 1.
+    """Convert an adapter into the bank of a new domain, evaluate it, and store version 1.
 
     Raises:
-        IncompatibleError: The adapter does not fit the base model, or is more than an expert can be.
-        IntegrityError: Its tensors are damaged or do not fit its config.
-        ConflictError: Another process added a domain of this name meanwhile.
+        IncompatibleError: The adapter does not fit the base model, or is not plain LoRA on linear modules.
+        IntegrityError: Its tensors are damaged or do not match its config.
+        ConflictError: Another process added a domain of this name in the meantime.
     """
-    files, data = what.files, what.data
+    files, data = plan.files, plan.data
     tensors = load_tensors(files.tensors, source=f"{files.source}: {ADAPTER_TENSORS}")
-    bank = bank_of_adapter(tensors, what.config, base.model, base.layout, source=files.source)
+    bank = convert_adapter(tensors, plan.config, base.model, base.layout, source=files.source)
     run = TrainingRun(
         store,
         base,
         record,
-        what.spec,
+        plan.spec,
         data,
         bank=None,
         training=TrainingConfig(),
@@ -62,17 +62,17 @@ def import_adapter(
     run.finish(bank)
     drift = run.drift()
     scores = score_new_domain(
-        base, run.kp, run.pack, what.name, data.held_out, general_examples(), on_progress=on_progress
+        base, run.kp, run.pack, plan.name, data.held_out, general_examples(), on_progress=on_progress
     )
     manifest = run.commit(
-        scores, train={"imported": _import_record(what)}, schedule="imported", proof={"drift": asdict(drift)}
+        scores, train={"imported": _import_record(plan)}, schedule="imported", proof={"drift": asdict(drift)}
     )
     return ImportResult(manifest=manifest, scores=scores, drift=drift, neighbours=run.neighbours())
 
 
-def _import_record(what: ImportPlan) -> dict[str, Any]:
-    """Where the adapter came from, for the manifest; of a folder only its name, the rest is nobody else's business."""
-    files, config = what.files, what.config
+def _import_record(plan: ImportPlan) -> dict[str, Any]:
+    """Return the adapter's origin for the manifest; of a local folder only its name, as paths are private."""
+    files, config = plan.files, plan.config
     return {
         "from": Path(files.source).name if files.is_local else files.source,
         "commit": files.commit,

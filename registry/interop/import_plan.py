@@ -1,6 +1,6 @@
-"""What is to be imported: an adapter's two files, and the domain's text. Nothing in them is executed.
+"""Read a PEFT adapter and the text of its domain, from a folder or the Hub, and check both before torch is loaded.
 
-Everything that files alone can tell is checked here, before torch is loaded.
+Only adapter_config.json and safetensors are read; nothing from the adapter is executed.
 """
 
 from collections.abc import Sequence
@@ -26,23 +26,23 @@ PICKLE_FILE: Final = "adapter_model.bin"
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterFiles:
-    """The bytes of a saved adapter."""
+    """Bytes of a saved adapter."""
 
-    source: str  # how the user named it
+    source: str  # as the user named it
     config: bytes
     tensors: bytes
-    commit: str | None = None  # of the Hub
+    commit: str | None = None  # Hub commit; None for a folder
     is_local: bool = True
 
     @property
     def digests(self) -> dict[str, str]:
-        """Digest of each file, by name."""
+        """Digest of each file, by file name."""
         return {ADAPTER_CONFIG: sha256_of(self.config), ADAPTER_TENSORS: sha256_of(self.tensors)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportPlan:
-    """An adapter that becomes a domain."""
+    """Adapter and text of a new domain."""
 
     name: str
     spec: DomainSpec
@@ -52,25 +52,25 @@ class ImportPlan:
 
 
 def plan_import(store: Store, name: str, source: str, data: Sequence[Source], *, base: BaseRecord | None) -> ImportPlan:
-    """The adapter and the text for a new domain.
+    """Read and check the adapter and the text of a new domain.
 
     Args:
-        base: The base model that the adapter must name; None takes it on trust.
+        base: Base model that the adapter must name; None skips this check.
 
     Raises:
-        LoraryError: The name, the data or the adapter is off; see `check_new_name`, `read_domain_data`, `read_adapter`
-            and `read_config`.
+        LoraryError: The name, the data or the adapter is not valid; see `check_new_name`, `read_domain_data`,
+            `read_adapter` and `read_config`.
     """
     check_new_name(store, name)
     if not data and name not in builtin_domains():
         raise InputError(
-            f"An adapter says nothing of the text of {name!r}.",
-            cause="the router knows a domain by its text, and scores are measured on it",
+            f"Importing {name!r} needs text of the domain.",
+            cause="the router is computed from a domain's text, and scores are measured on it",
             fix=f"registry import {name} {source} --data FILE",
         )
     files = read_adapter(source)
     config = read_config(files.config, source=f"{source}: {ADAPTER_CONFIG}")
-    # whoever trained the adapter says under which license it is, not the built-in domain
+    # the license of a built-in domain is that of its text, not of the adapter
     spec = replace(spec_of(name, data), license=UNKNOWN_LICENSE)
     if base is not None:
         _check_base(files, config, base)
@@ -78,19 +78,19 @@ def plan_import(store: Store, name: str, source: str, data: Sequence[Source], *,
 
 
 def _check_base(files: AdapterFiles, config: AdapterConfig, record: BaseRecord) -> None:
-    """Refuses an adapter that names another base model than the registry's.
+    """Raise if the adapter names another base model than the registry's.
 
-    A name that is a folder on this machine is checked by the fingerprint of what is in it.
+    If the name is a local folder, the fingerprint of the folder is compared.
 
     Raises:
-        IncompatibleError: The base model is another one, or it is not certain that it is the same.
+        IncompatibleError: It is another base model, or cannot be told to be the same.
     """
     named = config.base
     if named is not None and files.is_local and Path(named).expanduser().is_dir():
         found = fingerprint(Path(named).expanduser(), source=named)
         check_same_base(wanted=found, found=record, what=files.source)
         return
-    fix = "if the weights are the same under another name, say so with --same-base"
+    fix = "if the weights are the same under another name, pass --same-base"
     if named != record.id:
         cause = f"the adapter names {named!r}, the registry is for {record.id!r}"
         raise IncompatibleError(f"{files.source} was made for another base model.", cause=cause, fix=fix)
@@ -100,13 +100,16 @@ def _check_base(files: AdapterFiles, config: AdapterConfig, record: BaseRecord) 
 
 
 def read_adapter(source: str) -> AdapterFiles:
-    """The adapter in a folder, or on the Hub: `owner/repo`, `owner/repo/sub/folder`, each with `@revision` if wanted.
+    """Read an adapter from a folder or the Hub.
+
+    Args:
+        source: A folder, `owner/repo` or `owner/repo/sub/folder`; on the Hub optionally with `@revision`.
 
     Raises:
-        NotFoundError: There is no such folder, or no adapter in it.
-        IncompatibleError: Its weights are a pickle, which could run code, or its config is too large to be one.
-        RemoteError: The Hub cannot be asked, or has no such repository.
-        IntegrityError: What came from the Hub is not what it announced.
+        NotFoundError: The folder does not exist, or contains no adapter.
+        IncompatibleError: Its weights are a pickle, which could run code, or its config is too large.
+        RemoteError: The Hub request failed, or there is no such repository.
+        IntegrityError: A downloaded file does not match its size or digest on the Hub.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -116,11 +119,11 @@ def read_adapter(source: str) -> AdapterFiles:
     if len(parts) < 2 or source.startswith((".", "/", "~")):
         raise NotFoundError(
             f"There is no adapter at {source}.",
-            cause="it is neither a folder nor a repository of the Hub, such as owner/repo",
-            fix="give the folder that PEFT's save_pretrained wrote",
+            cause="it is neither a folder nor a Hub repository (owner/repo)",
+            fix="pass the folder written by PEFT's save_pretrained",
         )
     ref = RemoteRef("/".join(parts[:2]), revision if at else None)
-    return _read_remote(ref, "".join(f"{part}/" for part in parts[2:]))
+    return _read_hub(ref, "".join(f"{part}/" for part in parts[2:]))
 
 
 def _read_folder(folder: Path, source: str) -> AdapterFiles:
@@ -130,44 +133,42 @@ def _read_folder(folder: Path, source: str) -> AdapterFiles:
     return AdapterFiles(source=source, config=config, tensors=tensors)
 
 
-def _read_remote(ref: RemoteRef, inside: str) -> AdapterFiles:
-    """The two files at one commit, each compared with what the Hub announced."""
+def _read_hub(ref: RemoteRef, prefix: str) -> AdapterFiles:
+    """Read both files at one commit, each compared with its size and digest on the Hub."""
     from ..hub.client import Hub
 
     hub = Hub()
-    source = f"{ref.repo}/{inside}".rstrip("/")
-    snapshot = hub.snapshot(ref, marker=f"{inside}{ADAPTER_CONFIG}")
+    source = f"{ref.repo}/{prefix}".rstrip("/")
+    snapshot = hub.snapshot(ref, marker=f"{prefix}{ADAPTER_CONFIG}")
     files = snapshot.files
     if files is not None:
-        _check_listing({path.removeprefix(inside) for path in files if path.startswith(inside)}, source=source)
-        _check_size(files[f"{inside}{ADAPTER_CONFIG}"].size, source=source)
+        _check_listing({path.removeprefix(prefix) for path in files if path.startswith(prefix)}, source=source)
+        _check_size(files[f"{prefix}{ADAPTER_CONFIG}"].size, source=source)
 
     def fetch(name: str) -> bytes:
-        announced = None if files is None else files[f"{inside}{name}"]
-        return hub.fetch(
-            snapshot, f"{inside}{name}", is_valid=lambda data: announced is None or announced.matches(data)
-        )
+        path = f"{prefix}{name}"
+        return hub.fetch(snapshot, path, is_valid=lambda data: files is None or files[path].matches(data))
 
     config, tensors = fetch(ADAPTER_CONFIG), fetch(ADAPTER_TENSORS)
     return AdapterFiles(source=source, config=config, tensors=tensors, commit=snapshot.commit, is_local=False)
 
 
 def _check_listing(names: set[str], *, source: str) -> None:
-    """Refuses what is no adapter, or one without safetensors."""
+    """Raise if the adapter is incomplete or has no safetensors."""
     if ADAPTER_CONFIG in names and ADAPTER_TENSORS in names:
         return
     if ADAPTER_CONFIG in names and PICKLE_FILE in names:
         raise IncompatibleError(
             f"{source}: this adapter cannot be imported.",
-            cause=f"its weights are in {PICKLE_FILE}, a pickle: reading it can run any code",
-            fix="load it with PEFT where you trust it, and save it again: model.save_pretrained(folder)",
+            cause=f"its weights are in {PICKLE_FILE}, a pickle, and loading it can run arbitrary code",
+            fix="if you trust it, load it with PEFT and save it again: model.save_pretrained(folder)",
         )
     missing = next(name for name in (ADAPTER_CONFIG, ADAPTER_TENSORS) if name not in names)
-    fix = "give the folder that PEFT's save_pretrained wrote"
+    fix = "pass the folder written by PEFT's save_pretrained"
     raise NotFoundError(f"There is no adapter at {source}.", cause=f"no file {missing}", fix=fix)
 
 
 def _check_size(size: int, *, source: str) -> None:
     if size > MAX_BYTES:
-        cause = f"{ADAPTER_CONFIG} has {size} bytes; at most {MAX_BYTES} are read"
+        cause = f"{ADAPTER_CONFIG} has {size} bytes; the limit is {MAX_BYTES}"
         raise IncompatibleError(f"{source}: this adapter cannot be imported.", cause=cause)

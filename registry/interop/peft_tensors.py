@@ -1,8 +1,8 @@
-"""The tensors of a saved PEFT adapter as a bank of one expert, exactly, over the base model that they were made for.
+"""Convert the tensors of a PEFT adapter into a bank of one expert that computes the same.
 
-An expert has one rank and one alpha. Where the modules of an adapter agree on both, its matrices stay as they are.
-Elsewhere they get rows of zeros up to the largest rank, and each B takes its own scale in, once, in float32. The expert
-gate is 1 because there is one expert, and there are no rank gates.
+An expert has one rank and one alpha. If all modules of the adapter agree on both, its matrices are kept as they are.
+Otherwise they are padded with zeros to the largest rank, and each module's scale is folded into its B once, in float32.
+The expert gate is 1 because there is one expert, and there are no rank gates.
 """
 
 from collections.abc import Mapping
@@ -17,53 +17,53 @@ from transformers import PreTrainedModel
 from ...adapters.bank import Expert, ExpertBank, LayerExperts
 from ...domains.base_model import ModelLayout, linear_modules, linear_shape
 from ...domains.errors import IncompatibleError, IntegrityError
-from .peft_reader import AdapterConfig, ModuleRules
+from .peft_reader import AdapterConfig, TargetMatcher
 
 PREFIX: Final = "base_model.model."
-NUMBERS: Final = (torch.float32, torch.float16, torch.bfloat16)
-MAX_NAMED: Final = 3  # names in an error
+DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
+MAX_LISTED: Final = 3  # tensor names in an error
 
-# parts of names of tensors that are not A or B, and what they are
+# parts of the names of tensors other than A and B
 _OTHER_TENSORS: Final = {
     "lora_embedding_": "LoRA of an embedding",
-    "lora_magnitude_vector": "the magnitude of DoRA",
+    "lora_magnitude_vector": "a DoRA magnitude",
     "modules_to_save": "a saved module",
-    "token_adapter": "trained tokens",
+    "token_adapter": "trained token embeddings",
     ".bias": "a bias",
 }
 
-_OF_TRAINING: Final = (".lora_velora_embed",)  # tensors that only a backward pass reads
+_TRAINING_ONLY: Final = (".lora_velora_embed",)  # used by the backward pass only
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Module:
-    """A linear module that the adapter extends."""
+class _TargetModule:
+    """Linear module that the adapter targets."""
 
     path: str
     layer: int
-    target: str  # its path inside the decoder layer
+    target: str  # path inside the decoder layer
     rank: int
     alpha: float
     scale: float
     shape: tuple[int, int]  # d_in, d_out
 
 
-def bank_of_adapter(
+def convert_adapter(
     tensors: Mapping[str, Tensor], config: AdapterConfig, model: PreTrainedModel, layout: ModelLayout, *, source: str
 ) -> ExpertBank:
-    """The adapter as a bank; under gate 1 it computes what PEFT computes.
+    """Convert an adapter into a bank that computes the same as PEFT.
 
     Raises:
-        IncompatibleError: It extends modules that are not linear modules of a decoder layer, or has other widths.
-        IntegrityError: Tensors are missing, are too many, have another rank than the config says or change nothing.
+        IncompatibleError: It targets other modules than linear modules of decoder layers, or has other widths.
+        IntegrityError: Tensors are missing, unexpected or all zero, or their ranks differ from the config.
     """
-    modules = _modules_of(config, model, layout, source)
-    pairs = _pairs_of(tensors, modules, source)
-    expert, is_folded = _one_expert(config, modules)
+    modules = _find_targets(config, model, layout, source)
+    pairs = _read_pairs(tensors, modules, source)
+    expert, folds_scale = _make_expert(config, modules)
     bank = ExpertBank()
     for module in sorted(modules, key=lambda module: module.layer):
         A, B = pairs[module.path]
-        if is_folded:
+        if folds_scale:
             B = B.float() * module.scale
         missing = expert.rank - module.rank
         layer = bank.layers.setdefault(
@@ -77,8 +77,10 @@ def bank_of_adapter(
     return bank
 
 
-def _modules_of(config: AdapterConfig, model: PreTrainedModel, layout: ModelLayout, source: str) -> list[_Module]:
-    rules = ModuleRules(config)
+def _find_targets(
+    config: AdapterConfig, model: PreTrainedModel, layout: ModelLayout, source: str
+) -> list[_TargetModule]:
+    matcher = TargetMatcher(config)
     named = {path: module for path, module in model.named_modules() if path}
     output = model.get_output_embeddings()
     linear = [path for path in linear_modules(model) if named[path] is not output]
@@ -87,41 +89,43 @@ def _modules_of(config: AdapterConfig, model: PreTrainedModel, layout: ModelLayo
         for index in range(layout.count)
         for target in linear_modules(named[f"{layout.layers}.{index}"])
     }
-    chosen = rules.chosen(named, linear=linear)
+    chosen = matcher.find_targets(named, linear=linear)
     if not chosen:
         raise IncompatibleError(
-            f"{source}: this adapter extends no module of {type(model).__name__}.",
+            f"{source}: this adapter targets no module of {type(model).__name__}.",
             cause=f"its target_modules are {_short(config.targets)}",
-            fix="give an adapter of this base model",
+            fix="pass an adapter of this base model",
         )
     outside = [path for path in chosen if path not in places]
     if outside:
         raise IncompatibleError(
             f"{source}: this adapter cannot be imported.",
-            cause=f"it extends {outside[0]}, a {type(named[outside[0]]).__name__}; experts extend the linear modules of"
-            " decoder layers, because all else is shared by every domain",
+            cause=f"it targets {outside[0]}, a {type(named[outside[0]]).__name__}; experts have linear modules of"
+            " decoder layers only, because everything else is shared by all domains",
         )
     return [
-        _Module(
+        _TargetModule(
             path=path,
             layer=places[path][0],
             target=places[path][1],
-            rank=rules.rank(path),
-            alpha=rules.alpha(path),
-            scale=rules.scale(path),
+            rank=matcher.rank(path),
+            alpha=matcher.alpha(path),
+            scale=matcher.scale(path),
             shape=linear_shape(named[path]),
         )
         for path in chosen
     ]
 
 
-def _pairs_of(tensors: Mapping[str, Tensor], modules: list[_Module], source: str) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of every module, checked."""
+def _read_pairs(
+    tensors: Mapping[str, Tensor], modules: list[_TargetModule], source: str
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return A and B of every target module, checked."""
     wanted = {_key(module, letter) for module in modules for letter in "AB"}
-    extra = sorted(name for name in tensors.keys() - wanted if not name.endswith(_OF_TRAINING))
+    extra = sorted(name for name in tensors.keys() - wanted if not name.endswith(_TRAINING_ONLY))
     missing = sorted(wanted - tensors.keys())
     if extra:
-        raise _damaged(source, f"{len(extra)} tensors that its config does not explain", extra, _kind_of(extra[0]))
+        raise _damaged(source, f"{len(extra)} tensors are not in its config", extra, _describe(extra[0]))
     if missing:
         raise _damaged(source, f"{len(missing)} tensors of its config are missing", missing, "")
     pairs = {}
@@ -131,35 +135,33 @@ def _pairs_of(tensors: Mapping[str, Tensor], modules: list[_Module], source: str
         pairs[module.path] = A, B
     if not any(B.any() and A.any() for A, B in pairs.values()):
         raise IntegrityError(
-            f"{source}: this adapter changes nothing.",
-            cause=f"every product B A of its {len(pairs)} modules is zero: it was not trained, or not saved rightly",
+            f"{source}: this adapter has no effect.",
+            cause=f"B A is zero for all of its {len(pairs)} modules: it was not trained, or not saved correctly",
         )
     return pairs
 
 
-def _check_pair(A: Tensor, B: Tensor, module: _Module, source: str) -> None:
+def _check_pair(A: Tensor, B: Tensor, module: _TargetModule, source: str) -> None:
     for letter, matrix in (("A", A), ("B", B)):
-        if matrix.dtype not in NUMBERS:
-            cause = (
-                f"{_key(module, letter)} has numbers of type {matrix.dtype}; {', '.join(map(str, NUMBERS))} are read"
-            )
+        if matrix.dtype not in DTYPES:
+            cause = f"{_key(module, letter)} is {matrix.dtype}; supported are {', '.join(map(str, DTYPES))}"
             raise IncompatibleError(f"{source}: this adapter cannot be imported.", cause=cause)
     d_in, d_out = module.shape
     ranks = A.shape[0] if A.ndim == 2 else None, B.shape[1] if B.ndim == 2 else None
     if ranks != (module.rank, module.rank):
-        cause = f"{module.path}: the config says rank {module.rank}, A is {tuple(A.shape)}, B is {tuple(B.shape)}"
-        raise IntegrityError(f"{source}: its tensors do not fit its config.", cause=cause)
+        cause = f"{module.path}: rank {module.rank} in the config, A is {tuple(A.shape)}, B is {tuple(B.shape)}"
+        raise IntegrityError(f"{source}: its tensors do not match its config.", cause=cause)
     if (A.shape[1], B.shape[0]) != (d_in, d_out):
         raise IncompatibleError(
             f"{source} was made for another base model.",
-            cause=f"{module.path} takes {d_in} numbers and gives {d_out} here; in the adapter"
+            cause=f"{module.path} has in_features {d_in} and out_features {d_out}; in the adapter"
             f" {A.shape[1]} and {B.shape[0]}",
-            fix="give the adapter of this base model, or make a registry for its own: registry init --base MODEL",
+            fix="pass an adapter of this base model, or create a registry for its own: registry init --base MODEL",
         )
 
 
-def _one_expert(config: AdapterConfig, modules: list[_Module]) -> tuple[Expert, bool]:
-    """The expert that stands for all modules, and whether each B takes its scale in."""
+def _make_expert(config: AdapterConfig, modules: list[_TargetModule]) -> tuple[Expert, bool]:
+    """Return the expert, and whether each module's scale is folded into its B."""
     first = modules[0]
     rank = max(module.rank for module in modules)
     if first.alpha > 0 and all((m.rank, m.alpha) == (rank, first.alpha) for m in modules):
@@ -167,20 +169,20 @@ def _one_expert(config: AdapterConfig, modules: list[_Module]) -> tuple[Expert, 
     return Expert(id="e0", rank=rank, alpha=float(rank)), True
 
 
-def _key(module: _Module, letter: str) -> str:
+def _key(module: _TargetModule, letter: str) -> str:
     return f"{PREFIX}{module.path}.lora_{letter}.weight"
 
 
-def _kind_of(name: str) -> str:
+def _describe(name: str) -> str:
     return next((kind for part, kind in _OTHER_TENSORS.items() if part in name), "")
 
 
 def _damaged(source: str, problem: str, names: list[str], kind: str) -> IntegrityError:
-    listed = ", ".join(name[:120] for name in names[:MAX_NAMED]) + (", ..." if len(names) > MAX_NAMED else "")
+    listed = ", ".join(name[:120] for name in names[:MAX_LISTED]) + (", ..." if len(names) > MAX_LISTED else "")
     return IntegrityError(
-        f"{source}: its tensors do not fit its config.",
+        f"{source}: its tensors do not match its config.",
         cause=f"{problem}: {listed}" + (f" ({kind})" if kind else ""),
-        fix="save the adapter again with PEFT, under the name 'default'",
+        fix="save the adapter again with PEFT, under the adapter name 'default'",
     )
 
 

@@ -1,7 +1,7 @@
-"""What is different between two stored versions: experts, updates, statistics, scores, files.
+"""Compare two stored versions: experts, updates, statistics, scores, files.
 
-The size of what experts do in a layer is the Frobenius norm of their update of all target modules under constant gates,
-dW = B diag(scale * gate) A. It is computed on the ranks, never on dW itself:
+Updates of a layer are compared by the Frobenius norm over all target modules under constant gates,
+dW = B diag(scale * gate) A. It is computed from products of rank size, without forming dW:
 
     |B A|^2 = sum over ranks i, j of (B^T B)[i, j] (A A^T)[i, j]        so |dW_b - dW_a|: [B_b, -B_a] and [A_b; A_a]
 """
@@ -26,28 +26,28 @@ Pair = tuple[Tensor, Tensor]  # A (rank, d_in) and B (d_out, rank) with scale an
 
 @dataclass(frozen=True, kw_only=True)
 class LayerDiff:
-    """One decoder layer in both versions."""
+    """Decoder layer in both versions."""
 
     layer: int
     experts: tuple[int, int]
     ranks: tuple[int, int]
-    norms: tuple[float, float]  # of the update
-    change: float  # norm of the difference of the updates
+    norms: tuple[float, float]  # |dW|
+    change: float  # |dW_b - dW_a|
 
 
 @dataclass(frozen=True, kw_only=True)
 class VersionDiff:
-    """Two versions, in the order in which they were named."""
+    """Differences between two versions, in the given order."""
 
     versions: tuple[PackManifest, PackManifest]
     layers: tuple[LayerDiff, ...]
     statistics: dict[str, tuple[float, float]]
-    feature_cosine: float  # of the mean features: how like the texts are
+    feature_cosine: float  # similarity of the mean features of their text
     scores: dict[str, tuple[float | None, float | None]]  # bits per byte
-    files: dict[str, str]  # path to: same, changed, added, removed
+    files: dict[str, str]  # same, changed, added or removed, by path
 
     def as_json(self) -> dict[str, Any]:
-        """For --json."""
+        """Return the value that --json prints."""
         before, after = self.versions
         return {
             "versions": [
@@ -63,7 +63,7 @@ class VersionDiff:
 
 
 def compare_versions(store: Store, before: PackManifest, after: PackManifest) -> VersionDiff:
-    """Reads both packs and compares them.
+    """Read two packs and compare them.
 
     Raises:
         IncompatibleError: They belong to different base models.
@@ -75,32 +75,32 @@ def compare_versions(store: Store, before: PackManifest, after: PackManifest) ->
     means = [pack.statistics.feature_mean for pack in packs]
     return VersionDiff(
         versions=(before, after),
-        layers=_layers(packs[0].bank, packs[1].bank),
-        statistics=_statistics(*packs),
+        layers=_diff_layers(packs[0].bank, packs[1].bank),
+        statistics=_diff_statistics(*packs),
         feature_cosine=round(F.cosine_similarity(means[0], means[1], dim=0).item(), 6),
-        scores=_scores(before, after),
-        files=_files(before, after),
+        scores=_diff_scores(before, after),
+        files=_diff_files(before, after),
     )
 
 
-def _layers(before: ExpertBank, after: ExpertBank) -> tuple[LayerDiff, ...]:
+def _diff_layers(before: ExpertBank, after: ExpertBank) -> tuple[LayerDiff, ...]:
     found = []
     for index in sorted(before.layers.keys() | after.layers.keys()):
         layers = [bank.layers.get(index) for bank in (before, after)]
-        old, new = _pairs(before, index), _pairs(after, index)
+        old, new = _folded_pairs(before, index), _folded_pairs(after, index)
         found.append(
             LayerDiff(
                 layer=index,
                 experts=tuple(len(layer.experts) if layer else 0 for layer in layers),  # type: ignore[arg-type]
                 ranks=tuple(layer.rank if layer else 0 for layer in layers),  # type: ignore[arg-type]
-                norms=(_norm([old]), _norm([new])),
-                change=_norm([new, {target: (A, -B) for target, (A, B) in old.items()}]),
+                norms=(_update_norm([old]), _update_norm([new])),
+                change=_update_norm([new, {target: (A, -B) for target, (A, B) in old.items()}]),
             )
         )
     return tuple(found)
 
 
-def _pairs(bank: ExpertBank, index: int) -> dict[str, Pair]:
+def _folded_pairs(bank: ExpertBank, index: int) -> dict[str, Pair]:
     if index not in bank.layers:
         return {}
     layer = bank.layers[index]
@@ -108,17 +108,17 @@ def _pairs(bank: ExpertBank, index: int) -> dict[str, Pair]:
     return {target: (layer.A[target].double(), layer.B[target].double() * factor) for target in layer.A}
 
 
-def _norm(parts: Sequence[dict[str, Pair]]) -> float:
-    """Of the sum of the parts' updates, over all target modules."""
+def _update_norm(parts: Sequence[dict[str, Pair]]) -> float:
+    """Return the norm of the summed updates of the parts, over all target modules."""
     total = 0.0
     for target in dict.fromkeys(target for part in parts for target in part):
         pairs = [part[target] for part in parts if target in part]
         A, B = torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1] for pair in pairs], dim=1)
         total += ((B.T @ B) * (A @ A.T)).sum().item()
-    return round(max(total, 0.0) ** 0.5, 6)  # rounding errors may be below zero
+    return round(max(total, 0.0) ** 0.5, 6)  # rounding may make it negative
 
 
-def _statistics(before: DomainPack, after: DomainPack) -> dict[str, tuple[float, float]]:
+def _diff_statistics(before: DomainPack, after: DomainPack) -> dict[str, tuple[float, float]]:
     counts = [
         {
             "tokens": int(pack.statistics.token_counts.sum()),
@@ -131,8 +131,8 @@ def _statistics(before: DomainPack, after: DomainPack) -> dict[str, tuple[float,
     return {name: (counts[0][name], counts[1][name]) for name in counts[0]}
 
 
-def _scores(before: PackManifest, after: PackManifest) -> dict[str, tuple[float | None, float | None]]:
-    """Each version on its own held-out text; a version and its parent also on the same, the parent's."""
+def _diff_scores(before: PackManifest, after: PackManifest) -> dict[str, tuple[float | None, float | None]]:
+    """Return scores on each version's held-out set; for a version and its parent also on the parent's."""
     scores = {name: (before.evaluation.get(name), after.evaluation.get(name)) for name in SCORES}
     gate = after.evaluation.get("gate")
     if gate and (after.name, after.parent) == (before.name, before.version):
@@ -140,12 +140,12 @@ def _scores(before: PackManifest, after: PackManifest) -> dict[str, tuple[float 
     return scores
 
 
-def _files(before: PackManifest, after: PackManifest) -> dict[str, str]:
+def _diff_files(before: PackManifest, after: PackManifest) -> dict[str, str]:
     old, new = ({file.path: file.sha256 for file in manifest.files} for manifest in (before, after))
-    return {path: _state(old.get(path), new.get(path)) for path in sorted(old.keys() | new.keys())}
+    return {path: _file_state(old.get(path), new.get(path)) for path in sorted(old.keys() | new.keys())}
 
 
-def _state(old: str | None, new: str | None) -> str:
+def _file_state(old: str | None, new: str | None) -> str:
     if old is None or new is None:
         return "added" if old is None else "removed"
     return "same" if old == new else "changed"

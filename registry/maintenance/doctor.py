@@ -1,7 +1,6 @@
-"""doctor: what somebody who helps needs to know of a machine and its registry, to be pasted into a report.
+"""Diagnose a machine and its registry, for bug reports.
 
-It changes nothing but for two small files that it makes and deletes in the store's cache, to see what the file system
-can do.
+Nothing is changed, except that two small files are created and deleted in the store's cache to probe the file system.
 """
 
 import os
@@ -23,23 +22,23 @@ from ..store.gc import QUARANTINE
 from ..store.store import BALLAST, STORE_FILE, Store
 
 PACKAGES = ("lorary", "torch", "transformers", "safetensors", "huggingface-hub", "faiss-cpu", "accelerate", "peft")
-LITTLE_SPACE = 1 << 30  # bytes
+MIN_FREE_BYTES = 1 << 30  # bytes
 
 Verdict = Literal["ok", "warn", "bad"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     what: str
     value: str
     verdict: Verdict = "ok"
-    fix: str = ""  # a command or a word on what to do
+    fix: str = ""  # a command or a hint
 
 
 def examine(path: Path) -> list[Finding]:
-    """The programs, the machine, the store at the path and the disk under it."""
+    """Check the installed packages, the machine, the store at `path` and its disk."""
     found = [*_programs(), *_machine()]
     try:
         store = Store.open(path)
@@ -72,21 +71,21 @@ def _machine() -> Iterator[Finding]:
 def _store(store: Store) -> Iterator[Finding]:
     yield Finding("registry", str(store.path))
     yield Finding("registry id", store.record.id)
-    source = str(store.settings.get("source", "not told"))
+    source = str(store.settings.get("source", "unknown"))
     revision = (store.settings.get("base") or {}).get("revision")
-    yield Finding("base model", source + (f" at {revision}" if revision else ""), *_base_problem(source, revision))
+    yield Finding("base model", source + (f" at {revision}" if revision else ""), *_check_base(source, revision))
     names = store.domains()
     versions = sum(len(store.versions(name)) for name in names)
     removed = sum(len(store.removed(name)) for name in store.domains(removed=True))
     yield Finding("domains", f"{len(names)} with {versions} versions, {removed} removed")
     blobs = list(store.blobs.all())
     yield Finding("blobs", f"{len(blobs)} of {sum(map(store.blobs.size, blobs)):,} bytes")
-    yield from _leftovers(store)
+    yield from _leftover_files(store)
 
 
-def _base_problem(source: str, revision: str | None) -> tuple[Verdict, str]:
+def _check_base(source: str, revision: str | None) -> tuple[Verdict, str]:
     if "/" in source and not Path(source).exists() and source.count("/") == 1:
-        return "ok", ""  # of the Hub: whether it is in the cache is found when it is needed
+        return "ok", ""  # a Hub id: whether it is cached is found out on first use
     try:
         find_base(source, revision=revision)
     except LoraryError as error:
@@ -94,7 +93,7 @@ def _base_problem(source: str, revision: str | None) -> tuple[Verdict, str]:
     return "ok", ""
 
 
-def _leftovers(store: Store) -> Iterator[Finding]:
+def _leftover_files(store: Store) -> Iterator[Finding]:
     temporary = sum(1 for _ in store.path.glob(f"**/{TEMPORARY_PREFIX}*"))
     checkpoints = sum(1 for _ in store.runs.glob("*/checkpoint-*"))
     yield Finding("temporary files", str(temporary), "warn" if temporary else "ok", "registry gc" if temporary else "")
@@ -102,26 +101,26 @@ def _leftovers(store: Store) -> Iterator[Finding]:
     aside = store.blobs.folder.with_name(QUARANTINE)
     count = len(os.listdir(aside)) if aside.is_dir() else 0
     if count:
-        yield Finding("moved aside", f"{count} blobs, by a gc that was interrupted", "warn", "registry gc")
+        yield Finding("moved aside", f"{count} blobs, by an interrupted gc", "warn", "registry gc")
     has_ballast = (store.path / BALLAST).is_file()
     yield Finding("ballast", "there" if has_ballast else "missing", "ok" if has_ballast else "warn", "registry gc")
 
 
 def _disk(folder: Path) -> Iterator[Finding]:
     free = shutil.disk_usage(folder).free
-    verdict: Verdict = "ok" if free >= LITTLE_SPACE else "warn"
+    verdict: Verdict = "ok" if free >= MIN_FREE_BYTES else "warn"
     yield Finding("free space", f"{free:,} bytes", verdict, "registry gc" if verdict == "warn" else "")
     if not os.access(folder, os.W_OK):
         yield Finding("writable", "no: versions can be used, not added", "warn", f"ls -ld {folder}")
         return
     yield Finding("writable", "yes")
-    probes = {"hard links": _has_links, "locks": _has_locks, "case": _case, "clock": _clock}
+    probes = {"hard links": _probe_links, "locks": _probe_locks, "case": _probe_case, "clock": _probe_clock}
     for what, probe in probes.items():
-        yield _probed(folder, what, probe)
+        yield _run_probe(folder, what, probe)
 
 
-def _probed(folder: Path, what: str, probe: Callable[[Path], tuple[str, Verdict]]) -> Finding:
-    """What a file system can do, tried on a file that is deleted afterwards."""
+def _run_probe(folder: Path, what: str, probe: Callable[[Path], tuple[str, Verdict]]) -> Finding:
+    """Probe the file system with a temporary file."""
     file = folder / f"{TEMPORARY_PREFIX}doctor-{os.getpid()}-a"
     try:
         file.write_bytes(b"x")
@@ -136,26 +135,26 @@ def _probed(folder: Path, what: str, probe: Callable[[Path], tuple[str, Verdict]
     return Finding(what, value, verdict, fix)
 
 
-def _has_links(file: Path) -> tuple[str, Verdict]:
+def _probe_links(file: Path) -> tuple[str, Verdict]:
     os.link(file, file.with_name(file.name + "2"))
     return "yes", "ok"
 
 
-def _has_locks(file: Path) -> tuple[str, Verdict]:
+def _probe_locks(file: Path) -> tuple[str, Verdict]:
     try:
         import fcntl
     except ImportError:
-        return "not on this system; nothing depends on them", "ok"
+        return "not on this system; not required", "ok"
     with file.open("rb") as opened:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return "yes", "ok"
 
 
-def _case(file: Path) -> tuple[str, Verdict]:
+def _probe_case(file: Path) -> tuple[str, Verdict]:
     is_one = file.with_name(file.name.upper()).exists()
-    return ("A and a are one name; packs are safe from that" if is_one else "A and a are two names"), "ok"
+    return ("case-insensitive; packs never depend on case" if is_one else "case-sensitive"), "ok"
 
 
-def _clock(file: Path) -> tuple[str, Verdict]:
+def _probe_clock(file: Path) -> tuple[str, Verdict]:
     off = file.stat().st_mtime - time.time()
     return f"the disk's is {abs(off):.1f} s {'ahead' if off > 0 else 'behind'}", "ok" if abs(off) < 600 else "warn"

@@ -1,4 +1,4 @@
-"""Runs the Hub until it is interrupted; prints what a shell needs to use it."""
+"""Run the server until interrupted, and print the environment variables for a client."""
 
 import sys
 import time

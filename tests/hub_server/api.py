@@ -1,4 +1,4 @@
-"""The Hub's API and its storage for LFS files."""
+"""Endpoints of the Hub, and of its storage for LFS files."""
 
 import base64
 import hashlib
@@ -12,7 +12,7 @@ from .repos import Commit, Repo, front_matter, is_lfs, tree_row
 
 
 class Storage(Handler):
-    """Where LFS files are put and fetched, by whoever has the address; no token belongs here."""
+    """Storage for LFS files; requests must carry no token."""
 
     server_name = "storage"
 
@@ -23,13 +23,13 @@ class Storage(Handler):
             return self.part(target.read_bytes()) if target.is_file() else (404, {"error": "no such object"})
         name = f"{target.name}.{query}" if query else target.name
         if not query and hashlib.sha256(body).hexdigest() != target.name:
-            return 400, {"error": "the bytes are not those of the digest"}
+            return 400, {"error": "the bytes do not match the digest"}
         target.with_name(name).write_bytes(body)
         return 200, {}, {"ETag": hashlib.md5(body).hexdigest()}
 
 
 class Api(Handler):
-    """The API of the Hub."""
+    """API of the Hub."""
 
     server_name = "hub"
 
@@ -44,13 +44,13 @@ class Api(Handler):
             if match := re.fullmatch(pattern, f"{method} {address.path}"):
                 given = {key: unquote(value or "") for key, value in match.groupdict().items()}
                 return getattr(self, action)(body, **given)
-        raise Refused(404, "there is no such page")
+        raise Refused(404, "no such endpoint")
 
-    # --- who may do what ---
+    # --- permissions ---
 
     @property
     def names(self) -> list[str]:
-        """The user's name, and the organizations where it may write."""
+        """Namespaces that the user may write to."""
         return self.hub.users.get(self.token or "", [])
 
     def find(self, repo_id: str, revision: str = "main", *, reads_files: bool = False) -> tuple[Repo, Commit]:
@@ -116,7 +116,7 @@ class Api(Handler):
         return 200, {"transfer": "basic", "objects": [self.upload(item) for item in json.loads(body)["objects"]]}
 
     def upload(self, item: dict[str, Any]) -> dict[str, Any]:
-        """Where an LFS object is to be put: in one piece, or in several; nowhere if it is there."""
+        """Return the upload actions of an LFS object: single or multipart, or none if it exists."""
         oid, size, chunk = item["oid"], item["size"], self.hub.multipart_size
         if (self.hub.repos.objects / oid).is_file():
             return {"oid": oid, "size": size}
@@ -133,7 +133,7 @@ class Api(Handler):
         parts = [target.with_name(f"{oid}.{part['partNumber']:05}") for part in json.loads(body)["parts"]]
         data = b"".join(part.read_bytes() for part in parts)
         if hashlib.sha256(data).hexdigest() != oid:
-            return 400, {"error": "the parts are not those of the digest"}
+            return 400, {"error": "the parts do not match the digest"}
         target.write_bytes(data)
         return 200, {}
 

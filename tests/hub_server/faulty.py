@@ -1,4 +1,4 @@
-"""One HTTP request to the Hub, and what can go wrong with it."""
+"""Request handler with fault injection."""
 
 import json
 import re
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass
 class Fault:
-    """What goes wrong with the requests that `pattern` finds in `METHOD /path`.
+    """Fault of the next `times` requests whose `METHOD /path` matches `pattern`; `kind` is one of:
 
-    status: answered with this code. after: done, then answered with this code. drop: no answer. redirect: to itself.
-    cut: the connection ends after so many bytes. short: a complete answer of so many bytes. wrong: one byte differs.
+    status: respond with status `value`. after: handle the request, then respond with status `value`. drop: no response.
+    redirect: redirect to itself. cut: close the connection after `value` bytes. short: a complete response of `value`
+    bytes. wrong: flip a bit of byte `value`.
     """
 
     pattern: str
@@ -26,14 +27,14 @@ class Fault:
 
 
 class Refused(Exception):  # noqa: N818
-    """Answers with an error, as the Hub words it."""
+    """Error response."""
 
     def __init__(self, status: int, message: str, code: str = ""):
         self.status, self.message, self.code = status, message, code
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One request; faults are put in here."""
+    """Base of both servers' handlers; applies faults."""
 
     hub: "HubServer"
     server_name: str
@@ -105,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or (is_body and kind == "cut")
 
     def part(self, data: bytes) -> tuple[int, bytes, dict[str, str]]:
-        """All of a file, or the rest that a Range header asks for."""
+        """Return the response for a file, with support for open-ended Range headers."""
         match = re.fullmatch(r"bytes=(\d+)-", self.headers.get("range") or "")
         start = int(match[1]) if match else 0
         if not match:

@@ -1,4 +1,4 @@
-"""The repositories of the Hub in a folder: commits, branches, tags, pull requests, and the bytes of all files."""
+"""Repositories in a folder: commits, branches, tags, pull requests, and the bytes of all files."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ LFS_SIZE = 10 << 20  # bytes
 
 @dataclass
 class Commit:
-    """One commit: the whole tree, by path."""
+    """Commit with its whole tree."""
 
     id: str
     title: str
@@ -25,7 +25,7 @@ class Commit:
 
 @dataclass
 class Repo:
-    """One repository."""
+    """Repository."""
 
     id: str
     private: bool = False
@@ -43,13 +43,13 @@ class Repos:
         self.all = {repo.id: repo for repo in map(_load_repo, sorted(folder.glob("*.repo.json")))}
 
     def create(self, repo_id: str, *, private: bool = False) -> Repo:
-        """A repository with one commit."""
+        """Create a repository with one commit."""
         repo = self.all[repo_id] = Repo(repo_id, private=private)
         self.commit(repo, "main", "initial commit", {".gitattributes": b"*.safetensors filter=lfs\n"})
         return repo
 
     def commit(self, repo: Repo, ref: str, title: str, files: dict[str, bytes | None], author: str = "alice") -> Commit:
-        """Commits files on top of a ref; None deletes one."""
+        """Commit files on top of a ref; None deletes a file."""
         parent = repo.refs.get(ref)
         tree = dict(repo.commits[parent].files) if parent else {}
         for path, content in files.items():
@@ -64,20 +64,20 @@ class Repos:
         return commit
 
     def keep(self, path: str, data: bytes) -> dict[str, Any]:
-        """What a tree says of a file, whose bytes are kept."""
+        """Store the bytes of a file, and return its tree entry."""
         sha256 = hashlib.sha256(data).hexdigest()
         (self.objects / sha256).write_bytes(data)
         oid = hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
         return {"oid": oid, "size": len(data), "sha256": sha256, "is_lfs": is_lfs(path, len(data))}
 
     def read(self, repo_id: str, path: str, revision: str = "main") -> bytes:
-        """A file as it is at a revision."""
+        """Return the bytes of a file at a revision."""
         commit = self.find(self.all[repo_id], revision)
         assert commit is not None
         return (self.objects / commit.files[path]["sha256"]).read_bytes()
 
     def find(self, repo: Repo, revision: str) -> Commit | None:
-        """The commit that a branch, tag, pull request or commit id means."""
+        """Resolve a branch, tag, pull request or commit id."""
         name = revision.removeprefix("refs/").removeprefix("heads/")
         found = repo.refs.get(name) or repo.refs.get(f"tags/{name}")
         if found is None and re.fullmatch("[0-9a-f]{7,40}", revision):
@@ -85,11 +85,11 @@ class Repos:
         return repo.commits.get(found) if found else None
 
     def save(self, repo: Repo) -> None:
-        """Writes the repository's record."""
+        """Write the repository's record."""
         (self.folder / f"{repo.id.replace('/', '--')}.repo.json").write_text(json.dumps(asdict(repo)))
 
     def info(self, repo: Repo, commit: Commit, *, blobs: bool = False) -> dict[str, Any]:
-        """What /api/models tells of a repository."""
+        """Return the response of /api/models for a repository."""
         card = self.card(commit)
         tags = [*card.get("tags", []), *(f"{key}:{card[key]}" for key in ("license", "base_model") if card.get(key))]
         if card.get("base_model"):
@@ -118,7 +118,7 @@ def is_lfs(path: str, size: int) -> bool:
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    """The YAML between the first two lines of ---; raises yaml.YAMLError."""
+    """Parse the YAML front matter; raises yaml.YAMLError."""
     import yaml
 
     match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
@@ -136,6 +136,6 @@ def blob_row(file: dict[str, Any]) -> dict[str, Any]:
 
 
 def tree_row(file: dict[str, Any]) -> dict[str, Any]:
-    """The same as a row of a tree."""
+    """Return the file's row of a tree listing."""
     lfs = {"lfs": {"oid": file["sha256"], "size": file["size"], "pointerSize": 130}} if file["is_lfs"] else {}
     return {"oid": file["oid"], "size": file["size"], **lfs}

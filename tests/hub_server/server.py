@@ -1,4 +1,4 @@
-"""The Hub as two servers on two ports: the API, and the storage for LFS files."""
+"""Two HTTP servers on two ports: the API, and the storage for LFS files."""
 
 import re
 import threading
@@ -10,11 +10,15 @@ from .api import Api, Storage
 from .faulty import Fault
 from .repos import Repos
 
-USERS = {"hf_alice": ["alice", "acme"], "hf_bob": ["bob", "acme"], "hf_carol": ["carol"]}  # token: where it may write
+USERS = {
+    "hf_alice": ["alice", "acme"],
+    "hf_bob": ["bob", "acme"],
+    "hf_carol": ["carol"],
+}  # namespaces with write access, by token
 
 
 class HubServer:
-    """The Hub; `requests` lists what was asked of it: (server, method, path, token)."""
+    """Hub server; `requests` records (server, method, path, token)."""
 
     def __init__(self, folder: Path, *, multipart_size: int = 5 << 20, page_size: int = 50):
         self.repos = Repos(folder)
@@ -41,7 +45,7 @@ class HubServer:
         self.stop()
 
     def stop(self) -> None:
-        """Goes off the net; connections that are open get no answer."""
+        """Stop both servers; open connections get no response."""
         self.is_stopped = True
         for server in self._servers:
             server.shutdown()
@@ -49,12 +53,12 @@ class HubServer:
         self._servers.clear()
 
     def fault(self, pattern: str, kind: str, value: int = 0, *, times: int = 1, **headers: str) -> None:
-        """Something goes wrong with the next requests that fit; see `Fault`."""
+        """Inject a fault into the next matching requests; see `Fault`."""
         named = {name.replace("_", "-"): text for name, text in headers.items()}
         self.faults.append(Fault(pattern, kind, value, times, named))
 
     def take_fault(self, request: str) -> Fault | None:
-        """The fault of this request; each comes as often as it says."""
+        """Return the fault of this request, and count it down."""
         with self.lock:
             for fault in self.faults:
                 if fault.times > 0 and re.search(fault.pattern, request):

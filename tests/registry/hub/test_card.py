@@ -1,4 +1,4 @@
-"""The card parses back to what was meant, whatever the texts in a manifest hold."""
+"""The model card has the right metadata, and hostile text in a manifest renders as plain text."""
 
 import json
 import re
@@ -35,7 +35,7 @@ PLAIN = MarkdownIt("gfm-like", {"linkify": False})
 
 @pytest.fixture
 def scored(draft):
-    """A manifest with everything that a card shows."""
+    """A manifest with every value that a card shows."""
     return replace(
         draft,
         version=3,
@@ -62,7 +62,7 @@ def body(card):
 
 
 def shapes(card):
-    """What the body is made of, without its texts: blocks, links, images, HTML."""
+    """The types of the body's Markdown tokens: blocks, links, images, HTML, but not text."""
     tokens = [token for block in PLAIN.parse(body(card)) for token in [block, *(block.children or [])]]
     return [token.type for token in tokens if token.type not in ("text", "text_special", "softbreak", "code_inline")]
 
@@ -119,7 +119,7 @@ def test_the_card_has_every_digest(scored):
 
 
 def hostile_everywhere(manifest, text):
-    """The same text in every field that holds text, as far as the manifest's own rules let it in."""
+    """A manifest with the same text in every field that the manifest accepts it in."""
     base = BaseRecord(**vars(manifest.base) | {"id": text, "revision": text, "architecture": text, "dtype": text})
     expert = replace(manifest.experts[0], targets=(text,))
     data = {"files": [text, text], "digest": text, "rows": text, "held_out": text}

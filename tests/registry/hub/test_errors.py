@@ -15,7 +15,7 @@ REPO = "acme/lorary-legal"
 
 @pytest.fixture
 def failed(local_hub, no_waiting):
-    """`failed(status, **headers)` is what the client raises for such an answer."""
+    """`failed(status, **headers)` returns the exception that the client raises for this response."""
 
     def fail(status, **headers):
         local_hub.fault("GET /api/models/", "status", status, **headers)

@@ -1,4 +1,4 @@
-"""Random sequences of faults against push and pull: nothing half done is ever seen, and the same command repairs it."""
+"""Random sequences of faults against push and pull: no partial state is ever visible, and a repeated command succeeds."""
 
 import random
 from dataclasses import dataclass
@@ -43,14 +43,14 @@ EXPECTED = {4, 5, 7}
 
 @dataclass
 class Case:
-    """Two registries beside a Hub, and what each command may have brought about."""
+    """A Hub and two registries that push to it and pull from it."""
 
     hub: Any
     mine: Any
     theirs: Any
 
     def check(self, repo):
-        """Nothing is half done, on the Hub or in the store."""
+        """Assert that neither the Hub nor the store has partial state."""
         record = self.hub.repos.all.get(repo)
         if record is not None:
             for commit in record.commits.values():
@@ -66,7 +66,7 @@ class Case:
             assert len(digests) == len(set(digests))
 
     def check_commit(self, commit):
-        """A commit holds no pack, or a whole one."""
+        """Assert that a commit has no pack or a complete one."""
         if "lorary.json" not in commit.files:
             assert set(commit.files) <= {".gitattributes"}
             return
@@ -78,14 +78,14 @@ class Case:
 
 
 def put_faults(hub, draw, patterns):
-    """Between one and five faults, each up to six times, in any order."""
+    """Inject one to five faults, each up to six times."""
     for _ in range(draw.randint(1, 5)):
         kind, value = draw.choice(KINDS)
         hub.fault(draw.choice(patterns), kind, value, times=draw.randint(1, 6))
 
 
 def attempt(command):
-    """The exit code of a command; 0 if it did what it should."""
+    """Return the exit code of a command, 0 for success."""
     try:
         command()
     except LoraryError as error:

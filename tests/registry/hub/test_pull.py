@@ -1,4 +1,4 @@
-"""Pulling light packs from a Hub of our own through the unmodified client."""
+"""Pulling light packs from a local Hub server through the unmodified client."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ LARGE = "adapter_model.safetensors"
 
 
 def state(registry):
-    """Every file of the store but its caches."""
+    """The bytes of every file of the store."""
     files = (path for path in registry.store.path.rglob("*") if path.is_file())
     return {str(path.relative_to(registry.store.path)): path.read_bytes() for path in files}
 

@@ -1,4 +1,4 @@
-"""Pulling from a Hub that fails, is not there, or may not be asked."""
+"""Pulling from a Hub that fails, is down, or is not contacted offline."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Pushing light packs to a Hub of our own through the unmodified client."""
+"""Pushing light packs to a local Hub server through the unmodified client."""
 
 import threading
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Compositions with packs on the Hub: pulled, and written in the names of the store."""
+"""hf:// terms of compositions are pulled and replaced by stored versions."""
 
 import pytest
 from huggingface_hub import constants

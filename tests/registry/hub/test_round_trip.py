@@ -1,4 +1,4 @@
-"""A trained domain goes to the Hub and comes back: the same bytes, the same logits; plain PEFT loads it from there."""
+"""A trained domain is pushed and pulled with the same bytes and logits, and plain PEFT loads it from the Hub."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Finding packs on the Hub."""
+"""Searching the Hub for packs."""
 
 import pytest
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -11,7 +11,7 @@ BASE = "meta-llama/Llama-3.2-1B"
 
 @pytest.fixture
 def registry(local_hub, light_store, light_pack):
-    """Two packs of ours on the Hub, and a repository of somebody else."""
+    """Two packs on the Hub, and a repository without a pack."""
     registry = light_store("store")
     light_pack(registry, evaluation={"base": 2.0, "routed": 1.5})
     base = registry.store.manifest("general").base

@@ -1,4 +1,4 @@
-"""Exports of a real registry, loaded by plain PEFT and plain transformers: the same logits, or no export."""
+"""Exports of a real registry, loaded by plain PEFT and plain transformers, give the same logits."""
 
 import json
 import shlex
@@ -92,9 +92,9 @@ def test_a_merged_checkpoint_is_the_static_composition(whole: Registry, tmp_path
 def test_a_merged_checkpoint_with_other_logits_is_not_written(
     whole: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lorary.registry.interop.export.LIMITS", {torch.float32: 1e-12})
+    monkeypatch.setattr("lorary.registry.interop.export.TOLERANCES", {torch.float32: 1e-12})
 
-    with pytest.raises(IntegrityError, match="is not the composed one"):
+    with pytest.raises(IntegrityError, match="differs from the composed model"):
         whole.export(SEVERAL, tmp_path / "out", to="merged", static=True)
 
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Importing adapters into a real registry: exact, routed, stored like any domain; refused where the base is another."""
+"""Importing adapters into a real registry: exact, routed, stored like any domain; refused for another base model."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture(scope="session")
 def adapter(save_adapter: Callable[..., Path]) -> Path:
-    """An adapter over the whole depth of the base, saved by PEFT; tests must not change it."""
+    """An adapter of all decoder layers, saved by PEFT; tests must not change it."""
     folder = save_adapter(seed=5, lora_alpha=6, target_modules="all-linear", rank_pattern={"down_proj": 2})
     return folder.rename(folder.with_name("my-adapter"))
 
@@ -225,7 +225,7 @@ def test_an_adapter_on_the_hub_is_read_at_one_commit(
 def test_a_local_path_named_by_an_adapter_from_the_hub_is_not_read(
     local_hub: Any, adapter: Path, kp_store: Path, texts: Any
 ) -> None:
-    _upload(adapter)  # its base model is a folder, on the machine of whoever trained it
+    _upload(adapter)  # its base model is a folder on the machine it was trained on
 
     with pytest.raises(IncompatibleError, match="another base model"):
         Registry.open(kp_store).import_adapter("sailing", "acme/mine", data=[texts["sailing"]])

@@ -1,4 +1,4 @@
-"""Packs as PEFT reads them: plain `PeftModel.from_pretrained` gives what our layer gives. Only tests use PEFT."""
+"""Packs loaded by PEFT: `PeftModel.from_pretrained` computes the same as the fused layer. Only tests import PEFT."""
 
 import ast
 import json
@@ -26,7 +26,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest, tiny_llama: Any) -> Any:
-    """A random base; GPT-2's weights are stored transposed, GPT-Neo's are not although its layers are named alike."""
+    """A random base model; GPT-2's weights are transposed, GPT-Neo's are not although its layers have the same names."""
     if request.param == "llama":
         return tiny_llama(vocab_size=300)
     torch.manual_seed(0)
@@ -130,7 +130,7 @@ def test_our_code_never_imports_peft() -> None:
 
 
 def _strip(model: Any) -> None:
-    """Takes PEFT's layers out of a model, so that the next adapter meets a clean one."""
+    """Remove PEFT's layers from a model."""
     for name, module in list(model.named_modules()):
         if hasattr(module, "base_layer"):
             model.set_submodule(name, module.base_layer)
@@ -185,7 +185,7 @@ def _write(bank: ExpertBank, model: Any, folder: Path) -> None:
 
 
 def _alone(model: Any, bank: ExpertBank, wanted: str) -> Any:
-    """Our layer with one expert of a bank, cut out by hand, at gate 1."""
+    """The fused layer with one expert of a bank, sliced by hand, at gate 1."""
     only = ExpertBank()
     for index, layer in bank.layers.items():
         start = 0

@@ -1,4 +1,4 @@
-"""Adapters that the installed PEFT saved, in its LoRA variants and several families: imported exactly, or refused."""
+"""Adapters saved by the installed PEFT, in its LoRA variants and several families: imported exactly, or refused."""
 
 import dataclasses
 import json
@@ -17,10 +17,10 @@ from lorary.adapters.layer.stack import Stack
 from lorary.domains.base_model import find_layout
 from lorary.domains.errors import IncompatibleError, IntegrityError, LoraryError
 from lorary.registry.interop.peft_reader import read_config
-from lorary.registry.interop.peft_tensors import bank_of_adapter
+from lorary.registry.interop.peft_tensors import convert_adapter
 
 peft = pytest.importorskip("peft")
-pytestmark = pytest.mark.filterwarnings("ignore")  # what PEFT says of the adapters it makes is not tested here
+pytestmark = pytest.mark.filterwarnings("ignore")  # warnings of PEFT about its own adapters
 
 SMALL: dict[str, Any] = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA_LIKE: dict[str, Any] = SMALL | {
@@ -40,10 +40,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": LLAMA_LIKE,
     "phi": LLAMA_LIKE,
 }
-# attention in, attention out, and the last module of the MLP: their names differ from family to family
+# names of the attention input, attention output and last MLP modules
 NAMES = {"gpt2": ("c_attn", "attn.c_proj", "mlp.c_proj"), "phi": ("q_proj", "dense", "fc2")}
 LLAMA_NAMES = ("q_proj", "o_proj", "down_proj")
-STACK = {"gpt2": "h"}  # what the list of decoder layers is called
+STACK = {"gpt2": "h"}  # name of the list of decoder layers
 
 IMPORTED: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -68,7 +68,7 @@ IMPORTED: dict[str, dict[str, Any]] = {
     "orthogonal": {"init_lora_weights": "orthogonal"},
     "mica": {"init_lora_weights": "mica", "r": 2},
     "velora": {"velora_config": "VeloraConfig"},
-    "alpha that is no whole number": {"lora_alpha": 0.75},
+    "fractional alpha": {"lora_alpha": 0.75},
 }
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "dora": ({"use_dora": True}, "use_dora is True"),
@@ -84,8 +84,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layer_replication": ({"layer_replication": [[0, 2], [1, 4]]}, "layer_replication"),
     "kasa": ({"kasa_config": "KasaConfig"}, "kasa_config"),
     "monteclora": ({"monteclora_config": "MontecloraConfig"}, "monteclora_config"),
-    "lm_head": ({"target_modules": ["q_proj", "lm_head"]}, "it extends lm_head, a Linear"),
-    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "it extends model.embed_tokens, a Embedding"),
+    "lm_head": ({"target_modules": ["q_proj", "lm_head"]}, "it targets lm_head, a Linear"),
+    "embedding": ({"target_modules": ["q_proj", "embed_tokens"]}, "it targets model.embed_tokens, a Embedding"),
     "target_parameters": ({"target_parameters": ["mlp.up_proj.weight"]}, "target_parameters"),
 }
 OTHER_METHODS = ("AdaLoraConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "OFTConfig", "VeraConfig", "LNTuningConfig")
@@ -93,7 +93,7 @@ OTHER_METHODS = ("AdaLoraConfig", "IA3Config", "LoHaConfig", "LoKrConfig", "OFTC
 
 @pytest.fixture(scope="module")
 def make_base() -> Callable[..., Any]:
-    """`make_base(family)` is a new random model, the same every time."""
+    """`make_base(family)` is a new model with the same random weights every time."""
 
     def make(family: str, **changes: Any) -> Any:
         with torch.random.fork_rng(devices=[]):
@@ -138,14 +138,14 @@ def imported(make_base: Any) -> Callable[..., tuple[ExpertBank, Any]]:
         model = make_base(family, **changes)
         config = read_config((folder / "adapter_config.json").read_bytes(), source="adapter_config.json")
         tensors = load_file(folder / "adapter_model.safetensors")
-        bank = bank_of_adapter(tensors, config, model, find_layout(model), source="the adapter")
+        bank = convert_adapter(tensors, config, model, find_layout(model), source="the adapter")
         return bank, attach(model, Stack(names=("one",), banks=(bank,)), router=None, fixed=torch.ones(1))
 
     return read
 
 
 def _cases() -> Iterator[Any]:
-    """Every variant in every family; the fast suite has the plain ones, and each variant in one family."""
+    """Every variant in every family; not slow are the plain one in each family, and each variant in one family."""
     for i, variant in enumerate(IMPORTED):
         for j, family in enumerate(FAMILIES):
             is_fast = variant == "plain" or i % len(FAMILIES) == j
@@ -195,7 +195,7 @@ def test_ambiguous_alpha_patterns_are_refused(saved: Any, imported: Any, make_ba
     folder = saved(alpha_pattern=patterns)
     assert list(json.loads((folder / "adapter_config.json").read_text())["alpha_pattern"]) == sorted(patterns)
 
-    with pytest.raises(IncompatibleError, match="several patterns of alpha_pattern fit") as refusal:
+    with pytest.raises(IncompatibleError, match="several patterns of alpha_pattern match") as refusal:
         imported(folder)
 
     assert refusal.match("40.0, 3.0")
@@ -239,7 +239,7 @@ def test_a_pissa_adapter_that_peft_converted_is_imported_exactly(
     torch.manual_seed(2)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa")
     model = peft.get_peft_model(make_base("llama"), config)
-    model.peft_config["default"].init_lora_weights = True  # as PEFT's guide says, so that it is saved as it began
+    model.peft_config["default"].init_lora_weights = True  # as in PEFT's guide, to save the initial adapter
     model.save_pretrained(tmp_path / "start")
     model.peft_config["default"].init_lora_weights = "pissa"
     for name, parameter in model.named_parameters():
@@ -276,15 +276,15 @@ def altered(saved: Any) -> Callable[[Callable[[dict[str, Any], dict[str, Any]], 
 
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
 DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], type[LoraryError], str]] = {
-    "extra": (lambda t, c: t.update(other=torch.ones(2)), IntegrityError, "config does not explain: other"),
+    "extra": (lambda t, c: t.update(other=torch.ones(2)), IntegrityError, "not in its config: other"),
     "extra magnitude": (
         lambda t, c: t.update({f"{Q}.lora_magnitude_vector": torch.ones(32)}),
         IntegrityError,
-        "the magnitude of DoRA",
+        "a DoRA magnitude",
     ),
     "missing": (lambda t, c: t.pop(f"{Q}.lora_B.weight"), IntegrityError, "1 tensors of its config are missing"),
-    "another rank": (lambda t, c: c.update(r=8), IntegrityError, "the config says rank 8"),
-    "B is zero": (lambda t, c: [t[k].zero_() for k in t if "lora_B" in k], IntegrityError, "changes nothing"),
+    "another rank": (lambda t, c: c.update(r=8), IntegrityError, "rank 8 in the config"),
+    "B is zero": (lambda t, c: [t[k].zero_() for k in t if "lora_B" in k], IntegrityError, "has no effect"),
     "three axes": (
         lambda t, c: t.update({f"{Q}.lora_A.weight": t[f"{Q}.lora_A.weight"][None].clone()}),
         IntegrityError,
@@ -295,13 +295,17 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Any], dict[str, Any]], Any], type[Lo
         IncompatibleError,
         "float64",
     ),
-    "no rank": (lambda t, c: c.pop("r"), IntegrityError, "r should be a positive whole number"),
-    "rank of text": (lambda t, c: c.update(r="8"), IntegrityError, "r should be"),
-    "alpha of text": (lambda t, c: c.update(lora_alpha=[1]), IntegrityError, "lora_alpha should be a number"),
+    "no rank": (lambda t, c: c.pop("r"), IntegrityError, "r must be a positive integer"),
+    "rank of text": (lambda t, c: c.update(r="8"), IntegrityError, "r must be"),
+    "alpha of text": (lambda t, c: c.update(lora_alpha=[1]), IntegrityError, "lora_alpha must be a number"),
     "no targets": (lambda t, c: c.update(target_modules=None), IncompatibleError, "target_modules is empty"),
-    "unknown targets": (lambda t, c: c.update(target_modules=["nobody"]), IncompatibleError, "extends no module"),
+    "unknown targets": (
+        lambda t, c: c.update(target_modules=["no_such_module"]),
+        IncompatibleError,
+        "targets no module",
+    ),
     "unknown setting": (lambda t, c: c.update(use_newer=True), IncompatibleError, "use_newer: True"),
-    "bad pattern": (lambda t, c: c.update(target_modules="(q_proj"), IntegrityError, "no regular expression"),
+    "bad pattern": (lambda t, c: c.update(target_modules="(q_proj"), IntegrityError, "not a valid regular expression"),
 }
 
 
@@ -323,14 +327,14 @@ def test_an_unknown_setting_that_is_off_is_accepted(altered: Any, imported: Any)
 def test_other_matrix_widths_are_reported_as_another_base_model(saved: Any, imported: Any) -> None:
     folder = saved("llama")
 
-    with pytest.raises(IncompatibleError, match="takes 32 numbers and gives 32 here|takes 48 numbers") as refusal:
+    with pytest.raises(IncompatibleError, match="has in_features 32 and out_features 32|has in_features 48") as refusal:
         imported(folder, "llama", hidden_size=48, head_dim=12)
 
     assert refusal.value.exit_code == 6
 
 
 def test_slow_patterns_time_out(saved: Any, imported: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorary.registry.interop.peft_reader.MATCHING_S", 0.2)
+    monkeypatch.setattr("lorary.registry.interop.peft_reader.MATCHING_TIMEOUT_S", 0.2)
     folder = saved()
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     config["target_modules"] = r"(?:\w|\w\w|.)+\d\d"
@@ -343,13 +347,13 @@ def test_slow_patterns_time_out(saved: Any, imported: Any, monkeypatch: pytest.M
 def test_every_setting_of_the_installed_peft_is_known() -> None:
     from lorary.registry.interop import peft_reader as rules
 
-    known = rules._IDLE | rules._READ | rules._REFUSED.keys()
+    known = rules._IGNORED_KEYS | rules._READ_KEYS | rules._UNSUPPORTED_KEYS.keys()
 
     assert {field.name for field in dataclasses.fields(peft.LoraConfig)} <= known
 
 
 def _filled(value: Any, names: dict[str, str]) -> Any:
-    """Settings with the family's names in them."""
+    """Replace placeholders in settings by the family's module names."""
     if isinstance(value, str):
         for key, name in names.items():
             value = value.replace("{" + key + "}", name)

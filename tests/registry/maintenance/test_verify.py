@@ -1,4 +1,4 @@
-"""verify: every byte is read again; what is damaged, missing or inconsistent is named."""
+"""verify reads every byte again, and names damaged, missing and inconsistent files."""
 
 import os
 import random
@@ -17,7 +17,7 @@ OWN = "router/router.safetensors"  # a file that no other version shares
 
 @pytest.fixture
 def registry(both_store: Path, fresh_copy: Callable[[Path], Registry]) -> Registry:
-    """KP, `cooking` and `sailing`, free to be damaged."""
+    """KP, `cooking` and `sailing`; tests may damage it."""
     return fresh_copy(both_store)
 
 
