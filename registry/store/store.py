@@ -194,9 +194,8 @@ class Store:
         manifest = self.manifest(*parse_reference(reference))
         name, version = manifest.name, manifest.version
         if name == GENERAL:
-            raise ConflictError(
-                "The KP bank cannot be removed.", cause="every domain of the registry was trained over it"
-            )
+            cause = "every domain of the registry was trained over it"
+            raise ConflictError("The KP bank cannot be removed.", cause=cause)
         held_by = [alias for alias, meant in self.aliases(name).items() if meant == version and alias != LATEST]
         if held_by:
             raise ConflictError(
@@ -238,14 +237,7 @@ class Store:
         """
         name, selector = parse_reference(reference)
         folder = DomainFolder(self.path, name)
-        if selector is None:
-            removed = folder.removed()
-            if not removed:
-                raise NotFoundError(
-                    f"No version of {name!r} is removed.", fix=f"see what there is: registry log {name}"
-                )
-            selector = str(max(removed, key=lambda number: (removed[number], number)))
-        version = parse_selector(selector)
+        version = self._last_removed(name) if selector is None else parse_selector(selector)
         if isinstance(version, str):
             raise InputError(f"{reference!r} names an alias.", fix=f"name the version: registry restore {name}@NUMBER")
         if version in folder.versions():
