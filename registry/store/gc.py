@@ -134,8 +134,12 @@ def _finished_checkpoints(store: Store) -> Iterator[Path]:
 
     A removed version does not count: the same command, repeated, trains in the same folder.
     """
-    manifests = (store.manifest(name, version) for name in store.domains() for version in store.versions(name))
-    finished = {manifest.train.get("run") for manifest in manifests}
+    finished = {
+        manifest.train.get("run")
+        for name in store.domains()
+        for manifest in store.history(name)
+        if manifest.version in store.versions(name)
+    }
     for checkpoint in sorted(store.runs.glob("*/checkpoint-*")):
         if checkpoint.parent.name in finished or _is_done(checkpoint.parent):
             yield checkpoint
