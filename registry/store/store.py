@@ -221,14 +221,14 @@ class Store:
         except StorageFullError:  # removing is how a full disk is cleaned, so it gets what was kept for that
             self.drop_ballast()
             folder.remove(version, time=_now())
-        if folder.versions():
-            folder.set_alias(LATEST, self._newest(name), when=lambda meant: meant == version)
+        self._repair_latest(name)
         return manifest
 
     def restore(self, reference: str) -> PackManifest:
-        """Restore a removed version and return its manifest; aliases stay where they are.
+        """Restore a removed version and return its manifest.
 
-        A name alone means the version that was removed last.
+        A name alone means the version that was removed last. Aliases stay where they are, but for a `latest` that still
+        points to a removed version because no other was left.
 
         Raises:
             InputError: The reference has an alias, which never points to a removed version.
@@ -249,6 +249,7 @@ class Store:
         if missing:
             raise collected_version(name, version, missing=missing, files=len(manifest.files))
         folder.restore(version)
+        self._repair_latest(name)
         return manifest
 
     def manifest(self, name: str, selector: str | int | None = None) -> PackManifest:
@@ -306,6 +307,7 @@ class Store:
             raise ConflictError(f"The domain {draft.name!r} is there already.", fix=fix) from error
         if alias is not None:
             folder.advance_alias(alias, version)
+        self._repair_latest(draft.name)
         return replace(draft, version=version)
 
     def adopt(self, manifest: PackManifest, *, alias: str | None) -> PackManifest:
@@ -339,6 +341,7 @@ class Store:
                 folder.link(number, replace(manifest, version=number).to_json())
                 if alias is not None:
                     folder.advance_alias(alias, number)
+        self._repair_latest(manifest.name)
         return stored
 
     def find_same(self, manifest: PackManifest) -> PackManifest | None:
@@ -402,6 +405,13 @@ class Store:
         """The newest version that is not held back; the newest of all where every one is."""
         versions = self.versions(name)
         return next((n for n in reversed(versions) if not self._read(name, n).is_held_back), versions[-1])
+
+    def _repair_latest(self, name: str) -> None:
+        """Point `latest` to the newest version if it points to a removed one; a process may have ended in between."""
+        folder = DomainFolder(self.path, name)
+        live = folder.versions()
+        if live and folder.alias_or_zero(LATEST) not in (0, *live):
+            folder.set_alias(LATEST, self._newest(name), when=lambda version: version not in folder.versions())
 
     def _last_removed(self, name: str) -> int:
         removed = self.removed(name)

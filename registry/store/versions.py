@@ -96,11 +96,18 @@ class DomainFolder:
         names = sorted(name for name in _entries(folder) if re.fullmatch(NAME_PATTERN, name))
         return {name: _read_alias(folder / name) for name in names}
 
+    def alias_or_zero(self, alias: str) -> int:
+        """Return the version that an alias points to; 0 if there is none or it is damaged: a commit replaces both."""
+        try:
+            return _read_alias(self.path / "aliases" / alias)
+        except (FileNotFoundError, IntegrityError):
+            return 0
+
     def set_alias(self, alias: str, version: int, *, when: Callable[[int], bool] = lambda _meant: True) -> None:
         """Let an alias mean a version, if `when` holds for what it means so far; 0 where it means nothing."""
         path = self._make_alias_folder() / check_alias(alias)
         with folder_lock(path.parent):
-            if when(_alias_or_zero(path)):
+            if when(self.alias_or_zero(alias)):
                 _write_alias(path, version)
 
     def advance_alias(self, alias: str, version: int) -> None:
@@ -185,14 +192,6 @@ def _read_alias(path: Path) -> int:
             fix=f"Set it again: registry alias {path.parent.parent.name}@VERSION {path.name}",
         )
     return int(data)
-
-
-def _alias_or_zero(path: Path) -> int:
-    """The version an alias means; 0 where there is none or it is damaged, because a commit replaces both."""
-    try:
-        return _read_alias(path)
-    except (FileNotFoundError, IntegrityError):
-        return 0
 
 
 def _listed(items: Iterable[str]) -> str:

@@ -322,6 +322,14 @@ def test_full_disk_stores_no_half_version(store, draft, monkeypatch, function, s
     assert store.commit(draft, FILES).version == len(store.versions("legal"))
 
 
+def test_a_damaged_alias_does_not_keep_a_version_from_being_committed(store, draft):
+    store.commit(draft, FILES)
+    (store.path / "domains" / "legal" / "aliases" / "production").write_bytes(b"two\n")
+
+    assert store.commit(draft, FILES, alias=None).version == 2
+    assert store.versions("legal") == [1, 2]
+
+
 # --- where a store is ---
 
 

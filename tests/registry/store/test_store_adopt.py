@@ -65,6 +65,15 @@ def test_the_same_pack_is_stored_once_even_by_many_at_once(ours, theirs):
     assert ours.versions("legal") == [2]
 
 
+def test_latest_does_not_stay_on_a_removed_version(ours, theirs):
+    ours.adopt(theirs.manifest("legal", 3), alias="latest")
+    ours.remove("legal@3")
+
+    ours.adopt(theirs.manifest("legal", 1), alias="latest")
+
+    assert ours.aliases("legal") == {"latest": 1}
+
+
 @pytest.mark.parametrize("damage", ["missing", "short", "changed"])
 def test_a_pack_with_a_damaged_file_is_not_adopted(ours, theirs, damage):
     pack = theirs.manifest("legal", 1)

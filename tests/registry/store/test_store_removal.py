@@ -136,6 +136,27 @@ def test_a_domain_without_any_version_is_unknown_until_one_is_restored(three):
     assert three.manifest("legal").version == 1
 
 
+def test_latest_points_to_the_only_version_that_was_restored_and_stays_there(three):
+    for version in (3, 2, 1):
+        three.remove(f"legal@{version}")
+
+    three.restore("legal@1")
+    assert three.aliases("legal") == {"latest": 1}
+
+    three.restore("legal@3")
+    assert three.aliases("legal") == {"latest": 1}
+    assert three.manifest("legal").version == 1
+
+
+def test_latest_points_to_a_version_held_back_where_all_others_are_removed(three, draft):
+    for version in (3, 2, 1):
+        three.remove(f"legal@{version}")
+
+    three.commit(replace(draft, evaluation=HELD_BACK), FILES, alias=None)
+
+    assert three.aliases("legal") == {"latest": 4}
+
+
 def test_restoring_what_is_not_removed_is_a_conflict(three):
     with pytest.raises(ConflictError):
         three.restore("legal@1")
