@@ -332,15 +332,17 @@ class Store:
         while (stored := self.find_same(manifest)) is None:
             numbers = folder.numbers()
             if removed := self._same(manifest, numbers):
-                folder.restore(removed.version)
-                continue
-            is_free = manifest.version > 0 and manifest.version not in numbers
-            number = manifest.version if is_free else max(numbers, default=0) + 1
-            # where somebody was faster, look again
-            with suppress(FileExistsError):
-                folder.link(number, replace(manifest, version=number).to_json())
-                if alias is not None:
-                    folder.advance_alias(alias, number)
+                number = removed.version
+                folder.restore(number)
+            else:
+                is_free = manifest.version > 0 and manifest.version not in numbers
+                number = manifest.version if is_free else max(numbers, default=0) + 1
+                try:
+                    folder.link(number, replace(manifest, version=number).to_json())
+                except FileExistsError:  # another process was faster: look again
+                    continue
+            if alias is not None:
+                folder.advance_alias(alias, number)
         self._repair_latest(manifest.name)
         return stored
 

@@ -74,6 +74,18 @@ def test_latest_does_not_stay_on_a_removed_version(ours, theirs):
     assert ours.aliases("legal") == {"latest": 1}
 
 
+def test_a_removed_version_is_restored_and_latest_moves_to_it(ours, theirs):
+    for version in (1, 2):
+        ours.adopt(theirs.manifest("legal", version), alias="latest")
+    ours.remove("legal@2")
+    assert ours.aliases("legal") == {"latest": 1}
+
+    assert ours.adopt(theirs.manifest("legal", 2), alias="latest").version == 2
+
+    assert ours.versions("legal") == [1, 2]
+    assert ours.aliases("legal") == {"latest": 2}
+
+
 @pytest.mark.parametrize("damage", ["missing", "short", "changed"])
 def test_a_pack_with_a_damaged_file_is_not_adopted(ours, theirs, damage):
     pack = theirs.manifest("legal", 1)
