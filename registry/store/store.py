@@ -216,11 +216,12 @@ class Store:
         manifest = self.check_removable(reference)
         name, version = manifest.name, manifest.version
         folder = DomainFolder(self.path, name)
+        now = datetime.now(UTC).isoformat(timespec="microseconds")  # finer than seconds: restore wants the last one
         try:
-            folder.remove(version, time=_now())
+            folder.remove(version, time=now)
         except StorageFullError:  # removing is how a full disk is cleaned, so it gets what was kept for that
             self.drop_ballast()
-            folder.remove(version, time=_now())
+            folder.remove(version, time=now)
         self._repair_latest(name)
         return manifest
 
