@@ -21,7 +21,10 @@ def gates(
     """Compute the gates of a layer, in place where possible; see `Kernels`."""
     hidden = hidden.float()
     length = torch.linalg.vector_norm(hidden, dim=-1, keepdim=True).clamp_(min=EPSILON)
-    scores = F.linear(hidden, tables.rows).div_(length)
+    if len(tables.pieces) == 1:
+        scores = F.linear(hidden, tables.pieces[0]).div_(length)
+    else:
+        scores = torch.cat([F.linear(hidden, rows) for rows in tables.pieces], dim=-1).div_(length)
     by_expert, by_rank = scores.split(tables.sizes, dim=-1)
     exponentials = by_expert.exp()
     exponentials.div_(F.linear(exponentials, tables.half_group))  # twice the softmax, for the factor 2 of the rank gate

@@ -9,7 +9,7 @@ because of it, which changes nothing but the time:
   a tail that has those still open after the head. The cut is where the least is computed.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,42 +19,46 @@ SLOT_THRESHOLD = 1e-4  # an update this small is below what bfloat16 resolves
 MIN_TOKENS = 32  # of a row for it to be planned by itself
 WORTH_IT = 0.8  # share of the dense work above which it is done densely
 
+Runs = tuple[tuple[int, int], ...]  # ranges of slots that lie side by side: from the first to before the second
 
-@dataclass(frozen=True)
-class Part:
+
+class Part(NamedTuple):
     """Some positions, counted over all rows of the batch, and the slots that are open at one of them at least."""
 
     start: int
     stop: int
-    slots: tuple[int, ...] | None  # None: all
+    runs: Runs | None  # None: all slots
 
 
 def close_small_gates(
     slot_gate: Float[Tensor, "batch seq slots"], threshold: float
 ) -> Float[Tensor, "batch seq slots"]:
-    """The slot gates with those below the threshold set to zero."""
+    """Set slot gates below the threshold to zero."""
     return torch.where(slot_gate < threshold, 0.0, slot_gate) if threshold else slot_gate
 
 
 def plan_parts(slot_gate: Float[Tensor, "batch seq slots"]) -> list[Part]:
-    """What a forward pass under these gates has to compute. Reads values, which makes the program wait for a GPU."""
+    """Return what a forward pass under these gates has to compute. Reads values, which makes a program wait for a GPU.
+
+    The parts cover every position once, also those without an open slot.
+    """
     is_open = slot_gate != 0
     batch, seq, slots = is_open.shape
     if seq < MIN_TOKENS:
-        return [Part(0, batch * seq, _named(is_open.flatten(0, 1).any(0).nonzero().flatten().tolist(), slots))]
+        return [Part(0, batch * seq, _runs(is_open.flatten(0, 1).any(0).nonzero().flatten().tolist(), slots))]
     positions = torch.arange(1, seq + 1, device=slot_gate.device)
     ends = (is_open * positions[None, :, None]).amax(1).tolist()  # by row: each slot is closed from here on
     parts: list[Part] = []
     for row, last in enumerate(ends):
         for part in _row_parts(last, row * seq, seq):
-            if parts and parts[-1].slots == part.slots:
-                part = Part(parts.pop().start, part.stop, part.slots)
+            if parts and parts[-1].runs == part.runs:
+                part = Part(parts.pop().start, part.stop, part.runs)
             parts.append(part)
     return parts
 
 
 def _row_parts(last: list[int], offset: int, seq: int) -> list[Part]:
-    """Head and tail of one row, or all of it as one part."""
+    """Return head and tail of one row, or all of it as one part."""
     opened = [slot for slot, end in enumerate(last) if end]
 
     def work(cut: int) -> int:
@@ -62,12 +66,19 @@ def _row_parts(last: list[int], offset: int, seq: int) -> list[Part]:
 
     cut = min([0, *last], key=work)
     if work(cut) > WORTH_IT * seq * len(opened):
-        return [Part(offset, offset + seq, _named(opened, len(last)))]
+        return [Part(offset, offset + seq, _runs(opened, len(last)))]
     still = [slot for slot, end in enumerate(last) if end > cut]
-    head = [Part(offset, offset + cut, _named(opened, len(last)))] if cut else []
-    tail = [Part(offset + cut, offset + seq, _named(still, len(last)))] if cut < seq else []
+    head = [Part(offset, offset + cut, _runs(opened, len(last)))] if cut else []
+    tail = [Part(offset + cut, offset + seq, _runs(still, len(last)))] if cut < seq else []
     return head + tail
 
 
-def _named(chosen: list[int], slots: int) -> tuple[int, ...] | None:
-    return None if len(chosen) == slots else tuple(chosen)
+def _runs(opened: list[int], slots: int) -> Runs | None:
+    """Return slots, given in order, as ranges; none as one that is empty."""
+    if len(opened) == slots:
+        return None
+    if not opened:
+        return ((0, 0),)
+    starts = [slot for slot in opened if slot - 1 not in opened]
+    stops = [slot + 1 for slot in opened if slot + 1 not in opened]
+    return tuple(zip(starts, stops, strict=True))

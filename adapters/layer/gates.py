@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from ..kernels.dispatch import choose_kernels
 from ..kernels.gate_tables import EPSILON, GateTables, group_members
+from .active import Runs
 from .gate_update import GateUpdate
 
 TEMPERATURE = 0.1  # of the expert gates; scores are cosines, so |score| <= 10
+MAX_OPEN = 16  # sets of open slots whose tables a layer keeps; small, because rows are not copied
 
 
 class LayerGates(nn.Module):
@@ -75,64 +77,85 @@ class LayerGates(nn.Module):
         self.register_buffer("softmax_group_of_rank", group_members(same_group)[expert_of_rank], persistent=False)
         self.new_expert_gate = None if new_expert_gate is None else nn.Parameter(new_expert_gate)
         self.new_rank_gate = None if new_rank_gate is None else nn.Parameter(new_rank_gate)
-        self._selections: dict[tuple[int, ...] | None, GateTables] = {}
-        self.new_expert_use: Tensor | None = None  # the new experts' gates in the latest training forward
+        self._whole: GateTables | None = None  # derived from the buffers, like those by runs
+        self._open: dict[Runs, GateTables] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy starts without the gates of training: they belong to a forward pass and cannot be copied."""
-        return self.__dict__ | {"new_expert_use": None, "_selections": {}}
+        """Leave out of a copy what is derived: the copy derives its own."""
+        return self.__dict__ | {"_whole": None, "_open": {}}
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LayerGates":
-        """Moves or casts the buffers; what was derived from them is derived anew."""
-        self._selections = {}
+        """Move or cast the buffers; what was derived from them is derived anew."""
+        self._whole, self._open = None, {}
         return super()._apply(fn, recurse)
 
     def forward(
         self,
         hidden: Float[Tensor, "*tokens width"],
         slot_gate: Float[Tensor, "*#tokens slots"],
-        slots: tuple[int, ...] | None = None,
+        runs: Runs | None = None,
     ) -> Float[Tensor, "*tokens rank"]:
-        """The product of slot, expert and rank gates for every token.
+        """Return the product of slot, expert and rank gates for every token.
 
         Args:
             hidden: What enters the layer.
             slot_gate: Of all slots.
-            slots: The only slots whose gates are wanted, on a shorter rank axis; None: all.
+            runs: The only slots whose gates are wanted, on a shorter rank axis; None: all.
         """
+        return self.with_use(hidden, slot_gate, runs)[0]
+
+    def with_use(
+        self,
+        hidden: Float[Tensor, "*tokens width"],
+        slot_gate: Float[Tensor, "*#tokens slots"],
+        runs: Runs | None = None,
+    ) -> tuple[Float[Tensor, "*tokens rank"], Float[Tensor, "*tokens new"] | None]:
+        """Return the same and, while a bank trains, the expert gates of its experts."""
         needs_gradient = hidden.requires_grad or slot_gate.requires_grad or self.new_expert_gate is not None
         if needs_gradient and torch.is_grad_enabled() and self.fixed_gate is None:
-            assert slots is None
+            assert runs is None
             gates, use = GateUpdate.apply(self, hidden, slot_gate, *self.new_rows())  # type: ignore[misc]
-            self.new_expert_use = use if self.training and self.new_expert_gate is not None else None
-            return gates
-        tables = self._selection(slots)
+            return gates, use if self.training and self.new_expert_gate is not None else None
+        tables = self._tables(runs)
         if tables.fixed_gate is not None:
             by_rank = slot_gate.index_select(-1, tables.slot_of_rank) * tables.fixed_gate
-            return by_rank.expand(*hidden.shape[:-1], -1)
-        if self.new_expert_use is not None:  # that of an earlier forward
-            self.new_expert_use = None
-        return choose_kernels(hidden.device).gates(hidden, slot_gate, tables)
+            return by_rank.expand(*hidden.shape[:-1], -1), None
+        return choose_kernels(hidden.device).gates(hidden, slot_gate, tables), None
 
     def constant_gate(self, slot_gate: Float[Tensor, " slots"]) -> Float[Tensor, " rank"]:
         """The gates of a static composition under constant slot gates."""
         assert self.fixed_gate is not None
         return slot_gate.to(self.fixed_gate.device)[self.slot_of_rank] * self.fixed_gate
 
-    def _selection(self, slots: tuple[int, ...] | None) -> GateTables:
-        """Everything of some slots; kept, unless a part of it trains."""
+    def ranks(self, runs: Runs) -> list[int]:
+        """Return how many ranks each run of slots has."""
+        return self._tables(runs).ranks
+
+    def _tables(self, runs: Runs | None) -> GateTables:
+        """Return what the gates of some slots are computed from; kept, unless a part of it trains."""
         if self.new_expert_gate is not None:
-            assert slots is None
+            assert runs is None
             return self.tables()
-        if slots not in self._selections:
-            whole = self.tables()
-            self._selections[slots] = whole if slots is None else whole.select_slots(slots)
-        return self._selections[slots]
+        if self._whole is None:
+            self._whole = self.tables()
+        if runs is None:
+            return self._whole
+        found = self._open.get(runs)
+        if found is None:
+            found = self._whole.select_slots(runs)
+            # replaced, not changed: other threads may be reading it
+            self._open = dict(list(self._open.items())[1 - MAX_OPEN :]) | {runs: found}
+        return found
 
     def tables(self, new_experts: Tensor | None = None, new_ranks: Tensor | None = None) -> GateTables:
-        """What the gates of all slots are computed from; a trainable bank's rows are given, or those of `new_rows`."""
+        """Return what the gates of all slots are computed from.
+
+        Args:
+            new_experts: Rows of a trainable bank's experts; None: those of `new_rows`.
+            new_ranks: Rows of its ranks.
+        """
         return GateTables(
-            rows=self._all_rows(new_experts, new_ranks),
+            pieces=(self._all_rows(new_experts, new_ranks),),
             same_group=self.same_group,
             slot_of_expert=self.slot_of_expert,
             expert_of_rank=self.expert_of_rank,

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...domains.errors import InputError
-from .attach import routing_of, set_hooks
+from .attach import set_hooks
 from .fused import FusedLinear
+from .routing import routing_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Merged:
     """What was taken out of a model while it is merged; `model.merged`."""
 
     modules: dict[str, FusedLinear]  # by path
+    slot_gate: Float[Tensor, " slots"]  # under which they were merged
 
     @property
     def extra_bytes(self) -> int:
@@ -47,7 +49,8 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
     routing = routing_of(model)
     if getattr(model, "merged", None) is not None:
         raise InputError("The experts are merged already.", fix="call unmerge_experts first")
-    if routing.fixed is None or not routing.stack.static or routing.stack.trainable:
+    fixed = routing.fixed_here
+    if fixed is None or not routing.stack.static or routing.stack.trainable:
         raise InputError(
             "Only constant gates can be merged.",
             cause="in this composition they depend on the text",
@@ -59,12 +62,12 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
             raise InputError(f"{path} cannot be merged.", cause=f"it is a {type(module.base).__name__}")
     for index in routing.stack.layers:
         layer: Any = model.get_submodule(f"{routing.layout.layers}.{index}")
-        gate = layer.expert_gates.constant_gate(routing.fixed)
+        gate = layer.expert_gates.constant_gate(fixed)
         for group in layer.expert_groups:
             for path, module in zip(*_members_in(found, group.members), strict=True):
                 model.set_submodule(path, _merged_module(module, group, gate))
     set_hooks(model, active=False)
-    model.merged = Merged(found)  # type: ignore[assignment]
+    model.merged = Merged(found, fixed)  # type: ignore[assignment]
     return model
 
 

@@ -1,6 +1,6 @@
 """Stack: the banks of a composition, laid on one rank axis for each decoder layer, ready to be attached."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..bank import ExpertBank, LayerExperts
-from .fused import ExpertGroup, FusedLinear, GateCell
+from .fused import ExpertGroup, FusedLinear
 from .gates import LayerGates
 from .stacked import StackedComposition, StackedGroup, StackedLayer
 
@@ -131,9 +131,9 @@ def build_gates(stacked: StackedLayer) -> LayerGates:
 
 
 def build_group(
-    bases: Mapping[str, nn.Module], stacked: StackedLayer, group: StackedGroup, cell: GateCell
+    bases: Mapping[str, nn.Module], stacked: StackedLayer, group: StackedGroup, layer: Hashable
 ) -> tuple[ExpertGroup, dict[str, FusedLinear]]:
-    """The modules of one group, over these base modules."""
+    """Return the modules of one group, over these base modules; `layer` is the key of their gates (fused.py)."""
     fused = {}
     for target in group.targets:
         new = stacked.new if stacked.new is not None and target in stacked.new.A else None
@@ -145,12 +145,13 @@ def build_group(
         )
     experts = ExpertGroup(
         list(fused.values()),
-        cell,
+        layer,
         A=group.A,
         ranks=group.ranks,
         Bt=group.Bt,
         columns=group.columns,
         slot_of_rank=stacked.slot_of_rank,
+        names=group.targets,
     )
     return experts, fused
 

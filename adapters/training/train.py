@@ -9,7 +9,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -34,7 +34,7 @@ from ...domains.data.blocks import Blocks
 from ...domains.errors import IntegrityError
 from ...domains.progress import OnProgress, Progress
 from ..config import TrainingConfig
-from ..layer.gates import LayerGates
+from ..layer.routing import recording_expert_use
 
 BANK_FILE, OPTIMIZER_FILE, RANDOM_FILE, SCHEDULE_FILE, STATE_FILE = (
     "bank.safetensors",
@@ -154,12 +154,13 @@ class BankTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the language-model loss plus the weighted balance loss of the new bank."""
-        loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        with recording_expert_use(self._composed) as use:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         assert isinstance(loss, Tensor)
         # the model normalizes by the tokens of the whole step, so its losses add up; the balance loss is averaged
         is_summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         micro_batches = self.current_gradient_accumulation_steps if is_summed else 1
-        return loss + self._balance / micro_batches * balance_loss(self._composed, inputs["attention_mask"])
+        return loss + self._balance / micro_batches * balance_loss(use, inputs["attention_mask"])
 
     def load_finished(self, checkpoint: Path) -> None:
         """Load the checkpoint of a finished run; `train` would resume there and take one step too many."""
@@ -220,19 +221,24 @@ class BankTrainer(Trainer):
             torch.cuda.set_rng_state(state, int(name.removeprefix("cuda")))
 
 
-def balance_loss(model: nn.Module, mask: Shaped[Tensor, "batch seq"]) -> Float[Tensor, ""]:
+def balance_loss(
+    expert_use: Sequence[Float[Tensor, "batch seq _"]], mask: Shaped[Tensor, "batch seq"]
+) -> Float[Tensor, ""]:
     """Return the load-balancing loss of the new bank: the mean over layers of n * sum_e use_e^2 - 1.
 
     n is the layer's number of new experts and `use_e` the mean gate of expert e over the tokens that `mask` keeps. The
     loss is 0 for uniform use and n - 1 if one expert takes all. It is a soft form of the importance loss of Shazeer et
     al. 2017 (arXiv:1701.06538) that is also defined for a batch of one.
+
+    Args:
+        expert_use: The new experts' gates of each layer (`recording_expert_use`).
+        mask: Nonzero where a position holds text.
     """
     weight = mask.to(torch.float32).unsqueeze(-1)
     losses = []
-    for module in model.modules():
-        if isinstance(module, LayerGates) and module.new_expert_use is not None:
-            use = (module.new_expert_use * weight).sum((0, 1)) / weight.sum().clamp(min=1)
-            losses.append(len(use) * use.square().sum() - 1)
+    for gates in expert_use:
+        use = (gates * weight).sum((0, 1)) / weight.sum().clamp(min=1)
+        losses.append(len(use) * use.square().sum() - 1)
     return torch.stack(losses).mean() if losses else weight.new_zeros(())
 
 

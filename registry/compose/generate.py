@@ -1,13 +1,17 @@
 """Generate text with a composed model, and record the slot gates of every token."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...adapters.layer.attach import Routing, routing_of
+from ...adapters.layer.merge import Merged
+from ...adapters.layer.routing import Route, recording_routes, routing_of
 from ...domains.base_model import max_positions
 from ...domains.errors import InputError
 from .notebook import html_table
@@ -76,26 +80,21 @@ def generate(
             cause=f"{length} tokens and {max_new_tokens} new ones exceed the base model's context of {context}",
             fix="shorten it, or lower --max-new-tokens",
         )
-    routing = routing_of(model)
     generator: Any = model
-    routing.trace = []
-    try:
-        with routing.reading_prompts(length), torch.random.fork_rng():
-            torch.manual_seed(seed)
-            output = generator.generate(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                max_new_tokens=max_new_tokens,
-                do_sample=temperature > 0,
-                temperature=temperature if temperature > 0 else None,
-                top_k=None,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            )[0]
-        gates = torch.cat(routing.trace, dim=1)[0] if routing.trace else _constant_gates(routing, len(output) - 1)
-    finally:
-        routing.trace = None
+    with recording_routes(model) as routes, generator.reading_prompts(length), torch.random.fork_rng():
+        torch.manual_seed(seed)
+        output = generator.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature if temperature > 0 else None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )[0]
+    gates = _gates_of(model, routes, len(output) - 1)
     new = output[length:]
-    names = routing.stack.names
+    names = routing_of(model).stack.names
     mean = gates[length - 1 :].mean(0).tolist()
     # the last token is never an input: it gets the gates of the position that predicted it
     gates = torch.cat([gates, gates[-1:].expand(len(output) - len(gates), -1)])
@@ -110,10 +109,15 @@ def generate(
     )
 
 
-def _constant_gates(routing: Routing, tokens: int) -> torch.Tensor:
-    """Return the slot gates of a merged composition, which runs no router: the same for every token."""
-    assert routing.fixed is not None
-    return routing.fixed.expand(tokens, -1)
+def _gates_of(model: PreTrainedModel, routes: Sequence[Route], tokens: int) -> Float[Tensor, "tokens slots"]:
+    """Return the slot gates under which each token was read; a merged composition has the same for all."""
+    merged = getattr(model, "merged", None)
+    if isinstance(merged, Merged):
+        return merged.slot_gate.expand(tokens, -1)
+    found = torch.zeros(tokens, routes[0].slot_gate.shape[-1])
+    for slot_gate, past in routes:  # a forward without a cache reads earlier tokens again
+        found[past : past + slot_gate.shape[1]] = slot_gate[0]
+    return found
 
 
 def _chat_text(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

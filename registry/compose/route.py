@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ...adapters.composition import GENERAL
-from ...adapters.layer.attach import routing_of
+from ...adapters.layer.routing import recording_routes
 from ...domains.base_model import hidden_states_at, max_positions
 from ...domains.errors import InputError
 from ...domains.statistics.prototypes import PrototypeIndex
@@ -54,10 +54,9 @@ def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str)
     if ids.shape[1] == 0 or not text.strip():
         raise InputError("The text is empty.", fix='registry route "some text"')
     mask = torch.ones_like(ids)
-    model(input_ids=ids, attention_mask=mask, use_cache=False)
-    gate = routing_of(model).slot_gate
-    assert gate is not None
-    by_slot = dict(zip((slot.name for slot in plan.slots), gate[0, -1].tolist(), strict=True))
+    with recording_routes(model) as routes:
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
+    by_slot = dict(zip((slot.name for slot in plan.slots), routes[-1].slot_gate[0, -1].tolist(), strict=True))
     ordered = dict(sorted(by_slot.items(), key=lambda item: -item[1]))
     values = list(ordered.values())
     return RouteReport(

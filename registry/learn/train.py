@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from ...adapters.bank import ExpertBank
 from ...adapters.config import TrainingConfig
-from ...adapters.layer.attach import routing_of, trained_bank
+from ...adapters.layer.attach import trained_bank
 from ...adapters.layer.gates import LayerGates
+from ...adapters.layer.routing import routing_of
 from ...adapters.training.train import discard_checkpoints, divergence_error, train_bank
 from ...domains.data.blocks import Blocks
 from ...domains.errors import IntegrityError

@@ -7,6 +7,7 @@ domain of each text. A share of 1 means that routing loses nothing.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final
 
@@ -16,7 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...adapters.composition import GENERAL
-from ...adapters.layer.attach import attach, fixed_slots, routing_of
+from ...adapters.layer.attach import attach
+from ...adapters.layer.routing import Route, fixed_slots, recording_routes, routing_of
 from ...adapters.layer.stack import Stack
 from ...domains.data.blocks import encode
 from ...domains.data.corpus import Source, limit_bytes
@@ -160,9 +162,9 @@ def routing_accuracy(
     correct = total = 0
     for example in examples:
         ids = torch.tensor([encode(example, base.tokenizer)[0][:ROUTED_TOKENS]], device=base.model.device)
-        composed(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        assert routing.slot_gate is not None
-        correct += int((routing.slot_gate.argmax(-1) == routing.stack.names.index(name)).sum())
+        with recording_routes(composed) as routes:
+            composed(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        correct += int((routes[-1].slot_gate.argmax(-1) == routing.stack.names.index(name)).sum())
         total += ids.shape[1]
     return correct / total
 
@@ -247,16 +249,15 @@ def evaluate_composition(
 class _GateObserver:
     """Sums of slot gates per text, over the positions that predict a scored token."""
 
-    def __init__(self, model: PreTrainedModel, texts: int):
+    def __init__(self, model: PreTrainedModel, texts: int, routes: list[Route]):
         self._routing = routing_of(model)
+        self._routes = routes  # of the forwards since the last call
         self.gates = torch.zeros(texts, len(self._routing.stack.names), dtype=torch.float64)
         self.positions = torch.zeros(texts, 1, dtype=torch.float64)
 
     def __call__(self, rows: Sequence[int], predicts: Bool[Tensor, "rows length"]) -> None:
-        gate = self._routing.slot_gate
-        assert gate is not None
         weight = predicts.double()
-        used = gate[:, : predicts.shape[1]].cpu().double()
+        used = self._routes.pop().slot_gate[:, : predicts.shape[1]].double()
         texts = torch.tensor(rows)
         self.gates.index_add_(0, texts, torch.einsum("rts,rt->rs", used, weight))
         self.positions.index_add_(0, texts, weight.sum(1, keepdim=True))
@@ -283,13 +284,14 @@ def score_held_out(
         stage: Name of the stage in progress reports.
     """
     routing = getattr(model, "routing", None)
-    is_routed = routing is not None and routing.router is not None and routing.fixed is None
-    observer = _GateObserver(model, len(data.texts)) if is_routed else None
+    is_routed = routing is not None and routing.router is not None and routing.fixed_here is None
 
     def report(done: int, total: int) -> None:
         on_progress(Progress(stage, done, total))
 
-    language = score_language(model, base.tokenizer, data.texts, block=BLOCK, on_progress=report, on_batch=observer)
+    with recording_routes(model) if is_routed else nullcontext([]) as routes:
+        observer = _GateObserver(model, len(data.texts), routes) if is_routed else None
+        language = score_language(model, base.tokenizer, data.texts, block=BLOCK, on_progress=report, on_batch=observer)
     right: tuple[bool, ...] = ()
     if data.questions:
         right = score_choices(model, base.tokenizer, data.questions, on_progress=report).right

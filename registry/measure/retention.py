@@ -17,7 +17,7 @@ from typing import Any, Final
 from transformers import PreTrainedModel
 
 from ...adapters.composition import GENERAL, parse_reference
-from ...adapters.layer.attach import fixed_slots
+from ...adapters.layer.routing import fixed_slots
 from ...adapters.router.router import METHOD
 from ...domains.errors import InputError
 from ...domains.progress import OnProgress, silent

@@ -14,7 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from lorary.adapters.bank import Expert, ExpertBank, LayerExperts
 from lorary.adapters.config import BankConfig
 from lorary.adapters.layer.attach import attach
+from lorary.adapters.layer.forward_state import OpenGates, running_state
 from lorary.adapters.layer.gates import LayerGates
+from lorary.adapters.layer.routing import recording_routes
 from lorary.adapters.layer.stack import Stack
 from lorary.adapters.router.router import DomainRouter, Temperatures
 from lorary.domains.base_model import find_layout, linear_shape, target_modules
@@ -131,6 +133,44 @@ def logits() -> Callable[..., Tensor]:
     def run(model: Any, **inputs: Any) -> Tensor:
         with torch.no_grad():
             return model(**inputs).logits
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def slot_gates() -> Callable[..., Tensor]:
+    """`slot_gates(model, **inputs)`: the slot gates of one forward, without gradients."""
+
+    def run(model: Any, **inputs: Any) -> Tensor:
+        with torch.no_grad(), recording_routes(model) as routes:
+            model(**inputs)
+        (route,) = routes
+        return route.slot_gate
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def layer_gates() -> Callable[..., dict[int, tuple[OpenGates, ...]]]:
+    """`layer_gates(model, **inputs)`: the gates of each layer with experts in one forward without gradients."""
+
+    def run(model: Any, **inputs: Any) -> dict[int, tuple[OpenGates, ...]]:
+        found: dict[int, tuple[OpenGates, ...]] = {}
+
+        def keep(layer: Any, _args: Any, index: int) -> None:
+            state = running_state()
+            assert state is not None
+            gates = state.gates[layer.expert_gates]
+            assert isinstance(gates, tuple)
+            found[index] = gates
+
+        layers, indices = model.get_submodule(model.routing.layout.layers), model.routing.stack.layers
+        hooks = [layers[i].register_forward_pre_hook(lambda layer, args, i=i: keep(layer, args, i)) for i in indices]
+        with torch.no_grad():
+            model(**inputs)
+        for hook in hooks:
+            hook.remove()
+        return found
 
     return run
 

@@ -19,7 +19,7 @@ from timing import geomean, measure, ratios, report
 from torch import Tensor, nn
 
 from lorary.adapters.bank import Expert, LayerExperts
-from lorary.adapters.layer.fused import GateCell, OpenGates
+from lorary.adapters.layer.forward_state import ForwardState, OpenGates, run_with
 from lorary.adapters.layer.stack import _Slice, build_gates, build_group, same_input_groups, stack_gates, stack_group
 from lorary.adapters.layer.stacked import StackedLayer
 
@@ -59,7 +59,7 @@ class Layer:
             slices.append(_Slice(slot=slot, experts=bank, is_new=False))
         groups = tuple(stack_group(names, slices, torch.float32) for names in same_input_groups(shapes))
         stacked = StackedLayer(groups=groups, slot_of_rank=(), gates=stack_gates(slices, static=False))
-        self.cell, self.gates = GateCell(), build_gates(stacked)
+        self.state, self.gates = ForwardState(None), build_gates(stacked)
         self.slot_gate = torch.full((1, slots), 1 / slots)
         self.base = {
             name: nn.Linear(d_in, d_out, bias=False).requires_grad_(False) for name, (d_in, d_out) in shapes.items()
@@ -67,14 +67,14 @@ class Layer:
         self.fused: dict[str, Any] = {}
         self.kept = []  # modules know their group, nothing else holds it
         for group in groups:
-            made, modules = build_group(self.base, stacked, group, self.cell)
+            made, modules = build_group(self.base, stacked, group, self.gates)
             self.kept.append(made)
             self.fused |= modules
 
     def compute_gates(self, hidden: Tensor) -> None:
         flat = hidden.view(-1, hidden.shape[-1])
         gates = self.gates(flat, self.slot_gate.expand(len(flat), -1))
-        self.cell.gates = (OpenGates(0, len(flat), True, None, gates),)
+        self.state.gates[self.gates] = (OpenGates(0, len(flat), True, None, gates),)
 
 
 def peft_linear(width: int, experts: int) -> nn.Module:
@@ -99,7 +99,10 @@ def bench_linear(width: int, tokens: int, experts: int, args: argparse.Namespace
     x = torch.randn(1, tokens, width)
     with torch.inference_mode():
         layer.compute_gates(x)
-    variants = {"base": lambda: layer.base["o_proj"](x), "ours": lambda: layer.fused["o_proj"](x)}
+    variants = {
+        "base": lambda: layer.base["o_proj"](x),
+        "ours": lambda: run_with(layer.state, layer.fused["o_proj"], x),
+    }
     if not args.quick:
         peft = peft_linear(width, experts)
         variants["PEFT"] = lambda: peft(x)
@@ -127,7 +130,7 @@ def bench_layer(width: int, tokens: int, experts: int, args: argparse.Namespace)
         for name, module in layer.base.items():
             module(read[name])
 
-    times = timed({"base": base, "ours": ours}, tokens, args)
+    times = timed({"base": base, "ours": lambda: run_with(layer.state, ours)}, tokens, args)
     macs = sum(d_in * d_out for d_in, d_out in shapes.values())
     floor = 1 + experts * RANK * sum(map(sum, shapes.values())) / macs
     return {"d": width, "T": tokens, "E": experts, "floor": floor, **ratios(times)}

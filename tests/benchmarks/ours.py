@@ -23,7 +23,7 @@ from torch import nn
 
 from lorary.adapters.composition import GENERAL
 from lorary.adapters.config import TrainingConfig
-from lorary.adapters.layer.attach import routing_of
+from lorary.adapters.layer.routing import routing_of
 from lorary.adapters.router.router import router_rows
 from lorary.domains.data.corpus import corpus_digest, read_examples
 from lorary.domains.statistics.statistics import DomainStatistics

@@ -87,13 +87,13 @@ def test_strided_hidden_states_and_broadcast_slot_gates_are_accepted(kernels: An
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("slots", [(0,), (1,), (0, 2)])
+@pytest.mark.parametrize("slots", [(0,), (1,), (0, 2), (1, 2), ()])
 def test_gates_of_selected_slots_are_unchanged(kernels: Any, slots: tuple[int, ...], make_gates: Any) -> None:
     gates = make_gates("mixed", 33)
     hidden, slot_gate = inputs(63, 3)
     tables = gates.tables()
 
-    found = kernels.gates(hidden, slot_gate, tables.select_slots(slots))
+    found = kernels.gates(hidden, slot_gate, tables.select_slots([(slot, slot + 1) for slot in slots] or [(0, 0)]))
 
     expected = reference.gates(hidden, slot_gate, tables)[:, torch.isin(tables.slot_of_rank, torch.tensor(slots))]
     torch.testing.assert_close(found, expected, rtol=TOLERANCE, atol=TOLERANCE)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from lorary.adapters.layer.attach import fixed_slots
+from lorary.adapters.layer.routing import fixed_slots, recording_routes
 from lorary.domains.errors import InputError
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
@@ -99,12 +99,14 @@ def test_a_static_cache_gives_the_same_text(
 
     for context in (nullcontext(), composed.reading_prompts()):
         with context:
-            found = generated(composed, **inputs, cache_implementation="static")
-            gates = composed.routing.slot_gate
-            expected = generated(composed, **inputs)
+            with recording_routes(composed) as gates:
+                found = generated(composed, **inputs, cache_implementation="static")
+            with recording_routes(composed) as expected_gates:
+                expected = generated(composed, **inputs)
 
         assert torch.equal(found, expected)
-        torch.testing.assert_close(gates, composed.routing.slot_gate)
+        for one, other in zip(gates, expected_gates, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_a_static_cache_serves_fixed_gates(
@@ -132,19 +134,18 @@ CACHES = pytest.mark.parametrize("make_cache", [lambda config: DynamicCache(conf
 @CACHES
 @pytest.mark.parametrize("chunks", [[1] * 14, [5, 1, 6, 2]], ids=["token-by-token", "chunked-prefill"])
 def test_logits_and_gates_do_not_depend_on_how_the_text_is_cut(
-    any_base: Any, compose: Any, chunks: list[int], make_cache: Any, some_ids: Any, logits: Any
+    any_base: Any, compose: Any, chunks: list[int], make_cache: Any, some_ids: Any, logits: Any, slot_gates: Any
 ) -> None:
     composed, ids = compose(any_base), some_ids(2, 14)
-    whole = logits(composed, input_ids=ids)
-    gates = composed.routing.slot_gate
+    whole, gates = logits(composed, input_ids=ids), slot_gates(composed, input_ids=ids)
 
-    cache, parts, gate_parts = make_cache(any_base.config), [], []
-    for chunk in ids.split(chunks, dim=1):
-        parts.append(logits(composed, input_ids=chunk, past_key_values=cache))
-        gate_parts.append(composed.routing.slot_gate)
+    cache = make_cache(any_base.config)
+    with recording_routes(composed) as routes:
+        parts = [logits(composed, input_ids=chunk, past_key_values=cache) for chunk in ids.split(chunks, dim=1)]
 
     torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
-    torch.testing.assert_close(torch.cat(gate_parts, 1), gates, **CLOSE)
+    torch.testing.assert_close(torch.cat([route.slot_gate for route in routes], 1), gates, **CLOSE)
+    assert [route.past for route in routes] == [sum(chunks[:i]) for i in range(len(chunks))]
     assert (gates[:, -1] - gates[:, 0]).abs().max() > 0.05  # the router does move
 
 
@@ -190,54 +191,49 @@ def test_a_cache_serves_again_after_it_is_reset(
 
 @pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
 def test_padding_changes_neither_logits_nor_gates_of_real_tokens(
-    any_base: Any, compose: Any, left: bool, prompts: Any, padded: Any, logits: Any
+    any_base: Any, compose: Any, left: bool, prompts: Any, padded: Any, logits: Any, slot_gates: Any
 ) -> None:
     composed, batch = compose(any_base), padded(prompts(), left=left)
 
-    found = logits(composed, **batch, position_ids=(batch["attention_mask"].cumsum(1) - 1).clamp(min=0))
-    gates = composed.routing.slot_gate
+    inputs = batch | {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+    found, gates = logits(composed, **inputs), slot_gates(composed, **inputs)
 
     for row, prompt in enumerate(prompts()):
         real = batch["attention_mask"][row].bool()
         torch.testing.assert_close(found[row, real], logits(composed, input_ids=prompt)[0], **CLOSE)
-        torch.testing.assert_close(gates[row, real], composed.routing.slot_gate[0], **CLOSE)
+        torch.testing.assert_close(gates[row, real], slot_gates(composed, input_ids=prompt)[0], **CLOSE)
 
 
 def test_positional_arguments_are_understood(base: Any, compose: Any, prompts: Any, padded: Any) -> None:
     composed, batch = compose(base), padded(prompts(), left=True)
 
-    with torch.no_grad():
+    with torch.no_grad(), recording_routes(composed) as routes:
         composed.model(batch["input_ids"], batch["attention_mask"])
-        by_place = composed.routing.slot_gate
         composed.model(**batch)
 
-    assert torch.equal(by_place, composed.routing.slot_gate)
+    assert torch.equal(routes[0].slot_gate, routes[1].slot_gate)
 
 
-def test_slot_gates_are_causal(any_base: Any, compose: Any, some_ids: Any, logits: Any) -> None:
+def test_slot_gates_are_causal(any_base: Any, compose: Any, some_ids: Any, slot_gates: Any) -> None:
     composed, ids = compose(any_base), some_ids(2, 14)
     changed = torch.cat([ids[:, :9], some_ids(2, 5, seed=9)], dim=1)
 
-    logits(composed, input_ids=ids)
-    before = composed.routing.slot_gate
-    logits(composed, input_ids=changed)
+    before, after = slot_gates(composed, input_ids=ids), slot_gates(composed, input_ids=changed)
 
-    torch.testing.assert_close(composed.routing.slot_gate[:, :9], before[:, :9])
-    assert not torch.allclose(composed.routing.slot_gate[:, 9:], before[:, 9:])
+    torch.testing.assert_close(after[:, :9], before[:, :9])
+    assert not torch.allclose(after[:, 9:], before[:, 9:])
 
 
-def test_the_trace_collects_the_gates_of_every_forward(
-    base: Any, compose: Any, some_ids: Any, logits: Any, generated: Any
+def test_recording_collects_the_gates_of_every_forward(
+    base: Any, compose: Any, some_ids: Any, slot_gates: Any, generated: Any
 ) -> None:
     composed = compose(base)
-    composed.routing.trace = []
 
-    text = generated(composed, input_ids=some_ids())
-    traced = torch.cat(composed.routing.trace, dim=1)
-    composed.routing.trace = None
-    logits(composed, input_ids=text)
+    with recording_routes(composed) as routes:
+        text = generated(composed, input_ids=some_ids())
+    expected = slot_gates(composed, input_ids=text)
 
-    torch.testing.assert_close(traced, composed.routing.slot_gate[:, :-1], **CLOSE)
+    torch.testing.assert_close(torch.cat([route.slot_gate for route in routes], 1), expected[:, :-1], **CLOSE)
 
 
 # --- caches of others ---

@@ -6,39 +6,36 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from lorary.adapters.layer.attach import detach, fixed_slots
+from lorary.adapters.layer.attach import detach
+from lorary.adapters.layer.routing import fixed_slots
 from lorary.domains.errors import InputError
 
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
-def test_all_of_a_prompt_has_the_gates_of_its_end(base: Any, compose: Any, some_ids: Any, logits: Any) -> None:
+def test_all_of_a_prompt_has_the_gates_of_its_end(base: Any, compose: Any, some_ids: Any, slot_gates: Any) -> None:
     composed, ids = compose(base), some_ids(2, 14)
-    logits(composed, input_ids=ids)
-    causal = composed.routing.slot_gate
+    causal = slot_gates(composed, input_ids=ids)
 
     with composed.reading_prompts([5, 14]):
-        logits(composed, input_ids=ids)
+        found = slot_gates(composed, input_ids=ids)
 
-    found = composed.routing.slot_gate
     assert torch.equal(found[0, :5], causal[0, 4].expand(5, -1))
     assert torch.equal(found[0, 5:], causal[0, 5:])
     assert torch.equal(found[1], causal[1, -1].expand(14, -1))
     assert not torch.equal(found, causal)
 
 
-def test_what_follows_a_prompt_is_causal(base: Any, compose: Any, some_ids: Any, logits: Any) -> None:
+def test_what_follows_a_prompt_is_causal(base: Any, compose: Any, some_ids: Any, slot_gates: Any) -> None:
     composed, ids, cache = compose(base), some_ids(2, 12), DynamicCache()
-    logits(composed, input_ids=ids)
-    causal = composed.routing.slot_gate
+    causal = slot_gates(composed, input_ids=ids)
 
     with composed.reading_prompts():
-        logits(composed, input_ids=ids[:, :8], past_key_values=cache)
-        prompt = composed.routing.slot_gate
-        logits(composed, input_ids=ids[:, 8:], past_key_values=cache)
+        prompt = slot_gates(composed, input_ids=ids[:, :8], past_key_values=cache)
+        answer = slot_gates(composed, input_ids=ids[:, 8:], past_key_values=cache)
 
     torch.testing.assert_close(prompt, causal[:, 7:8].expand(-1, 8, -1), **CLOSE)
-    torch.testing.assert_close(composed.routing.slot_gate, causal[:, 8:], **CLOSE)
+    torch.testing.assert_close(answer, causal[:, 8:], **CLOSE)
 
 
 def test_a_prompt_and_its_answer_in_one_pass_are_the_same_as_one_after_the_other(

@@ -13,8 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lorary.adapters.bank import LayerExperts
 from lorary.adapters.layer.attach import attach
-from lorary.adapters.layer.fused import ExpertGroup, FusedLinear, GateCell
+from lorary.adapters.layer.forward_state import ForwardState, run_with
+from lorary.adapters.layer.fused import ExpertGroup, FusedLinear
 from lorary.adapters.layer.gates import TEMPERATURE, LayerGates
+from lorary.adapters.layer.routing import recording_routes
 from lorary.adapters.layer.stack import Stack, _Slice, build_gates, build_group, stack_gates, stack_group
 from lorary.adapters.layer.stacked import StackedLayer
 
@@ -90,7 +92,7 @@ def fused_layer() -> Callable[..., tuple[FusedLinear, LayerGates, list[LayerExpe
             gates=stack_gates(slices, static=False),
             new=layers[-1] if trainable else None,
         )
-        _, modules = build_group({"a": base}, stacked, stacked.groups[0], GateCell())
+        _, modules = build_group({"a": base}, stacked, stacked.groups[0], "layer")
         return modules["a"], build_gates(stacked), layers
 
     return make
@@ -125,8 +127,14 @@ def random_inputs(seed: int, slots: int, *, batch: int = 2, seq: int = 5, d_in: 
 
 
 def run(fused: FusedLinear, gates: LayerGates, x: Tensor, hidden: Tensor, slot_gate: Tensor) -> Tensor:
-    fused.group.cell.gates = gates(hidden, slot_gate)
-    return fused(x)
+    return under(gates(hidden, slot_gate), fused, x)
+
+
+def under(gates: Tensor, fused: FusedLinear, x: Tensor) -> Tensor:
+    """Run a module as part of a forward whose layer has these gates."""
+    state = ForwardState(None)
+    state.gates["layer"] = gates
+    return run_with(state, fused, x)
 
 
 def flat(tensor: Any) -> Tensor:
@@ -222,7 +230,7 @@ def test_gradients_of_a_group_agree_with_finite_differences(frozen: int, is_plai
         for base in bases
     ]
     group = ExpertGroup(
-        members, GateCell(), A=leaf(2 * frozen, 5), ranks=[frozen] * 2, Bt=[leaf(frozen, 4), leaf(frozen, 6)]
+        members, "layer", A=leaf(2 * frozen, 5), ranks=[frozen] * 2, Bt=[leaf(frozen, 4), leaf(frozen, 6)]
     )
     trained: Any = [parameter for member in members for parameter in (member.new_A, member.new_B)]
 
@@ -301,10 +309,10 @@ def test_matrix_products_are_two_thin_ones_each_way_and_none_for_weights_of_froz
     banks = [([(4, 8.0, "lora")] * 3, True, False), ([(2, 8.0, "lora")], True, False)]
     fused, gates, _ = fused_layer(layers_of(banks, 1), trainable=trainable)
     x, hidden, slot_gate = random_inputs(2, 2, batch=2, seq=63)
-    fused.group.cell.gates = gates(hidden, slot_gate).detach()
+    given = gates(hidden, slot_gate).detach()
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
-        fused(x.requires_grad_()).sum().backward()
+        under(given, fused, x.requires_grad_()).sum().backward()
 
     tokens, rank, new = 126, 14, 2 * trainable
     base = 2 * tokens * D_IN * D_OUT  # once forward, once for the gradient of x
@@ -375,10 +383,10 @@ def test_every_module_of_an_attached_model_adds_the_sum_of_its_experts(
             if isinstance(module, FusedLinear):
                 module.register_forward_hook(record(index, target))
 
-    with torch.no_grad():
+    with torch.no_grad(), recording_routes(composed) as routes:
         composed(torch.randint(3, 128, (2, 9), generator=torch.Generator().manual_seed(seed)))
 
-    slot_gate = flat(composed.routing.slot_gate)
+    slot_gate = flat(routes[0].slot_gate)
     assert len(seen) == sum(len({t for bank in stack.banks for t in bank.layers[i].A}) for i in stack.layers)
     for index, target, x, before, y in seen:
         layers = [bank.layers[index] for bank in stack.banks]

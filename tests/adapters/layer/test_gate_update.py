@@ -49,7 +49,7 @@ def test_gates_and_gradients_are_those_of_the_definition(
         return reference.gated_ranks(found, slot_gate, experts, tables), experts[..., -count:] if count else None
 
     def in_one_step(hidden: Tensor, slot_gate: Tensor) -> tuple[Tensor, Tensor | None]:
-        return gates(hidden, slot_gate), gates.new_expert_use
+        return gates.with_use(hidden, slot_gate)
 
     found, mine = gradients(gates, in_one_step, scale, seed)
     expected, theirs = gradients(gates, by_definition, scale, seed)
@@ -73,13 +73,10 @@ def test_nothing_of_the_size_of_the_ranks_is_kept(random_gates: Any) -> None:
     assert all(TOKENS not in shape or shape in [(1, TOKENS, WIDTH), (1, TOKENS, 2)] for shape in kept)
 
 
-def test_a_forward_without_gradients_forgets_the_use_of_an_earlier_one(random_gates: Any) -> None:
+def test_only_a_forward_that_trains_tells_how_the_new_experts_are_used(random_gates: Any) -> None:
     gates = random_gates([[2], [2, 2]], width=WIDTH, new=1).train()
     hidden, slot_gate = torch.randn(1, TOKENS, WIDTH), torch.full((1, TOKENS, 2), 0.5)
 
-    gates(hidden, slot_gate)
-    assert gates.new_expert_use.shape == (1, TOKENS, 2)
-
+    assert gates.with_use(hidden, slot_gate)[1].shape == (1, TOKENS, 2)
     with torch.no_grad():
-        gates(hidden, slot_gate)
-    assert gates.new_expert_use is None
+        assert gates.with_use(hidden, slot_gate)[1] is None

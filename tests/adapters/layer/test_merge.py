@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lorary.adapters.layer.attach import attach, detach, fixed_slots, routing_of
+from lorary.adapters.layer.attach import attach, detach
 from lorary.adapters.layer.fused import FusedLinear
 from lorary.adapters.layer.merge import merge_experts, merged_weight, unmerge_experts
+from lorary.adapters.layer.routing import fixed_slots, routing_of
 from lorary.domains.errors import InputError
 
 FIXED = torch.tensor([0.2, 0.3, 0.5])

@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from lorary.adapters.bank import new_bank
 from lorary.adapters.layer.attach import attach, trained_bank
-from lorary.adapters.layer.gates import LayerGates
+from lorary.adapters.layer.routing import recording_expert_use
 from lorary.adapters.layer.stack import Stack
 from lorary.adapters.training.train import (
     BankTrainer,
@@ -79,27 +79,11 @@ def train(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 # --- balance ---
 
 
-def gates_with(use: torch.Tensor) -> Any:
-    """Return a module with one gates layer whose latest forward used the experts as in `use`."""
-    experts, rank = use.shape[-1], use.shape[-1]
-    gates = LayerGates(
-        expert_gate=torch.zeros(0, 8),
-        rank_gate=torch.zeros(0, 8),
-        new_expert_gate=torch.zeros(experts, 8),
-        new_rank_gate=None,
-        slot_of_expert=torch.zeros(experts, dtype=torch.int64),
-        group_of_expert=torch.zeros(experts, dtype=torch.int64),
-        expert_of_rank=torch.arange(rank),
-    )
-    gates.new_expert_use = use
-    return torch.nn.ModuleList([gates])
-
-
 @pytest.mark.parametrize("experts", [1, 2, 3, 8])
 def test_balance_is_zero_for_uniform_use(experts: int) -> None:
     use = torch.full((2, 5, experts), 1 / experts)
 
-    assert balance_loss(gates_with(use), torch.ones(2, 5)).item() == pytest.approx(0, abs=1e-6)
+    assert balance_loss([use], torch.ones(2, 5)).item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("experts", [1, 2, 3, 8])
@@ -107,36 +91,37 @@ def test_balance_is_the_number_of_other_experts_if_one_takes_all(experts: int) -
     use = torch.zeros(2, 5, experts)
     use[..., 0] = 1
 
-    assert balance_loss(gates_with(use), torch.ones(2, 5)).item() == pytest.approx(experts - 1)
+    assert balance_loss([use], torch.ones(2, 5)).item() == pytest.approx(experts - 1)
 
 
 def test_balance_is_computed_from_the_mean_use_not_per_token() -> None:
     use = torch.eye(2).repeat(1, 4, 1)  # one expert per token, both used equally
 
-    assert balance_loss(gates_with(use), torch.ones(1, 8)).item() == pytest.approx(0)
+    assert balance_loss([use], torch.ones(1, 8)).item() == pytest.approx(0)
 
 
 def test_padding_is_masked_out_of_the_balance() -> None:
     use = torch.tensor([[[0.5, 0.5], [0.5, 0.5], [1.0, 0.0]], [[0.5, 0.5], [1.0, 0.0], [1.0, 0.0]]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
 
-    assert balance_loss(gates_with(use), mask).item() == pytest.approx(0)
-    assert balance_loss(gates_with(use), torch.ones(2, 3)).item() > 0.1
+    assert balance_loss([use], mask).item() == pytest.approx(0)
+    assert balance_loss([use], torch.ones(2, 3)).item() > 0.1
 
 
 def test_a_batch_of_only_padding_has_a_finite_balance() -> None:
-    assert balance_loss(gates_with(torch.full((1, 3, 2), 0.5)), torch.zeros(1, 3)).isfinite()
+    assert balance_loss([torch.full((1, 3, 2), 0.5)], torch.zeros(1, 3)).isfinite()
 
 
 def test_balance_is_zero_without_a_new_bank() -> None:
-    assert balance_loss(torch.nn.ModuleList(), torch.ones(1, 3)).item() == 0
+    assert balance_loss([], torch.ones(1, 3)).item() == 0
 
 
 def test_the_balance_has_a_gradient_towards_even_use(compose: Any, blocks: Blocks) -> None:
     model = compose().train()
-    model(input_ids=blocks.input_ids, attention_mask=blocks.attention_mask)
+    with recording_expert_use(model) as use:
+        model(input_ids=blocks.input_ids, attention_mask=blocks.attention_mask)
 
-    balance_loss(model, blocks.attention_mask).backward()
+    balance_loss(use, blocks.attention_mask).backward()
 
     # layer 1 has a single expert, whose gate is constant 1
     largest = [model.model.layers[i].expert_gates.new_expert_gate.grad.abs().max() for i in (1, 2, 3)]

@@ -10,7 +10,7 @@ import torch
 
 from lorary.adapters.bank import ExpertBank
 from lorary.adapters.layer.active import SLOT_THRESHOLD
-from lorary.adapters.layer.attach import routing_of
+from lorary.adapters.layer.routing import recording_routes, routing_of
 from lorary.adapters.router.router import Temperatures
 from lorary.domains.errors import IntegrityError
 from lorary.registry import Registry
@@ -78,10 +78,10 @@ def test_composing_twice_gives_the_same_model(whole: Registry, logits_of: Any) -
 
 def test_the_slot_gates_sum_to_one_and_prefer_general_before_any_text(whole: Registry, logits_of: Any) -> None:
     model = whole.compose("cooking+sailing")
-    logits_of(model)
+    with recording_routes(model) as routes:
+        logits_of(model)
 
-    gate = routing_of(model).slot_gate
-    assert gate is not None
+    gate = routes[0].slot_gate
     # gates below the threshold become 0; the others are not renormalised
     torch.testing.assert_close(gate.sum(-1), torch.ones(gate.shape[:2]), atol=3 * SLOT_THRESHOLD, rtol=0)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lorary.adapters.layer.active import SLOT_THRESHOLD
-from lorary.adapters.layer.attach import routing_of
 from lorary.adapters.layer.merge import merge_experts
+from lorary.adapters.layer.routing import recording_routes
 from lorary.domains.errors import InputError
 from lorary.registry import Registry
 from lorary.registry.compose.generate import Answer, generate
@@ -49,11 +49,10 @@ def test_the_gates_of_decoding_are_those_of_one_forward_pass(whole: Registry, mo
     answer = whole.generate(model, "mast and flour", max_new_tokens=6)
     ids = torch.tensor([_ids(answer, whole)])
 
-    with model.reading_prompts([answer.prompt_tokens]):
+    with model.reading_prompts([answer.prompt_tokens]), recording_routes(model) as routes:
         model(input_ids=ids, attention_mask=torch.ones_like(ids))
 
-    gate = routing_of(model).slot_gate
-    assert gate is not None
+    gate = routes[0].slot_gate
     torch.testing.assert_close(torch.tensor([g for _, g in answer.tokens[:-1]]), gate[0, :-1])
 
 
@@ -116,7 +115,6 @@ def test_a_prompt_that_is_too_long_is_refused(whole: Registry, model: Any) -> No
         whole.generate(model, "mast " * 300, max_new_tokens=8)
 
     assert "512" in str(caught.value.cause)
-    assert routing_of(model).trace is None
 
 
 def test_the_bare_base_model_is_refused(whole: Registry) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lorary.adapters.layer.attach import fixed_slots
+from lorary.adapters.layer.routing import fixed_slots
 from lorary.domains.errors import ConflictError, IncompatibleError, IntegrityError
 from lorary.registry import Registry
 from lorary.registry.store.blobs import sha256_of_file

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lorary.adapters.layer.attach import fixed_slots, routing_of
+from lorary.adapters.layer.routing import fixed_slots, recording_routes, routing_of
 from lorary.domains.errors import ConflictError, IncompatibleError, InputError, IntegrityError, NotFoundError
 from lorary.registry import Registry
 from lorary.registry.interop.import_plan import plan_import
@@ -55,9 +55,9 @@ def test_experts_below_the_feature_layer_are_routed_by_tokens(imported: Registry
     routing, shares = routing_of(model), {}
     for name in ("sailing", "cooking"):
         text = json.loads(texts[name].read_text(encoding="utf-8").splitlines()[0])["text"]
-        model(**imported.tokenizer(text, return_tensors="pt"))
-        assert routing.slot_gate is not None
-        shares[name] = dict(zip(routing.stack.names, routing.slot_gate[0, -1].tolist(), strict=True))
+        with recording_routes(model) as routes:
+            model(**imported.tokenizer(text, return_tensors="pt"))
+        shares[name] = dict(zip(routing.stack.names, routes[0].slot_gate[0, -1].tolist(), strict=True))
 
     assert min(imported.show("sailing").experts[0].layers) == 0
     assert shares["sailing"]["sailing"] > shares["sailing"]["cooking"]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorary.adapters.layer.attach import fixed_slots
+from lorary.adapters.layer.routing import fixed_slots
 from lorary.domains.data.corpus import read_examples, split
 from lorary.domains.data.example import Example
 from lorary.domains.errors import CorpusError, InputError

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lorary.adapters.layer.attach import fixed_slots
+from lorary.adapters.layer.routing import fixed_slots
 from lorary.domains.errors import InputError, NotFoundError
 from lorary.domains.progress import Progress
 from lorary.domains.scoring.language import score_language

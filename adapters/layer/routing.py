@@ -1,0 +1,295 @@
+"""Routing: how a composed model finds the slot gates of a forward pass, and the hooks that do it.
+
+The decoder's forward runs under a ForwardState of its own; the first decoder layer with experts finds the slot gates,
+and each layer its own gates. What a caller sets for a while (prompts read as a whole, fixed slots) holds in that
+caller's thread or asyncio task alone (settings.py).
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ...domains.base_model import ModelLayout, bind_arguments, first_tensor
+from ...domains.errors import InputError
+from ..router.cache import find_cache, router_layer, seen_by_themselves
+from ..router.router import DomainRouter, last_tokens, whole_prompts
+from .active import Part, close_small_gates, plan_parts
+from .forward_state import ForwardState, OpenGates, StateCarrier, run_with, running_state
+from .gates import LayerGates
+from .settings import Settings, changed_settings, settings_of
+from .stack import Stack
+from .stacked import StackedComposition
+
+
+class Route(NamedTuple):
+    """Slot gates of one forward pass."""
+
+    slot_gate: Float[Tensor, "batch seq slots"]  # on the CPU
+    past: int  # positions in the key-value cache before them
+
+
+class Routing:
+    """What a composed model routes by; `model.routing`. Nothing here belongs to a forward pass."""
+
+    def __init__(
+        self,
+        stack: Stack | StackedComposition,
+        layout: ModelLayout,
+        router: DomainRouter | None,
+        fixed: Float[Tensor, " slots"] | None,
+        threshold: float,
+    ):
+        self.stack = stack
+        self.layout = layout
+        self.router = router
+        self.threshold = threshold
+        self.fixed = fixed  # constant slot gates, used instead of the router's
+
+    @property
+    def settings(self) -> Settings:
+        """The settings that hold in this context."""
+        return settings_of(self)
+
+    @property
+    def fixed_here(self) -> Float[Tensor, " slots"] | None:
+        """Constant slot gates that hold in this context: those of `fixed_slots`, if it is open."""
+        fixed = self.settings.fixed
+        return self.fixed if fixed is None else fixed
+
+    def reading_prompts(self, lengths: int | Sequence[int] | None = None) -> AbstractContextManager[None]:
+        """While it is open, prompts are read as a whole: all positions of a prompt have the slot gates of its last one.
+
+        Slot gates are causal otherwise, as they must be where text is predicted token by token. But a prompt is known
+        before anything is predicted, and its first tokens say little of what it is about: read under other gates, they
+        leave keys and values behind that mislead the answer (docs/log.md has what that costs). Only a forward pass
+        over an empty cache, or none, reads a prompt; what follows it is causal. Texts of a packed row are read as a
+        whole each. It holds for forwards of the thread or asyncio task that opened it.
+
+        Args:
+            lengths: Positions of each row's prompt, padding in front included, or one number for all rows. None: all
+                that a forward pass over an empty cache is given. `generate` gives it more than the prompt where it
+                keeps no cache, or checks guesses of an assistant or of a prompt lookup: give the number there.
+        """
+        given = torch.iinfo(torch.int64).max if lengths is None else lengths
+        return changed_settings(self, prompts=torch.tensor(given, dtype=torch.int64).reshape(-1))
+
+    def running(self) -> ForwardState:
+        """Return the state of the forward pass of this model that runs in this thread.
+
+        Raises:
+            RuntimeError: There is none.
+        """
+        state = running_state()
+        if state is None or state.owner is not self:
+            raise RuntimeError("A decoder layer with experts ran outside a forward pass of its composed model.")
+        return state
+
+    def find_slot_gates(self, state: ForwardState, hidden: Tensor, cache: Any) -> None:
+        """Fill a state with the slot gates and what has to be computed under them."""
+        settings = self.settings
+        with torch.no_grad():
+            slot_gate = close_small_gates(self._slot_gate(state, settings, hidden, cache), self.threshold)
+            found = state.slots
+            found.gates, found.by_position = slot_gate, slot_gate.reshape(-1, slot_gate.shape[-1])
+            found.parts = self._plan(slot_gate)
+        if settings.routes is not None:
+            settings.routes.append(Route(slot_gate.detach().cpu(), int(state.past)))
+
+    def _plan(self, slot_gate: Float[Tensor, "batch seq slots"]) -> list[Part]:
+        # reading values would wait for a GPU and break a graph; there closed slots are skipped by the kernels
+        if not self.threshold or self.stack.trainable or slot_gate.is_cuda or torch.compiler.is_compiling():
+            return [Part(0, slot_gate.shape[0] * slot_gate.shape[1], None)]
+        return plan_parts(slot_gate)
+
+    def _slot_gate(
+        self, state: ForwardState, settings: Settings, hidden: Tensor, cache: Any
+    ) -> Float[Tensor, "batch seq slots"]:
+        fixed = self.fixed_here
+        if fixed is not None:
+            return fixed.to(hidden.device).expand(*hidden.shape[:2], -1)
+        if self.router is None or state.input_ids is None:
+            raise InputError(
+                "This composition routes by its input tokens.",
+                cause="the model was called with inputs_embeds instead of input_ids",
+                fix="pass input_ids, or compose with --static",
+            )
+        gates = self.router.slot_gates(self._sums(self.router, state, hidden, cache))
+        if settings.prompts is None or (isinstance(state.past, int) and state.past):
+            return gates
+        if len(settings.prompts) not in (1, len(gates)):
+            raise InputError(
+                "The lengths of the prompts do not fit the batch.",
+                cause=f"there are {len(settings.prompts)} lengths for {len(gates)} rows",
+                fix="prompts that are padded on the left are equally long: reading_prompts(input_ids.shape[1])",
+            )
+        whole = whole_prompts(gates, settings.prompts.clamp(max=gates.shape[1]).expand(len(gates)))
+        return torch.where(state.past == 0, whole, gates) if isinstance(state.past, Tensor) else whole
+
+    def _sums(
+        self, router: DomainRouter, state: ForwardState, hidden: Tensor, cache: Any
+    ) -> Float[Tensor, "batch seq sums"]:
+        """Return the router's sums up to each new position, continuing from the cache if there is one."""
+        ids = state.input_ids
+        assert ids is not None
+        is_real = _real_tokens(state, hidden, is_static=cache is not None and cache.is_compileable)
+        if cache is None:
+            return router.increments(ids, hidden, is_real).cumsum(1)
+        kept = router_layer(cache, past=state.past, layers=self.layout.count, sums=2 * router.slots + 1)
+        last = last_tokens(ids, is_real, kept.last_tokens())
+        return kept.append(router.increments(ids, hidden, is_real, last), last[:, 1:])
+
+
+def _real_tokens(state: ForwardState, hidden: Tensor, *, is_static: bool) -> Bool[Tensor, "batch seq"]:
+    """Return True where a position holds text; padding adds no evidence."""
+    shape, mask = hidden.shape[:2], state.mask
+    if is_static and isinstance(mask, Mapping):  # one for each kind of layer
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    is_made = is_static and isinstance(mask, Tensor) and mask.ndim == 4  # by `generate`, which adds text one by one
+    if mask is None or (is_made and shape[1] == 1):
+        return torch.ones(shape, dtype=torch.bool, device=hidden.device)
+    if is_made:
+        return seen_by_themselves(mask, shape[1], state.past)
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise InputError(
+            "Routing needs an attention mask of one number for each token.",
+            cause="found one that says which token sees which",
+            fix="pass the mask that the tokenizer gives, of shape (batch, tokens)",
+        )
+    # with a cache the mask covers the past as well: the new positions are its last columns
+    return mask[:, -shape[1] :].to(device=hidden.device, dtype=torch.bool)
+
+
+class RoutedForward:
+    """Stands for the `forward` of a composed model's decoder: runs it under a ForwardState of its own."""
+
+    def __init__(self, module: nn.Module, routing: Routing):
+        self.module, self.routing, self.forward = module, routing, module.forward
+        self.__signature__ = inspect.signature(module.forward)  # transformers and Trainer read it
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module's own forward; however it ends, nothing of the pass is left."""
+        named = bind_arguments(self.module, args, kwargs)
+        cache = find_cache(named.values())
+        past = 0 if cache is None else cache.get_seq_length()
+        state = ForwardState(
+            self.routing,
+            input_ids=named.get("input_ids"),
+            mask=named.get("attention_mask"),
+            position_ids=named.get("position_ids"),
+            past=past.clone() if isinstance(past, Tensor) else past,  # a static cache counts on in this very tensor
+        )
+        if torch.is_grad_enabled() and self.module.training and not torch.compiler.is_compiling():
+            carry_state(self.module)
+        return run_with(state, self.forward, *args, **kwargs)
+
+
+def carry_state(decoder: nn.Module) -> None:
+    """Make gradient checkpointing, where it is enabled, carry the state of a forward to its recomputation."""
+    for module in decoder.modules():
+        function = module.__dict__.get("_gradient_checkpointing_func")
+        if function is not None and not isinstance(function, StateCarrier):
+            module._gradient_checkpointing_func = StateCarrier(function, module)  # type: ignore[assignment]
+
+
+class LayerHook:
+    """Forward pre-hook of a decoder layer with experts: computes its gates."""
+
+    def __init__(self, routing: Routing, gates: LayerGates):
+        self.routing = routing
+        self.gates = gates
+
+    def __call__(self, _layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Put the gates of the layer into the running state, by rectangle where something is left out."""
+        state, hidden = self.routing.running(), first_tensor(args, kwargs)
+        slots = state.slots
+        if slots.gates is None:
+            self.routing.find_slot_gates(state, hidden, find_cache([*args, *kwargs.values()]))
+        assert slots.gates is not None
+        if torch.is_grad_enabled():
+            state.gates[self.gates], use = self.gates.with_use(hidden, slots.gates)
+            collected = self.routing.settings.expert_use
+            if use is not None and collected is not None:
+                collected.append(use)
+            return
+        assert slots.by_position is not None
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        state.gates[self.gates] = self._open_gates(flat, slots.by_position, slots.parts)
+
+    def _open_gates(
+        self,
+        hidden: Float[Tensor, "positions width"],
+        slot_gate: Float[Tensor, "positions slots"],
+        parts: Sequence[Part],
+    ) -> tuple[OpenGates, ...]:
+        found, is_whole = [], len(parts) == 1
+        for start, stop, runs in parts:
+            if is_whole:
+                gates = self.gates(hidden, slot_gate, runs)
+            else:
+                gates = self.gates(hidden[start:stop], slot_gate[start:stop], runs)
+            if runs is None:
+                found.append(OpenGates(start, stop, is_whole, None, gates))
+            else:
+                widths = self.gates.ranks(runs)
+                found += [
+                    OpenGates(start, stop, is_whole, run, part)
+                    for run, part in zip(runs, gates.split(widths, dim=1), strict=True)
+                ]
+        return tuple(found)
+
+
+def routing_of(model: PreTrainedModel) -> Routing:
+    """Return the routing of a composed model.
+
+    Raises:
+        InputError: The model is not a composed one.
+    """
+    routing = getattr(model, "routing", None)
+    if not isinstance(routing, Routing):
+        raise InputError("This model is not composed: it has no experts attached.")
+    return routing
+
+
+@contextmanager
+def fixed_slots(model: PreTrainedModel, weights: Mapping[str, float]) -> Iterator[None]:
+    """While it is open, the slot gates are these constants (slots not named get 0): the oracle's choice, say.
+
+    It holds for forwards of the thread or asyncio task that opened it.
+
+    Raises:
+        InputError: The composition has no slot of such a name, or its experts are merged.
+    """
+    routing = routing_of(model)
+    if getattr(model, "merged", None) is not None:
+        raise InputError("The slots of a merged composition are fixed.", fix="call unmerge_experts first")
+    for name in weights:
+        if name not in routing.stack.names:
+            raise InputError(f"There is no slot {name!r}.", fix=f"choose among: {', '.join(routing.stack.names)}")
+    fixed = torch.tensor([float(weights.get(name, 0.0)) for name in routing.stack.names])
+    with changed_settings(routing, fixed=fixed):
+        yield
+
+
+@contextmanager
+def recording_routes(model: PreTrainedModel) -> Iterator[list[Route]]:
+    """Collect the slot gates of every forward pass that this thread or asyncio task runs while it is open.
+
+    A merged composition has none: nothing is routed.
+    """
+    routes: list[Route] = []
+    with changed_settings(routing_of(model), routes=routes):
+        yield routes
+
+
+@contextmanager
+def recording_expert_use(model: PreTrainedModel) -> Iterator[list[Float[Tensor, "batch seq new"]]]:
+    """Collect, for each layer of every training forward pass, the expert gates of the bank that trains."""
+    use: list[Tensor] = []
+    with changed_settings(routing_of(model), expert_use=use):
+        yield use

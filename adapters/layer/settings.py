@@ -1,0 +1,53 @@
+"""Settings of a composed model that hold in one context only: one thread, or one task of asyncio.
+
+`reading_prompts`, `fixed_slots` and `recording_routes` (routing.py) open them, in the thread that runs the forward.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+_innermost: ContextVar["Settings"] = ContextVar("lorary_settings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What was set for the forwards of one composed model."""
+
+    owner: Any = None  # the model's Routing
+    outer: "Settings | None" = None  # set in the same context before, for this or another model
+    prompts: Int64[Tensor, " rows"] | None = None  # positions of each prompt that is read as a whole
+    fixed: Float[Tensor, " slots"] | None = None  # constant slot gates
+    routes: list[Any] | None = None  # collects a Route for each forward
+    expert_use: list[Tensor] | None = None  # collects the new experts' gates of each layer
+
+    # `ContextVar.get(self)`: the innermost settings of this context, or `self` where there are none. As a property
+    # over a C function it is an attribute that torch.compile can read and guard; it cannot trace a ContextVar.
+    innermost = property(_innermost.get)
+
+
+DEFAULTS = Settings()
+
+
+def settings_of(owner: Any) -> Settings:
+    """Return the settings that hold for this model in this context."""
+    found: Settings = DEFAULTS.innermost
+    while found.owner is not owner and found.outer is not None:
+        found = found.outer
+    return found
+
+
+@contextmanager
+def changed_settings(owner: Any, **changes: Any) -> Iterator[None]:
+    """Change settings of one model in this context until the block ends."""
+    settings = replace(settings_of(owner), owner=owner, outer=DEFAULTS.innermost, **changes)
+    token = _innermost.set(settings)
+    try:
+        yield
+    finally:
+        _innermost.reset(token)
