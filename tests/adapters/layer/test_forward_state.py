@@ -240,7 +240,7 @@ def test_settings_hold_in_the_task_that_opened_them(base: Any, compose: Any, som
                 found.append(slot_gates(composed, input_ids=ids))
             return [*found, await asyncio.to_thread(slot_gates, composed, input_ids=ids)]
 
-    async def all_of_them() -> list[list[Tensor]]:
+    async def all_of_them() -> tuple[list[Tensor], ...]:
         return await asyncio.gather(ask("medicine"), ask(None), ask("legal"))
 
     medicine, plain, legal = asyncio.run(all_of_them())

@@ -1,4 +1,4 @@
-"""Random sequences of faults against push and pull: no partial state is ever visible, and a repeated command succeeds."""
+"""Random sequences of faults against push and pull: no partial state is visible, and a repeated command succeeds."""
 
 import random
 from dataclasses import dataclass

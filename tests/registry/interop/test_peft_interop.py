@@ -26,7 +26,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 
 @pytest.fixture(params=FAMILIES)
 def model(request: pytest.FixtureRequest, tiny_llama: Any) -> Any:
-    """A random base model; GPT-2's weights are transposed, GPT-Neo's are not although its layers have the same names."""
+    """A random base model; GPT-2's weights are transposed, GPT-Neo's are not, under the same names."""
     if request.param == "llama":
         return tiny_llama(vocab_size=300)
     torch.manual_seed(0)
