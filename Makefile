@@ -1,6 +1,7 @@
 # make quickstart   install into .venv and run the tour: two domains, composed, with a retention report
 # make test         format, lint, types and the fast tests, as CI runs them
 # make slow         the tests that take longer
+# make nightly      2,000 random histories of a registry, many minutes
 # make pages        write docs/cli.md and docs/api.md from help texts and docstrings
 # make docs         the docs site, built strictly into site/
 # make format       rewrite the files in the project's form
@@ -13,9 +14,9 @@
 PYTHON ?= python3
 TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
-FAST := not slow and not gpu and not network
+FAST := not slow and not gpu and not network and not nightly
 
-.PHONY: help quickstart test slow pages docs format clean
+.PHONY: help quickstart test slow nightly pages docs format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -46,10 +47,10 @@ quickstart: .venv/.installed
 	@echo 'To type registry instead of $(BIN)/registry: . $(BIN)/activate' >&2
 
 # one thread per process: small tensors on many threads spend their time waiting for each other
-test slow: export OMP_NUM_THREADS := 1
-test slow: export HF_HUB_OFFLINE := 1
-test slow: export HF_HUB_DISABLE_TELEMETRY := 1
-test slow: export TRANSFORMERS_VERBOSITY := error
+test slow nightly: export OMP_NUM_THREADS := 1
+test slow nightly: export HF_HUB_OFFLINE := 1
+test slow nightly: export HF_HUB_DISABLE_TELEMETRY := 1
+test slow nightly: export TRANSFORMERS_VERBOSITY := error
 
 test: .venv/.installed-dev
 	$(BIN)/ruff format --check
@@ -58,7 +59,10 @@ test: .venv/.installed-dev
 	$(BIN)/pytest -n 2 -m "$(FAST)"
 
 slow: .venv/.installed-dev
-	$(BIN)/pytest -m "slow and not gpu and not network"
+	$(BIN)/pytest -m "slow and not gpu and not network and not nightly"
+
+nightly: .venv/.installed-dev
+	$(BIN)/pytest -m nightly
 
 pages: .venv/.installed
 	$(BIN)/python -m lorary.cli.reference
