@@ -5,14 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from ..adapters.config import BankConfig, TrainingConfig
-
-if TYPE_CHECKING:
-    from ..domains.data.corpus import Source
 
 _BANK, _TRAINING, _MACHINE = "New experts", "Training", "Machine"  # headings of --help
 _DEFAULTS = TrainingConfig()
@@ -67,11 +64,6 @@ def shape_option(text: str, *names: str, **more: Any) -> Any:
 
 def _training(text: str, default: str, **more: Any) -> Any:
     return typer.Option(help=text, rich_help_panel=_TRAINING, show_default=default, **{"metavar": "N", **more})
-
-
-def sources(data: list[str] | None) -> "list[Source]":
-    """Parse --data: files become paths, hf: names stay text."""
-    return [name if name.startswith("hf:") else Path(name) for name in data or []]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,8 @@ import typer
 from ...adapters.allocation import allocate
 from ...adapters.composition import GENERAL
 from ...adapters.config import BankConfig
-from ...domains.data.corpus import Source
-from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, expand_option_groups, sources
+from ...domains.data.corpus import as_sources
+from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, expand_option_groups
 from ..show import facts, output
 from ..show.charts import layers
 from ..show.numbers import plural, size
@@ -48,14 +48,14 @@ def add_domain(
     Example: registry add-domain medicine
     """
     registry = open_registry(store, device=device, dtype=dtype)
-    shape, files = bank.config(), sources(data)
-    plan = plan_addition(registry, name, files, shape, steps=training.steps)
+    shape = bank.config()
+    plan = plan_addition(registry, name, data, shape, steps=training.steps)
     if not as_json:
         output.hint(str(plan))
     with show_progress("loading the base model", as_json=as_json) as progress:
         added = registry.add_domain(
             name,
-            data=files,
+            data=data,
             bank=shape,
             training=training.config(),
             on_neighbours=lambda found: _warn_of_near_duplicate(found, progress, data or [], as_json=as_json),
@@ -84,7 +84,7 @@ class AdditionPlan:
 
 
 def plan_addition(
-    registry: "Registry", name: str, data: list[Source], bank: BankConfig, *, steps: int | None
+    registry: "Registry", name: str, data: list[str] | None, bank: BankConfig, *, steps: int | None
 ) -> AdditionPlan:
     """Check name, data and bank, and count rows and experts.
 
@@ -98,7 +98,8 @@ def plan_addition(
     is_measured = bank.schedule == "data"
     schedule = "uniform" if is_measured else bank.schedule  # the total is always the same
     counts = allocate(depth, experts=bank.experts, schedule=schedule, expert_free=bank.expert_free)
-    found = read_domain_data(spec_of(name, data), data).record
+    sources = as_sources(data)
+    found = read_domain_data(spec_of(name, sources), sources).record
     return AdditionPlan(
         name=name,
         files=tuple(found["files"]),

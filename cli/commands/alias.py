@@ -1,17 +1,14 @@
 """`registry alias`: movable names of versions."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from ...domains.errors import InputError
+from ...adapters.composition import parse_reference
 from ..options import Json, Reference, StorePath
 from ..show import output
 from ..show.page import Page, cell, table
 from ..startup import open_registry
-
-if TYPE_CHECKING:
-    from ...registry import Registry
 
 
 def alias(
@@ -31,20 +28,13 @@ def alias(
     Example: registry alias medicine@2 production
     """
     registry = open_registry(store)
-    manifest = registry.show(ref)
-    name = manifest.name
-    if remove and alias is None:
-        named = ref.partition("@")[2] or "ALIAS"
-        raise InputError("--remove needs an alias.", fix=f"registry alias {name} {named} --remove")
-    if remove:
-        registry.store.drop_alias(name, str(alias))
-    elif alias is not None:
-        registry.store.set_alias(name, alias, manifest.version)
-    output.show(aliases_page(registry, name), command="alias", as_json=as_json)
+    aliases = registry.alias(ref, alias, remove=remove)
+    output.show(aliases_page(parse_reference(ref)[0], aliases), command="alias", as_json=as_json)
 
 
-def aliases_page(registry: "Registry", name: str) -> Page:
+def aliases_page(name: str, aliases: dict[str, int]) -> Page:
     """Make the list of a domain's aliases."""
-    found = registry.store.aliases(name)
-    rows = [[cell(alias), cell(f"{name}@{version}")] for alias, version in found.items()]
-    return Page(data={"name": name, "aliases": found}, blocks=(table(("ALIAS", "VERSION"), rows, no_wrap=("ALIAS",)),))
+    rows = [[cell(alias), cell(f"{name}@{version}")] for alias, version in aliases.items()]
+    return Page(
+        data={"name": name, "aliases": aliases}, blocks=(table(("ALIAS", "VERSION"), rows, no_wrap=("ALIAS",)),)
+    )

@@ -33,11 +33,7 @@ def diff(a: Reference, b: Reference, store: StorePath = None, as_json: Json = Fa
     Example: registry diff medicine@1 medicine@2
     """
     registry = open_registry(store)
-    manifests = registry.show(a), registry.show(b)
-    from ...registry.maintenance.diff import compare_versions
-
-    found = compare_versions(registry.store, *manifests)
-    output.show(diff_page(found), command="diff", as_json=as_json)
+    output.show(diff_page(registry.diff(a, b)), command="diff", as_json=as_json)
 
 
 def diff_page(found: "VersionDiff") -> Page:

@@ -1,9 +1,7 @@
 """`registry doctor`: the state of this machine and of the registry."""
 
-import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..options import Json, StorePath
@@ -22,17 +20,14 @@ def doctor(store: StorePath = None, as_json: Json = False) -> None:
 
     Example: registry doctor
     """
-    from ...registry.maintenance.doctor import examine
-    from ...registry.store.store import locate_store
+    from ...registry import Registry
 
     quiet_libraries()
-    found = examine(locate_store(store, os.environ, Path.cwd()))
-    output.show(doctor_page(found), command="doctor", as_json=as_json)
+    output.show(doctor_page(Registry.doctor(store)), command="doctor", as_json=as_json)
 
 
-def doctor_page(found: "Iterable[Finding]") -> Page:
+def doctor_page(found: "Sequence[Finding]") -> Page:
     """Make the page of findings, with a hint for each problem that can be fixed."""
-    found = list(found)
     rows = [(one.what, _finding(one)) for one in found]
     hints = tuple(f"{one.what}: {one.fix}" for one in found if one.verdict != "ok" and one.fix)
     return Page(data={"findings": [asdict(one) for one in found]}, blocks=(fields(rows),), hints=hints)

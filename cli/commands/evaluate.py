@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..options import Data, Device, Dtype, Json, NoQuestions, Spec, StorePath, sources
+from ..options import Data, Device, Dtype, Json, NoQuestions, Spec, StorePath
 from ..show import facts, output
 from ..show.numbers import exact, percent, plural
 from ..show.page import Cell, Page, Table, cell, fields, table
@@ -34,9 +34,7 @@ def evaluate(
     spec = pull_named_packs(registry, spec, as_json=as_json)
     plan = registry.plan(spec)
     with show_progress("loading the base model", as_json=as_json) as progress:
-        scores = registry.evaluate(
-            spec, data=sources(data), questions=not no_questions, on_progress=progress.on_progress
-        )
+        scores = registry.evaluate(spec, data=data, questions=not no_questions, on_progress=progress.on_progress)
     output.show(evaluation_page(plan, scores), command="evaluate", as_json=as_json)
 
 

@@ -35,12 +35,10 @@ def gc(
 
     Example: registry gc --dry-run
     """
-    from ...registry.store.gc import collect_garbage
-
-    grace_s = parse_time(older_than)
+    older_than_s = parse_time(older_than)
     registry = open_registry(store)
     with show_progress("looking for unreferenced files", as_json=as_json):
-        found = collect_garbage(registry.store, grace_s=grace_s, dry_run=dry_run)
+        found = registry.gc(older_than_s=older_than_s, dry_run=dry_run)
     output.show(gc_page(found), command="gc", as_json=as_json)
 
 

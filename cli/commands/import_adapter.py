@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..options import Data, Device, Dtype, Json, StorePath, sources
+from ..options import Data, Device, Dtype, Json, StorePath
 from ..show import facts, output
 from ..show.page import Cell, Page, Part, cell, fields, title
 from ..show.progress import show_progress
@@ -53,7 +53,7 @@ def import_adapter(
     registry = open_registry(store, device=device, dtype=dtype)
     with show_progress("loading the base model", as_json=as_json) as progress:
         imported = registry.import_adapter(
-            name, adapter, data=sources(data), same_base=same_base, on_progress=progress.on_progress
+            name, adapter, data=data, same_base=same_base, on_progress=progress.on_progress
         )
     output.show(imported_page(imported), command="import", as_json=as_json)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...adapters.composition import GENERAL
-from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, expand_option_groups, sources
+from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, expand_option_groups
 from ..show import facts, output
 from ..show.page import Page, cell, fields, title
 from ..show.progress import show_progress
@@ -56,7 +56,7 @@ def init(
             path or store,
             base=base,
             revision=revision,
-            data=sources(data),
+            data=data,
             bank=shape,
             training=training.config(),
             device=device,

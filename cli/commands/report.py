@@ -28,7 +28,6 @@ from ..show.numbers import exact
 from ..show.page import Block, Page, Paragraph, faint, line, title
 from ..show.progress import show_progress
 from ..startup import open_registry
-from .log import history_of
 
 if TYPE_CHECKING:
     from ...registry import Registry
@@ -114,7 +113,7 @@ def _page_source(registry: "Registry", report: "RetentionReport", verdicts: "lis
         report=report,
         verdicts=verdicts,
         details=read_details(registry.store, manifests),
-        history={name: history_of(registry, name) for name in manifests},
+        history={name: sorted(registry.log(name), key=lambda entry: entry.version) for name in manifests},
         base=registry.base_record,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         version=version("lorary"),

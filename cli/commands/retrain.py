@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ...domains.data.corpus import as_sources
 from ...domains.errors import GateFailedError
 from ..options import (
     Data,
@@ -17,7 +18,6 @@ from ..options import (
     expand_option_groups,
     given_options,
     shape_option,
-    sources,
 )
 from ..show import facts, output
 from ..show.numbers import bits, exact, percent, plural, size
@@ -87,14 +87,12 @@ def retrain(
     from ...registry.learn.retrain_plan import plan_retraining
 
     registry = open_registry(store, device=device, dtype=dtype)
-    options = {"mode": mode, "bank": given_options(shape), "gate_data": sources(gate_data), "tolerance": tolerance}
-    plan = plan_retraining(registry.store, registry.show(ref), sources(data), **options)
+    options = {"mode": mode, "bank": given_options(shape), "gate_data": as_sources(gate_data), "tolerance": tolerance}
+    plan = plan_retraining(registry.store, registry.show(ref), as_sources(data), **options)
     if not as_json:
         output.hint(plan_text(plan))
     with show_progress("loading the base model", as_json=as_json) as progress:
-        done = registry.retrain(
-            ref, data=sources(data), training=training.config(), on_progress=progress.on_progress, **options
-        )
+        done = registry.retrain(ref, data=data, training=training.config(), on_progress=progress.on_progress, **options)
     output.show(retrained_page(done), command="retrain", as_json=as_json)
     if not done.acceptance.holds:
         raise held_back(done)

@@ -1,5 +1,6 @@
 """`registry search`: packs on the Hugging Face Hub."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,16 +31,15 @@ def search(
 
     Example: registry search legal --base meta-llama/Llama-3.2-1B
     """
-    quiet_libraries()
-    from ...registry.hub.client import Hub
-    from ...registry.hub.search import search as search_hub
+    from ...registry import Registry
 
+    quiet_libraries()
     with show_progress("searching the Hub", as_json=as_json) as progress:
-        found = search_hub(query, base=base, limit=limit, hub=Hub(on_progress=progress.on_progress))
+        found = Registry.search(query, base=base, limit=limit, on_progress=progress.on_progress)
     output.show(search_page(found), command="search", as_json=as_json)
 
 
-def search_page(found: "list[SearchResult]") -> Page:
+def search_page(found: "Sequence[SearchResult]") -> Page:
     """Make the list of packs."""
     columns = ("REPOSITORY", "DOMAIN", "VERSION", "BASE", "BITS/BYTE", "GAIN", "DOWNLOADS", "UPDATED")
     rows = table(

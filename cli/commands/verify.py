@@ -1,6 +1,7 @@
 """`registry verify`: compare every stored file with its digest."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -37,14 +38,8 @@ def verify(
 
     Example: registry verify --deep
     """
-    from ...registry.maintenance.verify import verify_store, verify_version
-
     registry = open_registry(store)
-    if ref is None:
-        found = list(verify_store(registry.store, deep=deep))
-    else:
-        manifest = registry.show(ref)
-        found = list(verify_version(registry.store, manifest.name, manifest.version, deep=deep))
+    found = registry.verify(ref, deep=deep)
     output.show(verify_page(found, in_full=ref is not None), command="verify", as_json=as_json)
     damaged = [one for one in found if one.state != "ok"]
     if damaged:
@@ -55,7 +50,7 @@ def verify(
         )
 
 
-def verify_page(found: "list[FileCheck]", *, in_full: bool) -> Page:
+def verify_page(found: "Sequence[FileCheck]", *, in_full: bool) -> Page:
     """Make the page: files by version and state; single files if one is damaged or `in_full`."""
     counts: dict[str, Counter[str]] = {}
     for one in found:

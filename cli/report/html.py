@@ -4,7 +4,7 @@ import base64
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from .formatting import format_value
 from .grids import HEAT_LEVELS, confusion_grid, heat_grid, layers_grid
@@ -12,6 +12,7 @@ from .pictures import lineage_picture, prototype_map, shares_picture
 from .templates import read_asset, render
 
 if TYPE_CHECKING:
+    from ...registry.maintenance.log import LogEntry
     from ...registry.measure.report import Figure, Interval, RetentionReport
     from ...registry.measure.report_details import ReportDetails
     from ...registry.measure.thresholds import Verdict
@@ -53,7 +54,7 @@ class PageSource:
     report: "RetentionReport"
     verdicts: "Sequence[Verdict]"
     details: "ReportDetails"
-    history: Mapping[str, Sequence[Mapping[str, Any]]]  # by domain, versions oldest first, as `registry log` gives them
+    history: "Mapping[str, Sequence[LogEntry]]"  # by domain, oldest version first
     base: "BaseRecord"
     created: str  # time, ISO 8601
     version: str  # of this program
@@ -195,7 +196,7 @@ def _data_rows(report: "RetentionReport") -> Iterator[DataRow]:
         )
 
 
-def _drawn_history(history: Mapping[str, Sequence[Mapping[str, Any]]]) -> Mapping[str, Sequence[Mapping[str, Any]]]:
+def _drawn_history(history: "Mapping[str, Sequence[LogEntry]]") -> "Mapping[str, Sequence[LogEntry]]":
     """Return the domains whose lineage is drawn: all, or of many those that were retrained."""
     if len(history) <= MAX_LINES:
         return history

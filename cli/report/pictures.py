@@ -5,12 +5,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from ..show.numbers import percent
 from ..show.page import slot_style
 
 if TYPE_CHECKING:
+    from ...registry.maintenance.log import LogEntry
     from ...registry.measure.report import RetentionReport, Value
     from ...registry.measure.report_details import Points, ReportDetails
 
@@ -119,34 +120,34 @@ def _labels(places: "Mapping[str, Points]", place: Callable[[Sequence[float]], t
     return labels
 
 
-def lineage_picture(history: Mapping[str, Sequence[Mapping[str, Any]]], measured: Mapping[str, int]) -> Picture:
+def lineage_picture(history: Mapping[str, "Sequence[LogEntry]"], measured: Mapping[str, int]) -> Picture:
     """Draw the versions of every domain from left to right, with a line from each parent to what was retrained from it.
 
     Args:
-        history: By domain, what `registry log` gives for its versions, oldest first.
+        history: By domain, its log, oldest version first.
         measured: The versions that the report measured.
     """
     left, column, row = 150, 118, 58
-    newest = max(version["version"] for versions in history.values() for version in versions)
+    newest = max(entry.version for versions in history.values() for entry in versions)
     shapes: list[Shape] = []
     for i, (name, versions) in enumerate(history.items()):
         y = 26 + row * i
         shapes.append(text(name, left - 26, y + 5, style="label", anchor="end"))
-        for version in versions:
-            x = left + column * (version["version"] - 1)
-            if version["parent"]:
-                shapes += _descent(left + column * (version["parent"] - 1), x, y, version["mode"] or "")
-            shapes.append(_version(version, x, y, is_measured=measured.get(name) == version["version"]))
-            state = _state(version)
+        for entry in versions:
+            x = left + column * (entry.version - 1)
+            if entry.parent:
+                shapes += _descent(left + column * (entry.parent - 1), x, y, entry.mode or "")
+            shapes.append(_version(entry, x, y, is_measured=measured.get(name) == entry.version))
+            state = _state(entry)
             shapes.append(text(state, x, y + 29, style=f"state {state.replace(' ', '-')}", anchor="middle"))
     width, height = left + column * newest, row * len(history)
     return Picture(title="Version lineage", width=width, height=height, style="lineage", shapes=shapes)
 
 
-def _version(version: Mapping[str, Any], x: float, y: float, *, is_measured: bool) -> Shape:
-    tip = f"{version['name']}@{version['version']}, {version['created'][:10]}{', measured here' * is_measured}"
-    style = f"version {_state(version).replace(' ', '-')}{' measured' * is_measured}"
-    number = text(str(version["version"]), x, y + 4, anchor="middle")
+def _version(entry: "LogEntry", x: float, y: float, *, is_measured: bool) -> Shape:
+    tip = f"{entry.name}@{entry.version}, {entry.created[:10]}{', measured here' * is_measured}"
+    style = f"version {_state(entry).replace(' ', '-')}{' measured' * is_measured}"
+    number = text(str(entry.version), x, y + 4, anchor="middle")
     return Shape(tag="g", style=style, title=tip, shapes=(circle(x, y, 13), number))
 
 
@@ -158,12 +159,12 @@ def _descent(start: float, end: float, y: float, mode: str) -> Sequence[Shape]:
     return path(arc, style="descent"), label
 
 
-def _state(version: Mapping[str, Any]) -> str:
-    if version["removed"]:
+def _state(entry: "LogEntry") -> str:
+    if entry.removed:
         return "removed"
-    if version["held_back"] and not version["aliases"]:
+    if entry.held_back and not entry.aliases:
         return "held back"
-    return ", ".join(version["aliases"]) or "older"
+    return ", ".join(entry.aliases) or "older"
 
 
 def _ticks(low: float, high: float) -> list[float]:

@@ -14,6 +14,7 @@ from lorary.cli.report.html import PageSource, content_policy, retention_html
 from lorary.domains.data.example import Example
 from lorary.registry import Registry
 from lorary.registry.compose.drift import Drift
+from lorary.registry.maintenance.log import LogEntry
 from lorary.registry.measure.held_out import HeldOut
 from lorary.registry.measure.report import RetentionReport, RetentionScores
 from lorary.registry.measure.report_details import ReportDetails
@@ -84,15 +85,20 @@ def page_of(store: Path) -> Callable[..., PageSource]:
             explained=(0.3, 0.2),
             gates={name: tuple((0.7, 0.2, 0.1)[: 1 + i % 3] if i else () for i in range(layers)) for name in names},
         )
-        version = {
-            "version": 1,
-            "aliases": ["latest"],
-            "parent": None,
-            "mode": None,
-            "held_back": False,
-            "removed": None,
-        }
-        history = {name: [version | {"name": name, "created": "2026-01-02T03:04:05+00:00"}] for name in names}
+        entry = LogEntry(
+            name="",
+            version=1,
+            aliases=["latest"],
+            parent=None,
+            mode=None,
+            held_back=False,
+            removed=None,
+            bits_per_byte=None,
+            gate=None,
+            created="2026-01-02T03:04:05+00:00",
+            digest="",
+        )
+        history = {name: [replace(entry, name=name)] for name in names}
         report = RetentionReport(scores, left_out=changes.pop("left_out", {}))
         return PageSource(
             report=report,
@@ -206,7 +212,7 @@ def test_one_domain_without_any_gain_is_a_page_too(page_of: Any):
 def test_of_many_domains_only_retrained_ones_have_a_lineage(page_of: Any):
     source = page_of(30)
     first = source.history["domain-007"][0]
-    newer = first | {"version": 2, "parent": 1, "mode": "extend", "aliases": [], "held_back": True}
+    newer = replace(first, version=2, parent=1, mode="extend", aliases=[], held_back=True)
     history = {**source.history, "domain-007": [first, newer]}
 
     page = retention_html(replace(source, history=history))
