@@ -150,9 +150,7 @@ class RegistryHistory(RuleBasedStateMachine):
             evaluation = {} if holds else {"gate": {"holds": False}}
             self.train(name, text, lineage=lineage, evaluation=evaluation, meanwhile=meanwhile)
 
-    def train(
-        self, name: str, text: str, *, first_only: bool = False, meanwhile: bool = False, **changes: Any
-    ) -> None:
+    def train(self, name: str, text: str, *, first_only: bool = False, meanwhile: bool = False, **changes: Any) -> None:
         """Store a version as training does, with the frozen proof."""
         domain = self.model[name]
         before = frozen_digests(self.material.base, self.material.composed, self.store)
