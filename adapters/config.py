@@ -32,6 +32,9 @@ class BankConfig:
     rank_gates: bool = True  # one gate for each rank besides the expert gates
 
     def __post_init__(self) -> None:
+        if isinstance(self.targets, str):
+            raise InputError("targets must be a tuple of names.", fix=f"targets=({self.targets!r},)")
+        _check_integers(self, ("rank",))
         for name in ("rank", "alpha", "experts"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -59,6 +62,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        _check_integers(self, (*_MIN_VALUES, "seed"))
         for name, minimum in _MIN_VALUES.items():
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise InputError(f"{name} must be at least {minimum}, found {getattr(self, name)}.")
@@ -83,6 +87,13 @@ class TrainingConfig:
             return self.steps
         wanted = round(blocks * self.epochs / (self.batch * self.accumulation))
         return min(self.most_steps, max(self.least_steps, wanted))
+
+
+def _check_integers(config: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, int):
+            raise InputError(f"{name} must be an integer, found {value!r}.")
 
 
 def lora_scale(alpha: float, rank: int, method: str) -> float:

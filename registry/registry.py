@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ..adapters.composition import GENERAL, parse_reference
 from ..adapters.config import BankConfig, TrainingConfig
-from ..domains.data.corpus import Data, as_sources
+from ..domains.data.corpus import Data, Source, as_sources
 from ..domains.errors import ConflictError, InputError, IntegrityError
 from ..domains.progress import OnProgress, silent
 from .base.find import POCKET, find_base
@@ -117,7 +117,7 @@ class Registry:
             store,
             registry.base,
             record,
-            data=as_sources(data),
+            data=_sources(data),
             bank=bank or BankConfig(),
             training=training or TrainingConfig(),
             on_progress=on_progress,
@@ -262,6 +262,8 @@ class Registry:
             older_than_s: Keep what was touched within this many seconds.
             dry_run: Report what would be deleted, and delete nothing.
         """
+        if older_than_s < 0:
+            raise InputError(f"older_than_s must be 0 or more, found {older_than_s}.")
         from .store.gc import collect_garbage
 
         return collect_garbage(self.store, grace_s=older_than_s, dry_run=dry_run)
@@ -308,7 +310,7 @@ class Registry:
                 self.base,
                 self.base_record,
                 name,
-                data=as_sources(data),
+                data=_sources(data),
                 bank=bank or BankConfig(),
                 training=training or TrainingConfig(),
                 on_neighbours=on_neighbours,
@@ -348,10 +350,10 @@ class Registry:
         plan = plan_retraining(
             self.store,
             self.show(reference),
-            as_sources(data),
+            _sources(data),
             mode=mode,
             bank=bank,
-            gate_data=as_sources(gate_data),
+            gate_data=_sources(gate_data, "gate_data"),
             tolerance=tolerance,
         )
         from .learn.retrain import retrain
@@ -487,12 +489,12 @@ class Registry:
         composition = self.resolve_composition(composition).composition
         plan, model = self._plan(composition), self.compose(composition)
         return evaluate_composition(
-            self.store, plan, model, self.base, data=as_sources(data), with_questions=questions, on_progress=on_progress
+            self.store, plan, model, self.base, data=_sources(data), with_questions=questions, on_progress=on_progress
         )
 
     def retention(
         self,
-        domains: Sequence[str] = (),
+        domains: str | Sequence[str] = (),
         *,
         questions: bool = True,
         max_bytes: int | None = None,
@@ -509,13 +511,15 @@ class Registry:
             InputError: There is no domain, one is named twice, or held-out text is not on this machine.
             NotFoundError: There is no such domain or version.
         """
+        if max_bytes is not None and max_bytes < 1:
+            raise InputError(f"max_bytes must be at least 1, found {max_bytes}.")
         from .measure.retention import report_retention
 
         return report_retention(
             self.store,
             lambda: self.base,
             self.base_record,
-            domains,
+            [domains] if isinstance(domains, str) else domains,
             machine={"device": self.device, "dtype": self.dtype},
             questions=questions,
             max_bytes=max_bytes,
@@ -618,7 +622,7 @@ class Registry:
         from .interop.import_plan import plan_import
 
         base = None if same_base else self.base_record
-        what = plan_import(self.store, name, str(adapter), as_sources(data), base=base)
+        what = plan_import(self.store, name, str(adapter), _sources(data), base=base)
         from .interop.import_adapter import import_adapter
 
         return import_adapter(self.store, self.base, self.base_record, what, on_progress=on_progress)
@@ -666,3 +670,15 @@ _HEADINGS = ("domain", "version", "role", "experts", "base bits/byte", "routed b
 
 def _decimals(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
+
+
+def _sources(data: Data, name: str = "data") -> Sequence[Source]:
+    """Return the sources of data that a caller gave; None stands for the default data.
+
+    Raises:
+        InputError: It is something empty: training on default data in its place would be silently wrong.
+    """
+    sources = as_sources(data)
+    if data is not None and not sources:
+        raise InputError(f"{name} has no rows.", fix=f"leave {name} out, or give rows or a path")
+    return sources

@@ -1,5 +1,6 @@
 """Generate text with a composed model, and record the slot gates of every token."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -68,6 +69,10 @@ def generate(
     Raises:
         InputError: The prompt has no tokens or is too long, or the tokenizer has no chat template.
     """
+    if max_new_tokens < 1:
+        raise InputError(f"max_new_tokens must be at least 1, found {max_new_tokens}.")
+    if not (math.isfinite(temperature) and temperature >= 0):
+        raise InputError(f"temperature must be 0 or more, found {temperature}.")
     text = _chat_text(tokenizer, prompt) if chat else prompt
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(next(model.parameters()).device)
     length = inputs["input_ids"].shape[1]

@@ -16,6 +16,7 @@ from ..store.files import new_path
 from ..store.manifest import MANIFEST_FILE, PackManifest
 from ..store.store import Store
 
+FORMATS: Final = ("peft", "vllm", "merged", "tar")
 NOT_ROUTED: Final = {  # why a format has constant gates
     "peft": "a PEFT adapter has constant gates",
     "vllm": "vLLM serves one fixed adapter per request, and computes no gates",

@@ -110,6 +110,12 @@ def _check(parent: PackManifest, *, mode: str, has_data: bool, has_bank: bool, t
 def _bank_config(parent: PackManifest, changes: Mapping[str, Any]) -> BankConfig:
     """Return the settings of the parent's newest experts with some changes, for the same target modules."""
     usual, told = asdict(BankConfig()), parent.train.get("bank") or {}
+    if not isinstance(changes, Mapping) or changes.keys() - usual.keys():
+        raise InputError(
+            "bank must name fields of BankConfig.",
+            cause=f"found {changes!r}"[:200],
+            fix=f"for example bank={{'rank': 8}}; the fields are {', '.join(usual)}",
+        )
     saved = usual | {key: told[key] for key in usual.keys() & told.keys()}
     last = parent.experts[-1]
     targets = tuple(sorted({target for expert in parent.experts for target in expert.targets}))

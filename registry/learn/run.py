@@ -61,6 +61,7 @@ from ..store.strict_json import canonical_json
 from .train import train_frozen
 
 TOOL = "lorary"
+ORDER_FILE = "order"  # digest of the training rows in order, while the run is unfinished
 
 
 class TrainingRun:
@@ -200,6 +201,7 @@ class TrainingRun:
         if self.preservation is not None:
             _ = self.others  # refuses domains of another base model before anything is measured
         make_folder(self.folder)
+        self._discard_other_order()
         self._write_record({"state": "running"})
         if self.bank_config is not None:
             self._check_settings(self.bank_config)
@@ -394,6 +396,7 @@ class TrainingRun:
         manifest = self.store.commit(draft, files, first_only=first_only, alias=alias)
         self._write_record({"state": "done", "version": manifest.version})
         discard_checkpoints(self.folder)
+        (self.folder / ORDER_FILE).unlink(missing_ok=True)
         return manifest
 
     def _train_record(self) -> dict[str, Any]:
@@ -413,6 +416,14 @@ class TrainingRun:
     def _lineage(self) -> dict[str, Any] | None:
         manifest = self._preservation_manifest
         return None if manifest is None else {"version": manifest.version, "digest": manifest.digest}
+
+    def _discard_other_order(self) -> None:
+        """Discard checkpoints of the same rows in another order: resuming them would train some rows twice."""
+        digests = b"".join(example.digest() for example in self.data.train)
+        order, path = hashlib.sha256(digests).hexdigest(), self.folder / ORDER_FILE
+        if path.is_file() and path.read_text(encoding="utf-8") != order:
+            discard_checkpoints(self.folder)
+        write_atomic(path, order.encode())
 
     def _write_record(self, state: Mapping[str, Any]) -> None:
         """Record, for this machine only, where the data was read, so that its held-out rows can be found again."""

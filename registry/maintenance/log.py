@@ -29,7 +29,7 @@ def version_log(store: Store, name: str | None = None) -> list[LogEntry]:
     Raises:
         NotFoundError: There is no such domain.
     """
-    names = [name] if name else store.domains(removed=True)
+    names = [name] if name is not None else store.domains(removed=True)
     entries = [entry for each in names for entry in _versions(store, each)]
     return sorted(entries, key=lambda entry: (entry.created, entry.name, entry.version), reverse=True)
 

@@ -109,7 +109,7 @@ def read_domain_data(spec: DomainSpec, data: Sequence[Source]) -> DomainData:
     train, held_out = split(examples, HELD_OUT)
     if not train or not held_out:
         raise InputError(
-            f"The data of {spec.name!r} has {len(examples)} row; at least two different ones are needed.",
+            f"The data of {spec.name!r} has too few different rows: at least two are needed, {len(examples)} given.",
             cause="one part is for training, the other is held out for measurements",
             fix="give more rows, or split a long text into several",
         )

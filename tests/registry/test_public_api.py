@@ -65,6 +65,58 @@ def test_data_of_another_type_is_refused(data: Any, cooking_store: Path, fresh_c
     assert registry.store.domains() == ["cooking", "general"]
 
 
+@pytest.mark.parametrize("data", [[], (), [[]]])
+def test_empty_data_is_not_replaced_by_bundled_text(data: Any, cooking_store: Path, fresh_copy: Any) -> None:
+    registry = fresh_copy(cooking_store)
+
+    for call in (registry.evaluate, registry.add_domain):
+        with pytest.raises(InputError, match="has no rows"):
+            call("medicine" if call == registry.add_domain else "cooking", data=data)
+
+    assert registry.store.domains() == ["cooking", "general"]
+
+
+def test_a_run_with_the_rows_in_another_order_does_not_resume(
+    kp_store: Path, texts: Any, short_run: Any, tmp_path: Path
+) -> None:
+    rows = [json.loads(line) for line in texts["cooking"].read_text(encoding="utf-8").splitlines()]
+    clean, other = (Registry.open(_copied(kp_store, tmp_path / name)) for name in ("clean", "other"))
+    expected = clean.add_domain("cooking", data=rows[::-1], **short_run()).manifest.digest
+
+    def stop(progress: Any) -> None:
+        if progress.stage.startswith("training") and progress.done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        other.add_domain("cooking", data=rows, on_progress=stop, **short_run())
+    added = other.add_domain("cooking", data=rows[::-1], **short_run())
+
+    assert added.resumed_from == 0
+    assert added.manifest.digest == expected
+
+
+def test_values_that_cannot_be_meant_are_refused(whole: Registry, tmp_path: Path) -> None:
+    model: Any = None
+    calls: list[Any] = [
+        lambda: whole.export("cooking", tmp_path / "out", to="gguf"),  # type: ignore[arg-type]
+        lambda: whole.generate(model, "text", max_new_tokens=0),
+        lambda: whole.generate(model, "text", temperature=-1.0),
+        lambda: whole.retention(max_bytes=0),
+        lambda: whole.gc(older_than_s=-1.0, dry_run=True),
+        lambda: lorary.BankConfig(rank=1.5),  # type: ignore[arg-type]
+        lambda: lorary.BankConfig(targets="q_proj"),  # type: ignore[arg-type]
+        lambda: lorary.TrainingConfig(steps=1.5),  # type: ignore[arg-type]
+        lambda: whole.retrain("cooking", data="rows.jsonl", bank={"rnk": 3}),
+    ]
+
+    for call in calls:
+        with pytest.raises(InputError):
+            call()
+    with pytest.raises((NotFoundError, InputError)):
+        whole.log("")
+    assert not (tmp_path / "out").exists()
+
+
 def test_list_and_show_return_manifests(whole: Registry) -> None:
     assert [manifest.name for manifest in whole.list()] == ["general", "cooking", "sailing"]
     assert whole.show("cooking@latest") == whole.list()[1]
