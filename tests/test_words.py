@@ -44,7 +44,6 @@ NOT_YET_CLEAN: set[str] = {
     "adapters/router",
     "docs/layer.md",
     "registry/pack",
-    "registry/store",
 }
 
 

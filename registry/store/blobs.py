@@ -2,7 +2,7 @@
 
     <store>/blobs/sha256/ab/ab12...
 
-The same bytes are kept once, however many packs name them. Whoever gets a blob gets bytes that were verified.
+Identical bytes are stored once, however many packs reference them. Every read is verified against the digest.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def sha256_of_file(path: str | Path) -> str:
 
 
 def is_digest(text: str) -> bool:
-    """Whether the text is written as a digest: in lower case, in full, with nothing around it."""
+    """Return whether the text is exactly a digest: `sha256:` and 64 lower-case hexadecimal digits."""
     return _DIGEST.fullmatch(text) is not None
 
 
@@ -41,13 +41,13 @@ def hex_of(digest: str) -> str:
     """Return the 64 hexadecimal digits of a digest.
 
     Raises:
-        IntegrityError: It is not a digest.
+        IntegrityError: The text is not a digest.
     """
     if not is_digest(digest):
         raise IntegrityError(
             f"{digest!r} is not a digest.",
             cause="Expected 'sha256:' and 64 hexadecimal digits in lower case.",
-            fix="Restore the file that names it from a backup",
+            fix="Restore the file that contains it from a backup",
         )
     return digest.removeprefix(PREFIX)
 
@@ -59,12 +59,12 @@ class BlobStore:
         self.folder = root / "blobs" / "sha256"
 
     def path(self, digest: str) -> Path:
-        """Where the blob of this digest is, or would be."""
+        """Return the path of the blob with this digest; it need not exist."""
         name = hex_of(digest)
         return self.folder / name[:2] / name
 
     def put(self, data: bytes) -> str:
-        """Keep the bytes and return their digest; a damaged blob of that digest is replaced.
+        """Store the bytes and return their digest; a damaged blob with that digest is replaced.
 
         Raises:
             StorageFullError: No space is left.
@@ -77,10 +77,10 @@ class BlobStore:
         return digest
 
     def get(self, digest: str) -> bytes:
-        """Return the bytes; the digest is checked on the very bytes that are returned.
+        """Return the bytes of a blob after checking their digest.
 
         Raises:
-            IntegrityError: The blob is missing or its bytes are others.
+            IntegrityError: The blob is missing or damaged.
         """
         path = self.path(digest)
         try:
@@ -93,14 +93,14 @@ class BlobStore:
         return data
 
     def holds(self, digest: str, *, size: int) -> bool:
-        """Whether the blob is there and whole; gc leaves it for the coming commit."""
+        """Return whether the blob exists and is intact; renew its mtime so that gc keeps it for the next commit."""
         return _keep(self.path(digest), digest=digest, size=size)
 
     def check(self, digest: str) -> None:
-        """Verify a blob as `get` does, without holding it in memory.
+        """Verify a blob as `get` does, without loading it into memory.
 
         Raises:
-            IntegrityError: The blob is missing or its bytes are others.
+            IntegrityError: The blob is missing or damaged.
         """
         path = self.path(digest)
         try:
@@ -111,17 +111,17 @@ class BlobStore:
             raise _damaged(path, digest, found=f"{found} in {self.size(digest)} bytes")
 
     def renew(self, digest: str) -> bool:
-        """Whether the blob is there; its time is renewed, so that gc leaves it for what comes next."""
+        """Renew the mtime of a blob so that gc keeps it; return whether the blob exists."""
         try:
             touch(self.path(digest))
         except FileNotFoundError:
             return False
-        except PermissionError:  # a colleague's
+        except PermissionError:  # owned by another user
             return digest in self
         return True
 
     def size(self, digest: str) -> int:
-        """Return the number of bytes on disk.
+        """Return the size of a blob on disk, in bytes.
 
         Raises:
             IntegrityError: The blob is missing.
@@ -136,7 +136,7 @@ class BlobStore:
         return self.path(digest).is_file()
 
     def all(self) -> Iterator[str]:
-        """Yield the digest of every blob, in order; other files are passed over."""
+        """Yield the digest of every blob, sorted; other files are skipped."""
         if not self.folder.is_dir():
             return
         for folder in sorted(os.listdir(self.folder)):
@@ -147,11 +147,11 @@ class BlobStore:
 
 
 def _keep(path: Path, *, digest: str, size: int) -> bool:
-    """Whether the blob is there and whole; its time is renewed first, so that gc leaves it for the coming commit."""
+    """Return whether the blob exists and is intact; renew its mtime first so that gc keeps it for the next commit."""
     try:
         touch(path)
         return path.stat().st_size == size and sha256_of_file(path) == digest
-    except (FileNotFoundError, PermissionError):  # a colleague's blob cannot be touched; a copy of ours can replace it
+    except (FileNotFoundError, PermissionError):  # another user's blob cannot be touched, only replaced
         return False
 
 

@@ -1,8 +1,8 @@
-"""The only module that writes to disk: a file is there completely or not at all, also after a power cut.
+"""Atomic, durable file operations: a file is written completely or not at all, even across a power cut.
 
-Bytes go to a temporary name in the same folder, are flushed to the device, and then get their final name in one step:
-by rename (replaces what was there) or by link (fails if something is there). The folder is flushed before a function
-returns, so what it wrote survives. A crash leaves at most a file named `.tmp-...`, which readers ignore.
+All writes to the store go through this module. Bytes are written to a temporary file in the same folder, flushed with
+fsync, and then renamed (replaces an existing file) or hard-linked (fails if the file exists). The folder is flushed
+before a function returns, so the write is durable. A crash leaves at most a `.tmp-...` file, which readers ignore.
 """
 
 import errno
@@ -24,7 +24,7 @@ _NO_HARD_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS}
 
 
 def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Write a file, replacing the one that may be there; readers see the old bytes or the new ones.
+    """Write a file atomically, replacing an existing one; readers see either the old bytes or the new ones.
 
     Raises:
         StorageFullError: No space is left; nothing has changed.
@@ -35,10 +35,10 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 
 def write_once(path: Path, data: bytes, *, mode: int = 0o644) -> None:
-    """Write a file unless it is there already; of many writers exactly one succeeds.
+    """Write a file atomically unless it exists; of several concurrent writers exactly one succeeds.
 
     Raises:
-        FileExistsError: It is there; it stays as it is.
+        FileExistsError: The file exists; it is left unchanged.
         StorageFullError: No space is left.
     """
     with _explained(path), _temporary_file(path.parent, data, mode) as temporary:
@@ -47,20 +47,20 @@ def write_once(path: Path, data: bytes, *, mode: int = 0o644) -> None:
 
 
 def delete(path: Path) -> None:
-    """Delete a file, so that it stays deleted after a power cut; nothing is said of a file that is not there."""
+    """Delete a file durably; a missing file is not an error."""
     with _explained(path), suppress(FileNotFoundError):
         os.unlink(path)
         fsync_folder(path.parent)
 
 
 def delete_tree(path: Path) -> None:
-    """Delete a folder with everything in it; what is gone already is no error."""
+    """Delete a folder and everything in it; a missing folder is not an error."""
     with _explained(path), suppress(FileNotFoundError):
         shutil.rmtree(path)
 
 
 def move(path: Path, target: Path) -> None:
-    """Give a file another name on the same disk, replacing the one that may be there.
+    """Rename a file on the same disk, replacing an existing one.
 
     After a power cut it may have either name.
     """
@@ -69,7 +69,7 @@ def move(path: Path, target: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder and its missing parents, and flush its name, whoever made it."""
+    """Create a folder and its missing parents, and flush its directory entry even if it existed."""
     with _explained(path):
         if not path.is_dir():
             make_folder(path.parent)
@@ -78,24 +78,24 @@ def make_folder(path: Path) -> None:
 
 
 def touch(path: Path) -> None:
-    """Set a file's time to now, which restarts the grace period before unreachable blobs are deleted.
+    """Set a file's mtime to now, which restarts the grace period before unreachable blobs are deleted.
 
     Raises:
-        FileNotFoundError, PermissionError: It is not there, or somebody else's; the caller knows what that means.
+        FileNotFoundError, PermissionError: The file is missing or owned by another user; the caller handles both.
     """
     with _explained(path, but=PermissionError):
         os.utime(path)
 
 
 def fsync_folder(path: Path) -> None:
-    """Flush a folder's names to the device, so that a rename or link in it survives a power cut."""
-    if os.name == "nt":  # cannot open folders; NTFS journals names itself
+    """Flush a folder's directory entries to disk, so that a rename or link in it survives a power cut."""
+    if os.name == "nt":  # folders cannot be opened; NTFS journals directory entries itself
         return
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # some network file systems flush names by themselves and refuse this
+        if error.errno != errno.EINVAL:  # some network file systems flush directory entries themselves and refuse this
             raise
     finally:
         os.close(descriptor)
@@ -103,10 +103,12 @@ def fsync_folder(path: Path) -> None:
 
 @contextmanager
 def new_path(path: Path) -> Iterator[Path]:
-    """A temporary name for a new file or folder, which gets its own name when all is written and flushed, or never.
+    """Yield a temporary path for a new file or folder; on success flush it and rename it to `path`.
+
+    On an error the temporary file or folder is deleted.
 
     Raises:
-        ConflictError: There is something at the path, before or meanwhile.
+        ConflictError: `path` exists, or is created by another process meanwhile.
         StorageFullError: No space is left; nothing has changed.
     """
     if os.path.lexists(path):
@@ -128,7 +130,7 @@ def new_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def folder_lock(path: Path) -> Iterator[None]:
-    """Keep other writers of one folder waiting, where the file system has locks; elsewhere do nothing."""
+    """Hold an exclusive lock on a folder; do nothing where the file system has no locks."""
     try:
         import fcntl
     except ImportError:  # Windows
@@ -146,7 +148,7 @@ def folder_lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _temporary_file(folder: Path, data: bytes, mode: int) -> Iterator[Path]:
-    """A flushed file under a name of its own; that name is gone afterwards, whatever happens."""
+    """Yield a flushed temporary file with these bytes; it is always deleted afterwards."""
     temporary = folder / f"{TEMPORARY_PREFIX}{os.urandom(8).hex()}"
     try:
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
@@ -171,14 +173,14 @@ def _link(temporary: Path, path: Path) -> None:
     try:
         os.link(temporary, path)
     except FileExistsError:
-        # NFS may lose the answer to a link that worked, ask again, and be told that the name exists
+        # NFS may lose the reply to a successful link, retry it, and get "file exists"
         if os.stat(temporary).st_nlink < 2:
             raise
     except OSError as error:
         if error.errno in _NO_HARD_LINKS:
             raise LoraryError(
                 f"Cannot write {path}.",
-                cause="This file system has no hard links, which make two writers safe from each other.",
+                cause="This file system does not support hard links, which concurrent writers need.",
                 fix="Keep the store on another disk: registry init --store PATH",
             ) from error
         raise
@@ -186,7 +188,7 @@ def _link(temporary: Path, path: Path) -> None:
 
 @contextmanager
 def _explained(path: Path, *, but: type[OSError] = FileExistsError) -> Iterator[None]:
-    """Turn what a person can repair, a full, protected or failing disk, into an error that says so, all but `but`."""
+    """Turn errors of a full, protected or failing disk into a `LoraryError` with a fix; `but` passes through."""
     try:
         yield
     except but:
@@ -199,8 +201,8 @@ def _explained(path: Path, *, but: type[OSError] = FileExistsError) -> Iterator[
                 fix="Free some space on that disk, for example: registry gc",
             ) from error
         fixes = dict.fromkeys(
-            _FORBIDDEN, f"Get the right to write there, or choose another store: ls -ld {path.parent}"
-        ) | dict.fromkeys(_FAILED, "Repeat the command; if it fails again, look at the disk: registry doctor")
+            _FORBIDDEN, f"Check the write permission, or choose another store: ls -ld {path.parent}"
+        ) | dict.fromkeys(_FAILED, "Repeat the command; if it fails again, check the disk: registry doctor")
         if error.errno in fixes:
             raise LoraryError(
                 f"Cannot write {path}.", cause=os.strerror(error.errno), fix=fixes[error.errno]
@@ -242,5 +244,5 @@ def _fsync_file(path: Path) -> None:
 
 def _taken(path: Path) -> ConflictError:
     return ConflictError(
-        f"{path} is there already.", cause="nothing is ever written over it", fix="name another place: --out PATH"
+        f"{path} is there already.", cause="existing files are not overwritten", fix="choose another path: --out PATH"
     )

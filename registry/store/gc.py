@@ -1,12 +1,12 @@
-"""gc: deletes what nothing needs any more, and never what a writer is about to need.
+"""Garbage collection: delete unreferenced blobs, stale temporary files and finished checkpoints.
 
-A blob is needed while a manifest names it, also that of a version removed less than the grace period ago. A writer puts
-its blobs first and links its manifest last, so a blob that nothing names yet may be needed in a moment: only blobs
-untouched for longer than the grace period go. Writers touch a blob that they find in place (`BlobStore.put`). So that
-none falls between a look and a deletion, blobs are first moved aside; then all manifests are read again, and a blob
-that is named by now, or was touched before it was moved, is moved back.
+A blob is needed while a manifest references it, including the manifest of a version removed less than the grace period
+ago. A writer stores its blobs first and links its manifest last, so an unreferenced blob may be about to be referenced:
+only blobs untouched for longer than the grace period are deleted. Writers touch a blob that already exists
+(`BlobStore.put`). To avoid a race between check and deletion, blobs are first moved to quarantine; then all manifests
+are read again, and a blob that is referenced by now, or was touched before it was moved, is moved back.
 
-Deleting needs no space. Where making the folder for what is moved aside does, the ballast gives it.
+Deleting needs no disk space. Creating the quarantine folder may; on a full disk the ballast is deleted for it.
 """
 
 import os
@@ -30,21 +30,21 @@ QUARANTINE: Final = "quarantine"  # beside blobs/sha256
 
 @dataclass(frozen=True, kw_only=True)
 class Collected:
-    """What was deleted, or would be."""
+    """Result of a garbage collection, or of a dry run."""
 
     blobs: tuple[str, ...]  # digests
-    temporary: tuple[Path, ...]  # files that a crash left behind
+    temporary: tuple[Path, ...]  # files left behind by a crash
     checkpoints: tuple[Path, ...]  # folders of runs whose version is stored
-    bytes: int  # of all of them
-    young: int  # blobs that nothing names, spared because of their age
+    bytes: int  # total size
+    young: int  # unreferenced blobs still within the grace period
     is_dry: bool
 
 
 def collect_garbage(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Collected:
-    """Delete what nothing needs and nobody has touched for the grace period.
+    """Delete unreferenced files that have not been touched for the grace period.
 
     Raises:
-        IntegrityError: A manifest cannot be read, so what it needs is not known; nothing is deleted.
+        IntegrityError: A manifest cannot be read, so its blobs are unknown; nothing is deleted.
     """
     oldest = time.time() - grace_s
     needed = needed_blobs(store, since=oldest)
@@ -72,7 +72,7 @@ def collect_garbage(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = F
 
 
 def needed_blobs(store: Store, *, since: float) -> set[str]:
-    """Digests that a version names which is not removed, or was removed after `since`.
+    """Return the digests referenced by versions that are not removed, or were removed after `since`.
 
     Raises:
         IntegrityError: A manifest cannot be read.
@@ -87,9 +87,9 @@ def needed_blobs(store: Store, *, since: float) -> set[str]:
 
 
 def _delete_blobs(store: Store, old: dict[str, Path], *, since: float) -> dict[str, Path]:
-    """Moves aside, looks again, deletes; what a gc before this one left aside is settled too."""
+    """Quarantine blobs, check references again, then delete; also clear what an interrupted gc left in quarantine."""
     aside = _quarantine(store)
-    with folder_lock(aside):  # for two gcs not to do the same work; neither depends on it
+    with folder_lock(aside):  # saves concurrent gcs from duplicate work; correctness does not depend on it
         for digest, path in old.items():
             with suppress(FileNotFoundError):  # another gc was faster
                 move(path, aside / digest.removeprefix(PREFIX))
@@ -106,7 +106,7 @@ def _delete_blobs(store: Store, old: dict[str, Path], *, since: float) -> dict[s
 
 
 def _put_back(store: Store, digest: str, path: Path) -> None:
-    """A writer may have written the blob again; then that one stays."""
+    """Move a blob back from quarantine, unless a writer has stored it again."""
     if digest in store.blobs:
         delete(path)
     else:
@@ -130,9 +130,9 @@ def _temporary_files(store: Store) -> Iterator[Path]:
 
 
 def _finished_checkpoints(store: Store) -> Iterator[Path]:
-    """Yield checkpoints of runs whose version is stored; run.json stays, it names the domain's text.
+    """Yield checkpoints of runs whose version is stored; run.json stays, it references the domain's text.
 
-    A removed version does not count: the same command, repeated, trains in the same folder.
+    A removed version does not count: repeating its command trains in the same folder.
     """
     finished = {
         manifest.train.get("run")
@@ -154,7 +154,7 @@ def _is_done(run: Path) -> bool:
 
 
 def _seconds(moment: str, *, unknown: float) -> float:
-    """Since 1970; a time that cannot be read is no reason to delete anything."""
+    """Return a time as seconds since 1970; `unknown` if it cannot be parsed, so that nothing is deleted."""
     try:
         return datetime.fromisoformat(moment).timestamp()
     except ValueError:

@@ -1,11 +1,11 @@
-"""Which stored files were hashed and have not been written to since, so that they need not be hashed again.
+"""Cache of verified blobs, so that files unchanged since their last check are not hashed again.
 
-    <store>/cache/verified.json      digest of a blob -> the state of its file when its bytes had that digest
+    <store>/cache/verified.json      digest of a blob -> state of its file when it was verified
 
-The state is inode, size, time of modification and time of change; the last is set by the file system at every write and
-cannot be set by hand. Times are coarse: a file that was written shortly before the cache is not believed, because a
-second write right after the first would look the same (as git does with its index). A file that is not believed is
-hashed. What this cannot see is a disk that gives other bytes than were written; `Store.verify` hashes them all.
+The state is inode, size, mtime and ctime; the file system updates ctime at every write, and users cannot set it.
+Timestamps are coarse, so an entry whose file changed shortly before the cache was written is ignored: a second write
+right after the first would look the same (git handles its index likewise). Files without a valid entry are hashed. The
+cache does not detect silent corruption by the disk; `Store.verify` hashes every file.
 """
 
 import json
@@ -20,16 +20,16 @@ from .store import Store
 from .strict_json import canonical_json
 
 CACHE_FILE: Final = "verified.json"
-COARSEST_NS: Final = 2_000_000_000  # of all file systems that are in use: FAT counts in two seconds
+COARSEST_NS: Final = 2_000_000_000  # coarsest timestamp resolution in use: FAT has two seconds
 
 
 def check_files(store: Store, manifests: Iterable[PackManifest]) -> int:
-    """Make sure that every file of these packs has the bytes that its manifest names; return how many were hashed.
+    """Verify every file of these packs against its manifest, and return how many files were hashed.
 
     Removed versions are left out: gc may have deleted their files, and no composition uses them.
 
     Raises:
-        IntegrityError: Some are damaged; names each of them.
+        IntegrityError: Files are damaged; the message names each of them.
     """
     believed = _believed(store)
     seen: dict[str, str] = {}
@@ -42,7 +42,7 @@ def check_files(store: Store, manifests: Iterable[PackManifest]) -> int:
             try:
                 store.verify(manifest)
             except IntegrityError:
-                if _is_removed(store, manifest):  # just now, and a gc without grace period followed
+                if _is_removed(store, manifest):  # removed just now, and collected by a gc without grace period
                     continue
                 raise
             hashed += len(states)
@@ -59,13 +59,13 @@ def _is_removed(store: Store, manifest: PackManifest) -> bool:
 def _state(store: Store, digest: str) -> str | None:
     try:
         status = store.blobs.path(digest).stat()
-    except OSError:  # verifying it says what is wrong
+    except OSError:  # the verification reports the problem
         return None
     return f"{status.st_ino} {status.st_size} {status.st_mtime_ns} {status.st_ctime_ns}"
 
 
 def _believed(store: Store) -> Mapping[str, str]:
-    """The states in the cache that are clearly older than the cache itself."""
+    """Return the cached states whose ctime is clearly older than the cache file."""
     path = store.cache / CACHE_FILE
     try:
         newest = path.stat().st_mtime_ns - COARSEST_NS
@@ -76,6 +76,6 @@ def _believed(store: Store) -> Mapping[str, str]:
 
 
 def _remember(store: Store, states: dict[str, str]) -> None:
-    """The state was read before the file was hashed, so a write in between is noticed the next time."""
+    """Write the cache; states were read before hashing, so a write in between is detected next time."""
     if os.access(store.cache, os.W_OK):
         write_atomic(store.cache / CACHE_FILE, canonical_json(states))

@@ -1,7 +1,7 @@
-"""The manifest of a pack: which files it has, what is in them, how they came to be, and which base model they need.
+"""Manifest of a pack: its files, experts, lineage, training record and base model.
 
-A pack is one version of one domain. Its manifest is the only file that names others, by path, size and digest, so
-whoever trusts the manifest can check all the rest. Round trip, for every manifest:
+A pack is one version of one domain. Its manifest lists every other file by path, size and digest, so a trusted manifest
+is enough to verify the whole pack. Round trip, for every manifest:
 
     PackManifest.from_json(manifest.to_json(), source="...") == manifest
 """
@@ -35,7 +35,7 @@ MANIFEST_FILE: Final = "lorary.json"  # the manifest's own name in a pack folder
 ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # at the root, and of an expert
 ROUTER_TENSORS, ROUTER_CONFIG = "router/router.safetensors", "router/router.json"
 ROLES: Final = ("domain", "preservation")
-DRIFT_EPSILON: Final = 0.05  # of an older domain's gates: a newcomer that takes more is pointed out
+DRIFT_EPSILON: Final = 0.05  # largest routing weight a new domain may take from an older one without a warning
 METHODS: Final = ("lora", "rslora")
 MAX_PATH: Final = 255  # characters
 
@@ -60,11 +60,11 @@ class PackFile:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseRecord:
-    """The base model that the experts of a pack belong to; all other weights are refused."""
+    """Base model that the experts of a pack were trained on; other weights are refused."""
 
     id: str  # Hub id, or the name of a built-in model
     revision: str | None  # Hub commit; None for a model from a folder
-    architecture: str  # class of the model, such as LlamaForCausalLM
+    architecture: str  # model class, such as LlamaForCausalLM
     weights: str  # digest
     tokenizer: str  # digest
     chat_template: str | None  # digest; None where the tokenizer has no template
@@ -104,11 +104,11 @@ class ExpertRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class PackManifest:
-    """What a pack is. Version 0 and no files mark a draft; committing it to a store gives it both.
+    """Manifest of a pack; a draft has version 0 and no files until it is committed to a store.
 
     Raises:
         InputError: The name breaks the grammar of domain names.
-        ValueError: Another value is out of its range; names the key.
+        ValueError: Another value is out of range; the message names the key.
     """
 
     name: str
@@ -143,8 +143,8 @@ class PackManifest:
         """Read a manifest; `source` names it in errors.
 
         Raises:
-            IncompatibleError: Its schema has another major number.
-            IntegrityError: It is not valid JSON, or a key is missing, unknown or wrong.
+            IncompatibleError: Its schema has a different major version.
+            IntegrityError: It is not valid JSON, or a key is missing, unknown or invalid.
         """
         value = parse_json(data, source=source)
         schema = value.get("schema") if isinstance(value, dict) else None
@@ -155,7 +155,7 @@ class PackManifest:
         """Return the manifest as canonical JSON.
 
         Raises:
-            ValueError: A value has no form in JSON, or the whole is larger than what `from_json` reads.
+            ValueError: A value cannot be represented in JSON, or the manifest is larger than `from_json` accepts.
         """
         data = canonical_json(record_to_json(self))
         _require(len(data) <= MAX_BYTES, "files", f"a manifest of {len(data)} bytes; at most {MAX_BYTES} are read")
@@ -163,9 +163,9 @@ class PackManifest:
 
     @property
     def digest(self) -> str:
-        """Digest of the content: equal for the same data, seed and settings, whenever, where and as whatever version.
+        """Digest of the content: equal for equal data, seed and settings, independent of time, machine and version.
 
-        The proof is left out: it speaks of whatever else was stored when the pack was made.
+        The proof is left out: it depends on the other packs stored when the pack was made.
         """
         content = record_to_json(self)
         for key in ("created", "proof", "tool", "version"):
@@ -175,21 +175,21 @@ class PackManifest:
 
     @property
     def made_with(self) -> str:
-        """The programs that made it, with their versions: `lorary 0.1.0, torch 2.9.0, ...`."""
+        """Programs that made the pack, with their versions: `lorary 0.1.0, torch 2.9.0, ...`."""
         tool = dict(self.tool)
         named = {str(tool.pop("name", "lorary")): tool.pop("version", "?")}
         return ", ".join(f"{name} {version}" for name, version in {**named, **tool}.items())
 
     @property
     def parent(self) -> int | None:
-        """The version that this one was retrained from; None for one that began anew."""
+        """Version that this one was retrained from; None if it was trained from scratch."""
         parent = self.lineage.get("parent")
         version = parent.get("version") if isinstance(parent, dict) else None
         return version if type(version) is int else None
 
     @property
     def is_held_back(self) -> bool:
-        """Whether it did worse on its parent's held-out text than it may, so that `latest` does not move to it."""
+        """Whether the version failed its acceptance check against its parent, so that `latest` does not move to it."""
         gate = self.evaluation.get("gate")
         return isinstance(gate, dict) and gate.get("holds") is False
 
@@ -210,15 +210,15 @@ class PackManifest:
 
 
 def check_path(path: str) -> str:
-    """Return the path of a pack file as it came.
+    """Return `path` unchanged if it is a valid path of a pack file.
 
     Raises:
-        ValueError: It is absolute, leads out of the pack, is too long, uses other signs than A-Z a-z 0-9 . _ - and /,
-            or means something else on Windows.
+        ValueError: It is absolute, leaves the pack, is too long, has characters other than A-Z a-z 0-9 . _ - and /,
+            or has a different meaning on Windows.
     """
     parts = path.split("/")
     is_plain = all(
-        # Windows drops a trailing point, and opens a device by its name whatever the ending
+        # Windows drops a trailing dot, and treats device names as devices whatever the suffix
         _PATH_PART.fullmatch(part) and part.rstrip(".") == part and part.partition(".")[0].lower() not in WINDOWS_NAMES
         for part in parts
     )
@@ -227,7 +227,7 @@ def check_path(path: str) -> str:
 
 
 def _check_paths(paths: list[str]) -> None:
-    """Every file must fit into one folder, also on a disk that ignores case."""
+    """Raise ValueError if paths clash, also on a case-insensitive file system."""
     folded = [path.lower() for path in paths]
     folders = {str(parent) for path in folded for parent in PurePosixPath(path).parents}
     clashes = _repeated(folded) | folders.intersection(folded) | {MANIFEST_FILE}.intersection(folded)
@@ -235,14 +235,14 @@ def _check_paths(paths: list[str]) -> None:
 
 
 def _check_generations(generations: list[int]) -> None:
-    """Experts stand in the order in which they were added, because ranks do."""
+    """Raise ValueError unless experts are in the order in which they were added, as their ranks are."""
     in_order = sorted(generations)
     has_gap = set(in_order) != set(range(len(set(in_order))))
     _require(generations == in_order and not has_gap, "generation", generations)
 
 
 def _check_extra(manifest: PackManifest) -> None:
-    """Only a newer minor schema has keys that we do not know, and they are not ours."""
+    """Raise ValueError if there are extra keys, unless the schema is a newer minor version and none clashes."""
     is_newer = minor_of(manifest.schema, known=SCHEMA, source=f"The manifest of {manifest.name}") > 0
     for record in (manifest, manifest.base, *manifest.files, *manifest.experts):
         clashes = set(field_names(type(record))).intersection(record.extra)
@@ -261,10 +261,10 @@ def _require(holds: bool, key: str, value: object) -> None:
 
 
 def check_same_base(*, wanted: BaseRecord, found: BaseRecord, what: str) -> None:
-    """Refuses experts of another base model.
+    """Raise IncompatibleError if experts belong to another base model.
 
     Raises:
-        IncompatibleError: Architecture, weights or tokenizer differ; names the first that does, with both values.
+        IncompatibleError: Architecture, weights, tokenizer or chat template differ; the message has both values.
     """
     for part in ("architecture", "weights", "tokenizer", "chat_template"):
         expected, actual = getattr(wanted, part), getattr(found, part)

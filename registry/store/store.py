@@ -1,15 +1,15 @@
-"""A store: the folder that holds every version of every domain, as plain files.
+"""Store: a folder with every version of every domain, as plain files.
 
-    <store>/store.json                      written last by `create`: where it is, the store is complete
+    <store>/store.json                      written last by `create`: marks the store as complete
     <store>/blobs/sha256/ab/ab12...         the files of all packs, named by digest
-    <store>/domains/<name>/<n>.json         the manifest of version n, never changed
+    <store>/domains/<name>/<n>.json         the manifest of version n, immutable
     <store>/domains/<name>/removed/<n>      a tombstone, while version n is removed
-    <store>/domains/<name>/aliases/<alias>  one line: the version it means
+    <store>/domains/<name>/aliases/<alias>  one line: the version it points to
     <store>/runs/  <store>/cache/           training runs; derived, disposable files
-    <store>/ballast                         deleted by gc to get a full disk going again
+    <store>/ballast                         reserved space, freed to recover from a full disk
 
-A version exists from the moment its manifest is linked to `<n>.json`, after everything it names is safely on disk. That
-one step cannot be seen half done; of two writers one gets the number and the other the next. Readers take no lock.
+A version is committed when its manifest is linked to `<n>.json`, after every file it references is on disk. The link is
+atomic; of two concurrent writers one gets the number and the other the next one. Readers take no lock.
 """
 
 import copy
@@ -38,7 +38,7 @@ BALLAST_SIZE: Final = 64 << 10  # bytes
 
 
 def locate_store(explicit: str | Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
-    """Where the store is, or would be: as asked, $LORARY_STORE, the nearest `.lorary` above, the user's own."""
+    """Return the store path: `explicit`, $LORARY_STORE, the nearest `.lorary` at or above `cwd`, or the default."""
     asked = explicit or environ.get("LORARY_STORE")
     if asked:
         return cwd / Path(asked).expanduser()
@@ -46,14 +46,14 @@ def locate_store(explicit: str | Path | None, environ: Mapping[str, str], cwd: P
         if (folder / ".lorary").is_dir():
             return folder / ".lorary"
     data_home = Path(environ.get("XDG_DATA_HOME", ""))
-    if not data_home.is_absolute():  # the XDG specification says to ignore it then
+    if not data_home.is_absolute():  # the XDG specification requires to ignore relative paths
         data_home = Path(environ.get("HOME") or Path.home()) / ".local" / "share"
     return data_home / "lorary"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StoreRecord:
-    """What store.json says."""
+    """Contents of store.json."""
 
     id: str  # random, so that a moved or copied store is recognised
     created: str  # time, ISO 8601 in UTC
@@ -63,7 +63,7 @@ class StoreRecord:
 
 
 class Store:
-    """An open store; made by `create` or `open`."""
+    """Open store; use `create` or `open` to get one."""
 
     def __init__(self, path: Path, record: StoreRecord):
         self.path = path
@@ -72,17 +72,17 @@ class Store:
 
     @classmethod
     def create(cls, path: str | Path, settings: JsonObject) -> "Store":
-        """Make a store in a folder, which may be there already.
+        """Create a store in a folder, which may exist.
 
         Raises:
-            ConflictError: There is a store in it, or a file in its place.
+            ConflictError: The folder contains a store, or the path is a file.
         """
         root = Path(path).absolute()
         if (root / STORE_FILE).exists() or (root.exists() and not root.is_dir()):
             raise _taken_folder(root)
         for folder in ("", "blobs/sha256", "domains", "runs", "cache"):
             make_folder(root / folder)
-        # random, because some file systems store zeros in no space
+        # random, because some file systems allocate no space for zeros
         write_atomic(root / BALLAST, os.urandom(BALLAST_SIZE))
         record = StoreRecord(id=os.urandom(16).hex(), created=_now(), settings=copy.deepcopy(settings))
         try:
@@ -96,7 +96,7 @@ class Store:
         """Open the store in a folder.
 
         Raises:
-            NotFoundError: There is none.
+            NotFoundError: The folder contains no store.
             IncompatibleError: A newer program made it.
         """
         root = Path(path).absolute()
@@ -111,7 +111,7 @@ class Store:
 
     @property
     def settings(self) -> JsonObject:
-        """What `create` was given; changing it changes nothing on disk."""
+        """Copy of the settings passed to `create`."""
         return copy.deepcopy(self.record.settings)
 
     @property
@@ -125,33 +125,33 @@ class Store:
         return self.path / "cache"
 
     def drop_ballast(self) -> None:
-        """Give back the space that was kept for a full disk."""
+        """Delete the ballast, to free its space on a full disk."""
         delete(self.path / BALLAST)
 
     def fill_ballast(self) -> None:
-        """Keep some space for a full disk again, if there is any."""
+        """Write the ballast again if it is missing and there is space."""
         if not (self.path / BALLAST).exists():
             with suppress(StorageFullError):
                 write_atomic(self.path / BALLAST, os.urandom(BALLAST_SIZE))
 
     def domains(self, *, removed: bool = False) -> list[str]:
-        """Names that have a version, sorted; with `removed` also those that had one."""
+        """Return the domains that have a version, sorted; with `removed`, also those with only removed versions."""
         names = sorted(name for name in os.listdir(self.path / "domains") if is_name(name))
         return [name for name in names if self.versions(name) or (removed and self.removed(name))]
 
     def versions(self, name: str) -> list[int]:
-        """Versions of a domain that are not removed, ascending; none for an unknown domain."""
+        """Return the versions of a domain that are not removed, ascending; empty for an unknown domain."""
         return DomainFolder(self.path, name).versions()
 
     def removed(self, name: str) -> dict[int, str]:
-        """Removed versions of a domain, ascending, and the time since which each is; their files are kept."""
+        """Return the removed versions of a domain, ascending, and when each was removed."""
         return DomainFolder(self.path, name).removed()
 
     def history(self, name: str) -> list[PackManifest]:
-        """The manifests of all versions, removed ones too, ascending.
+        """Return the manifests of all versions, including removed ones, ascending.
 
         Raises:
-            NotFoundError: There is and was no such domain.
+            NotFoundError: The domain never had a version.
         """
         numbers = DomainFolder(self.path, name).numbers()
         if not numbers:
@@ -159,11 +159,11 @@ class Store:
         return [self._read(name, number) for number in numbers]
 
     def aliases(self, name: str) -> dict[str, int]:
-        """Aliases of a domain and the version that each means."""
+        """Return the aliases of a domain and the version that each points to."""
         return DomainFolder(self.path, name).aliases()
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Let an alias mean a version from now on.
+        """Point `alias` at `version`.
 
         Raises:
             InputError: The alias breaks the grammar of names.
@@ -172,14 +172,14 @@ class Store:
         DomainFolder(self.path, name).set_alias(alias, self._resolve(name, version))
 
     def drop_alias(self, name: str, alias: str) -> None:
-        """Let an alias mean nothing any more.
+        """Delete an alias.
 
         Raises:
-            InputError: It is `latest`, which every domain has.
+            InputError: The alias is `latest`, which every domain has.
             NotFoundError: There is no such domain or alias.
         """
         if alias == LATEST:
-            raise InputError("'latest' cannot be taken away.", fix=f"Move it: registry alias {name}@VERSION latest")
+            raise InputError("'latest' cannot be deleted.", fix=f"Move it: registry alias {name}@VERSION latest")
         if alias not in self.aliases(name):
             self._resolve(name, alias)
         DomainFolder(self.path, name).drop_alias(alias)
@@ -188,27 +188,28 @@ class Store:
         """Return the manifest of a version that `remove` would remove.
 
         Raises:
-            NotFoundError: There is no such version, or it is removed already.
-            ConflictError: An alias other than `latest` points to it, or it is the KP bank's.
+            NotFoundError: There is no such version, or it is already removed.
+            ConflictError: An alias other than `latest` points to it, or it belongs to the KP bank.
         """
         manifest = self.manifest(*parse_reference(reference))
         name, version = manifest.name, manifest.version
         if name == GENERAL:
-            cause = "every domain of the registry was trained over it"
+            cause = "every domain of the registry was trained on top of it"
             raise ConflictError("The KP bank cannot be removed.", cause=cause)
         held_by = [alias for alias, meant in self.aliases(name).items() if meant == version and alias != LATEST]
         if held_by:
             raise ConflictError(
                 f"{name}@{version} cannot be removed.",
-                cause=f"an alias means it: {', '.join(held_by)}",
-                fix=f"Take the alias away: registry alias {name} {held_by[0]} --remove; or move it to another version",
+                cause=f"aliases point to it: {', '.join(held_by)}",
+                fix=f"Delete the alias: registry alias {name} {held_by[0]} --remove; or move it to another version",
             )
         return manifest
 
     def remove(self, reference: str) -> PackManifest:
-        """Remove a version such as `legal@2` and return its manifest; its files are kept, its number is never reused.
+        """Remove a version such as `legal@2` and return its manifest.
 
-        `latest`, where it points to this version, moves to the newest one that is left and not held back.
+        Its files are kept until gc deletes them, and its number is never reused. If `latest` points to this version, it
+        moves to the newest remaining version that is not held back.
 
         Raises:
             NotFoundError, ConflictError: See `check_removable`.
@@ -216,10 +217,10 @@ class Store:
         manifest = self.check_removable(reference)
         name, version = manifest.name, manifest.version
         folder = DomainFolder(self.path, name)
-        now = datetime.now(UTC).isoformat(timespec="microseconds")  # finer than seconds: restore wants the last one
+        now = datetime.now(UTC).isoformat(timespec="microseconds")  # finer than seconds: restore picks the last one
         try:
             folder.remove(version, time=now)
-        except StorageFullError:  # removing is how a full disk is cleaned, so it gets what was kept for that
+        except StorageFullError:  # removing must work on a full disk: free the ballast
             self.drop_ballast()
             folder.remove(version, time=now)
         self._repair_latest(name)
@@ -228,13 +229,13 @@ class Store:
     def restore(self, reference: str) -> PackManifest:
         """Restore a removed version and return its manifest.
 
-        A name alone means the version that was removed last. Aliases stay where they are, but for a `latest` that still
-        points to a removed version because no other was left.
+        A name alone selects the version removed last. Aliases are unchanged, except for a `latest` that still points to
+        a removed version because no other was left.
 
         Raises:
             InputError: The reference has an alias, which never points to a removed version.
-            NotFoundError: There was never such a version, none is removed, or gc has deleted its files.
-            ConflictError: It is not removed.
+            NotFoundError: The version never existed, none is removed, or gc has deleted its files.
+            ConflictError: The version is not removed.
         """
         name, selector = parse_reference(reference)
         folder = DomainFolder(self.path, name)
@@ -254,11 +255,11 @@ class Store:
         return manifest
 
     def manifest(self, name: str, selector: str | int | None = None) -> PackManifest:
-        """Return the manifest of a version: by number, by alias, or of the alias `latest`.
+        """Return the manifest of a version, selected by number or alias; `latest` by default.
 
         Raises:
-            NotFoundError: There is no such domain, version or alias; lists what there is.
-            IntegrityError: The file is not what it should be.
+            NotFoundError: There is no such domain, version or alias; the message lists those that exist.
+            IntegrityError: The manifest file is invalid or belongs to another pack.
         """
         return self._read(name, self._resolve(name, LATEST if selector is None else selector))
 
@@ -280,26 +281,26 @@ class Store:
         first_only: bool = False,
         alias: str | None = LATEST,
     ) -> PackManifest:
-        """Store a version and return its manifest; it is safe on disk when this returns.
+        """Store a new version durably and return its manifest.
 
-        An error while the alias moves, after the commit point, leaves a complete version behind.
+        If moving the alias fails after the commit point, the complete version remains stored.
 
         Args:
-            draft: What the pack is; its version and files are replaced.
-            files: Path in the pack to bytes and kind, for every file but the manifest.
-            first_only: Whether a domain that has a version is left as it is.
-            alias: The alias that moves to the new version; None holds the version back.
+            draft: Manifest of the pack; its version and files are replaced.
+            files: Path in the pack to bytes and kind, for every file except the manifest.
+            first_only: Refuse to add a version to a domain that already has one.
+            alias: Alias to move to the new version; None holds the version back.
 
         Raises:
-            ConflictError: `first_only`, and the domain has a version.
-            IntegrityError: A value of the draft is of the wrong type.
+            ConflictError: `first_only` is set and the domain has a version.
+            IntegrityError: A value of the draft has the wrong type.
             StorageFullError: No space is left.
         """
         folder = DomainFolder(self.path, draft.name)
         if alias is not None:
             check_alias(alias)
         draft = replace(draft, files=self._put(files))
-        # read back before the commit point, so that no manifest is stored that cannot be read
+        # parse before the commit point, so that no unreadable manifest is stored
         draft = PackManifest.from_json(draft.to_json(), source=f"The draft of {draft.name}")
         try:
             version = folder.append(lambda n: replace(draft, version=n).to_json(), first_only=first_only)
@@ -312,14 +313,14 @@ class Store:
         return replace(draft, version=version)
 
     def adopt(self, manifest: PackManifest, *, alias: str | None) -> PackManifest:
-        """Store a version that was made elsewhere and whose files are blobs here already; return it as it is here.
+        """Store a version made elsewhere whose files are already blobs of this store; return its stored manifest.
 
-        It keeps its number where that is free, else it gets the next. What is stored already is not stored twice, and
-        what was removed is restored.
+        It keeps its number if that is free, and gets the next one otherwise. A version with the same content is not
+        stored twice; if it was removed, it is restored.
 
         Args:
             manifest: Complete, with files and version.
-            alias: The alias that moves to it, unless it means a later version; None holds the version back.
+            alias: Alias to move to it, unless it points to a later version; None holds the version back.
 
         Raises:
             IntegrityError: A blob is missing or damaged.
@@ -328,7 +329,7 @@ class Store:
         folder = DomainFolder(self.path, manifest.name)
         lacking = [file.path for file in manifest.files if not self.blobs.holds(file.sha256, size=file.size)]
         if lacking:
-            cause = f"not whole in the store: {', '.join(lacking)}"
+            cause = f"missing or damaged in the store: {', '.join(lacking)}"
             raise IntegrityError(f"The pack {manifest.name} is not complete.", cause=cause, fix="repeat the command")
         while (stored := self.find_same(manifest)) is None:
             numbers = folder.numbers()
@@ -340,7 +341,7 @@ class Store:
                 number = manifest.version if is_free else max(numbers, default=0) + 1
                 try:
                     folder.link(number, replace(manifest, version=number).to_json())
-                except FileExistsError:  # another process was faster: look again
+                except FileExistsError:  # another process took the number: check again
                     continue
             if alias is not None:
                 folder.advance_alias(alias, number)
@@ -348,7 +349,7 @@ class Store:
         return stored
 
     def find_same(self, manifest: PackManifest) -> PackManifest | None:
-        """The version of the same domain with the same content, if there is one that is not removed."""
+        """Return the version of the domain with the same content, or None; removed versions are ignored."""
         return self._same(manifest, self.versions(manifest.name))
 
     def _same(self, manifest: PackManifest, numbers: list[int]) -> PackManifest | None:
@@ -360,7 +361,7 @@ class Store:
 
         Raises:
             NotFoundError: The pack has no such file.
-            IntegrityError: Its bytes are damaged.
+            IntegrityError: The file is missing or damaged.
         """
         return self.blobs.get(manifest.file(path).sha256)
 
@@ -368,7 +369,7 @@ class Store:
         """Check the bytes of every file of a pack.
 
         Raises:
-            IntegrityError: Some are damaged; names each of them.
+            IntegrityError: Files are damaged; the message names each of them.
         """
         problems = []
         for file in manifest.files:
@@ -385,7 +386,7 @@ class Store:
             )
 
     def _resolve(self, name: str, selector: str | int) -> int:
-        """The version that a selector means."""
+        """Return the version number that a selector refers to."""
         wanted = parse_selector(selector) if isinstance(selector, str) else selector
         folder = DomainFolder(self.path, name)
         versions, numbers = folder.versions(), folder.numbers()
@@ -396,7 +397,7 @@ class Store:
         aliases = self.aliases(name)
         version = wanted if isinstance(wanted, int) else aliases.get(wanted)
         if wanted == LATEST and version not in versions and versions:
-            # a process that ends between commit point and alias leaves `latest` behind
+            # a process killed between commit point and alias update leaves `latest` stale
             return self._newest(name)
         if version in versions:
             return version
@@ -405,12 +406,12 @@ class Store:
         raise no_such_version(name, selector, versions=versions, aliases=aliases)
 
     def _newest(self, name: str) -> int:
-        """The newest version that is not held back; the newest of all where every one is."""
+        """Return the newest version that is not held back, or the newest of all if every one is."""
         versions = self.versions(name)
         return next((n for n in reversed(versions) if not self._read(name, n).is_held_back), versions[-1])
 
     def _repair_latest(self, name: str) -> None:
-        """Point `latest` to the newest version if it points to a removed one; a process may have ended in between."""
+        """Point `latest` at the newest version if it points to a removed one, as after an interrupted removal."""
         folder = DomainFolder(self.path, name)
         live = folder.versions()
         if live and folder.alias_or_zero(LATEST) not in (0, *live):
@@ -438,5 +439,5 @@ def _now() -> str:
 def _taken_folder(root: Path) -> ConflictError:
     cause = "There is a registry in it." if (root / STORE_FILE).exists() else "It is a file, not a folder."
     return ConflictError(
-        f"{root} is taken.", cause=cause, fix="Use what is there, or choose another: registry init --store PATH"
+        f"{root} is taken.", cause=cause, fix="Use it, or choose another folder: registry init --store PATH"
     )

@@ -1,14 +1,14 @@
-"""Strict JSON: one canonical form, a parser with limits, and frozen dataclasses as strict JSON objects.
+"""Strict JSON: a canonical serialization, a parser with limits, and conversion of frozen dataclasses.
 
 Canonical: UTF-8, keys sorted, indented by two spaces, one newline at the end. Equal values give equal bytes, so a
-digest of the bytes is a digest of the value. Round trip, for every value of lists and dicts that it takes:
+digest of the bytes is a digest of the value. Round trip, for every value it accepts that holds lists, not tuples:
 
     parse_json(canonical_json(value), source="...") == value
 
-A record is a frozen dataclass: every field is a key, and nothing else is. A field made by `later` came to its schema
-after the first files were written: where its key is missing, it has its default. Field types may be str, int, float,
-dict, another record, a tuple of these, or one of them `| None`. A record class with a field `extra` keeps there the
-keys that only a newer minor schema knows, and writes them back.
+A record is a frozen dataclass whose fields are exactly the keys of the JSON object. A field declared with `later` was
+added to its schema after the first files were written: if its key is missing, it takes its default. Field types may be
+str, int, float, dict, another record, a tuple of these, or one of them `| None`. A record class with a field `extra`
+keeps unknown keys of a newer minor schema there, and writes them back.
 """
 
 import json
@@ -36,7 +36,7 @@ def canonical_json(value: object) -> bytes:
     """Return the value as canonical JSON.
 
     Raises:
-        ValueError: It holds NaN, infinity, a key that is no text, what JSON has no form for, or is nested too deep.
+        ValueError: It holds NaN, infinity, a key that is not a string, or an unsupported type, or is nested too deeply.
     """
     _check(value, depth=0)
     text = json.dumps(value, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False)
@@ -44,10 +44,10 @@ def canonical_json(value: object) -> bytes:
 
 
 def parse_json(data: bytes, *, source: str, max_bytes: int = MAX_BYTES) -> Any:
-    """Return the value that the bytes describe.
+    """Parse JSON bytes strictly and return the value.
 
     Raises:
-        IntegrityError: They are too many, not UTF-8, not JSON, or JSON that two readers may understand differently.
+        IntegrityError: The input is too large, not UTF-8, not JSON, or ambiguous (such as a repeated key).
     """
     try:
         if len(data) > max_bytes:
@@ -67,7 +67,7 @@ def parse_json(data: bytes, *, source: str, max_bytes: int = MAX_BYTES) -> Any:
 
 
 def later(default: Any) -> Any:
-    """A field whose key older files do not have; it is always written."""
+    """Declare a field whose key may be missing in older files; it is always written."""
     return field(default=default, metadata={_LATER: True})
 
 
@@ -80,10 +80,10 @@ def record_to_json(record: Any) -> JsonObject:
 def record_from_json(
     kind: type[Record], value: object, *, source: str, key: str = "", keeps_unknown: bool = False
 ) -> Record:
-    """Return the record that a JSON object describes; `key` is where the object stands in the file.
+    """Return a record from a JSON object; `key` is the object's path in the file.
 
     Raises:
-        IntegrityError: A key is missing, unknown or of the wrong type; names it.
+        IntegrityError: A key is missing, unknown or of the wrong type; the message names it.
     """
     if not isinstance(value, dict):
         raise _bad_key(source, key, f"expected an object, found {_name_of(value)}")
@@ -108,16 +108,16 @@ def record_from_json(
 
 
 def field_names(kind: Any) -> list[str]:
-    """The keys that a record class knows."""
+    """Return the keys of a record class."""
     return [field.name for field in fields(kind) if field.name != EXTRA]
 
 
 def minor_of(schema: object, *, known: str, source: str) -> int:
-    """The minor number of a schema: 0 in `lorary.pack/1`, 3 in `lorary.pack/1.3`, where `lorary.pack/1` is known.
+    """Return the minor version of a schema: 0 for `lorary.pack/1`, 3 for `lorary.pack/1.3`.
 
     Raises:
-        IntegrityError: It is no schema of this family.
-        IncompatibleError: Its major number is another.
+        IntegrityError: The schema is not of the same family as `known`.
+        IncompatibleError: Its major version differs from that of `known`.
     """
     family, _, major = known.partition("/")
     match = re.fullmatch(rf"{re.escape(family)}/([0-9]{{1,6}})(?:\.([0-9]{{1,6}}))?", str(schema))
@@ -125,9 +125,9 @@ def minor_of(schema: object, *, known: str, source: str) -> int:
         raise _bad_key(source, "schema", f"expected {known!r}, found {schema!r}")
     if match[1] != major:
         raise IncompatibleError(
-            f"{source} is of a schema that this program does not know.",
-            cause=f"It says {schema!r}; this program reads {known!r}.",
-            fix="Use a version of this program that knows it: pip install --upgrade lorary",
+            f"{source} has an unsupported schema.",
+            cause=f"Expected {known!r}, found {schema!r}.",
+            fix="Install a version that supports it: pip install --upgrade lorary",
         )
     return int(match[2] or 0)
 
@@ -147,18 +147,18 @@ def _object(pairs: list[tuple[str, Any]]) -> JsonObject:
 
 
 def _integer(text: str) -> int:
-    # by length first: converting thousands of digits is slow
+    # check the length first: converting thousands of digits is slow
     if len(text) > _MAX_INTEGER_LENGTH:
         raise ValueError(f"The integer {text[:20]}... does not fit into 64 bits.")
     return int(text)
 
 
 def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is not a number of JSON.")
+    raise ValueError(f"{text} is not a valid JSON number.")
 
 
 def _check(value: object, *, depth: int) -> None:
-    """Refuse what canonical JSON has no unambiguous form for; the same for writing and reading."""
+    """Raise ValueError if canonical JSON cannot represent the value unambiguously; used for reading and writing."""
     match value:
         case None | bool():
             pass
@@ -169,11 +169,11 @@ def _check(value: object, *, depth: int) -> None:
                 raise ValueError("An integer does not fit into 64 bits.")
         case float():
             if not math.isfinite(value):
-                raise ValueError(f"{value} is not a number of JSON.")
+                raise ValueError(f"{value} is not a valid JSON number.")
         case list() | tuple() | dict():
             _check_members(value, depth=depth + 1)
         case _:
-            raise ValueError(f"JSON has no form for {type(value).__name__}.")
+            raise ValueError(f"JSON cannot represent {type(value).__name__}.")
 
 
 def _check_members(value: list[Any] | tuple[Any, ...] | JsonObject, *, depth: int) -> None:
@@ -192,7 +192,7 @@ def _check_text(text: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"The text {text!r} has half a surrogate pair.") from error
+        raise ValueError(f"The text {text!r} has an unpaired surrogate.") from error
 
 
 def _to_json(value: Any) -> Any:
@@ -218,7 +218,7 @@ def _from_json(kind: Any, value: object, *, source: str, key: str, keeps_unknown
         )
     if kind is float and type(value) is int:
         return float(value)
-    # by exact type, because bool is an int to isinstance
+    # exact type, because isinstance accepts bool as int
     if type(value) is not (get_origin(kind) or kind):
         raise _bad_key(source, key, f"expected {_name_of_type(kind)}, found {_name_of(value)}")
     return value

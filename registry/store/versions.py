@@ -1,10 +1,10 @@
-"""The folder of one domain in a store: the numbered manifests of its versions, and its aliases.
+"""Folder of one domain in a store: the numbered manifests of its versions, and its aliases.
 
-<n>.json            the manifest of version n; linked there once, never changed
-removed/<n>         a tombstone: version n is removed since the time in it; deleted when the version is restored
-aliases/<alias>     one line: the version it means; replaced by rename
+<n>.json            the manifest of version n; linked once, immutable
+removed/<n>         a tombstone with the time of removal; deleted when version n is restored
+aliases/<alias>     one line: the version it points to; replaced by rename
 
-A removed version keeps its manifest, so its number is never given to another.
+A removed version keeps its manifest, so its number is never reused.
 """
 
 import os
@@ -25,23 +25,23 @@ _LISTED: Final = 20
 
 
 class DomainFolder:
-    """The versions and aliases of one domain, which need not exist yet."""
+    """Versions and aliases of one domain, which need not exist yet."""
 
     def __init__(self, store: Path, name: str):
         self.path = store / "domains" / check_name(name)
 
     def numbers(self) -> list[int]:
-        """Numbers that a version has or had, ascending."""
+        """Return the numbers of all versions, including removed ones, ascending."""
         matches = (_MANIFEST_NAME.fullmatch(entry) for entry in _entries(self.path))
         return sorted(int(match[1]) for match in matches if match)
 
     def versions(self) -> list[int]:
-        """Versions that are not removed, ascending."""
+        """Return the versions that are not removed, ascending."""
         removed = set(_entries(self.path / "removed"))
         return [number for number in self.numbers() if str(number) not in removed]
 
     def removed(self) -> dict[int, str]:
-        """Removed versions, ascending, and the time since which each is."""
+        """Return the removed versions, ascending, and when each was removed."""
         removed = {}
         for version in self.numbers():
             with suppress(FileNotFoundError):
@@ -49,36 +49,36 @@ class DomainFolder:
         return removed
 
     def manifest_path(self, version: int) -> Path:
-        """Where the manifest of a version is, or would be."""
+        """Return the path of a version's manifest; it need not exist."""
         return self.path / f"{version}.json"
 
     def append(self, manifest_of: Callable[[int], bytes], *, first_only: bool) -> int:
         """Link a manifest to the next free number and return that number: the commit point.
 
         Raises:
-            FileExistsError: `first_only`, and there is a version.
+            FileExistsError: `first_only` is set and the domain has a version.
         """
         while True:
             version = max(self.numbers(), default=0) + 1
             if first_only and self.versions():
                 raise FileExistsError(self.manifest_path(version - 1))
-            # where somebody was faster, count again
+            # another writer may take the number first: try the next one
             with suppress(FileExistsError):
                 self.link(version, manifest_of(version))
                 return version
 
     def remove(self, version: int, *, time: str) -> None:
-        """Put a version's tombstone in place: the commit point of removing it. A tombstone that is there stays."""
+        """Write a version's tombstone, the commit point of a removal; keep an existing one."""
         make_folder(self.path / "removed")
         with suppress(FileExistsError):
             write_once(self.path / "removed" / str(version), f"{time}\n".encode())
 
     def restore(self, version: int) -> None:
-        """Delete a version's tombstone: the commit point of restoring it."""
+        """Delete a version's tombstone, the commit point of a restore."""
         delete(self.path / "removed" / str(version))
 
     def link(self, version: int, manifest: bytes) -> None:
-        """Link a manifest to a number: the commit point.
+        """Link a manifest to a version number, the commit point of a new version.
 
         Raises:
             FileExistsError: The number is taken.
@@ -87,38 +87,38 @@ class DomainFolder:
         write_once(self.manifest_path(version), manifest)
 
     def aliases(self) -> dict[str, int]:
-        """Aliases, sorted, and the version that each means.
+        """Return the aliases, sorted, and the version that each points to.
 
         Raises:
-            IntegrityError: An alias file does not hold a version.
+            IntegrityError: An alias file does not contain a version.
         """
         folder = self.path / "aliases"
         names = sorted(name for name in _entries(folder) if re.fullmatch(NAME_PATTERN, name))
         return {name: _read_alias(folder / name) for name in names}
 
     def alias_or_zero(self, alias: str) -> int:
-        """Return the version that an alias points to; 0 if there is none or it is damaged: a commit replaces both."""
+        """Return the version that an alias points to, or 0 if it is missing or damaged; a commit replaces both."""
         try:
             return _read_alias(self.path / "aliases" / alias)
         except (FileNotFoundError, IntegrityError):
             return 0
 
     def set_alias(self, alias: str, version: int, *, when: Callable[[int], bool] = lambda _meant: True) -> None:
-        """Let an alias mean a version, if `when` holds for what it means so far; 0 where it means nothing."""
+        """Point `alias` at `version` if `when(current)` holds; `current` is 0 if the alias is missing or damaged."""
         path = self._make_alias_folder() / check_alias(alias)
         with folder_lock(path.parent):
             if when(self.alias_or_zero(alias)):
                 _write_alias(path, version)
 
     def advance_alias(self, alias: str, version: int) -> None:
-        """Let an alias mean a version unless it means a higher one: of two simultaneous commits the later counts.
+        """Point `alias` at `version` unless it points to a higher one, so that the later of concurrent commits wins.
 
-        Where the file system has no locks, the alias may in that case stay on the earlier one; nothing else can happen.
+        On a file system without locks, the alias may stay on the earlier of the two; nothing else can go wrong.
         """
         self.set_alias(alias, version, when=lambda meant: meant < version)
 
     def drop_alias(self, alias: str) -> None:
-        """Let an alias mean nothing any more."""
+        """Delete an alias."""
         path = self._make_alias_folder() / check_alias(alias)
         with folder_lock(path.parent):
             delete(path)
@@ -130,12 +130,12 @@ class DomainFolder:
 
 
 def no_such_store(path: Path) -> NotFoundError:
-    """The error for a folder that is no store."""
+    """Return the error for a folder that is not a store."""
     return NotFoundError(f"There is no store in {path}.", fix=f"Make one: registry init --store {path}")
 
 
 def no_such_domain(name: str, *, known: list[str]) -> NotFoundError:
-    """The error for a domain that has no version."""
+    """Return the error for a domain that has no version."""
     data = "" if name in builtin_domains() else " --data FILE"
     return NotFoundError(
         f"There is no domain named {name!r}.",
@@ -145,7 +145,7 @@ def no_such_domain(name: str, *, known: list[str]) -> NotFoundError:
 
 
 def removed_version(name: str, version: int) -> NotFoundError:
-    """The error for a version that was removed."""
+    """Return the error for a removed version."""
     return NotFoundError(
         f"{name}@{version} was removed.",
         cause="Its files are kept until gc deletes them, its number is never used again.",
@@ -154,7 +154,7 @@ def removed_version(name: str, version: int) -> NotFoundError:
 
 
 def collected_version(name: str, version: int, *, missing: list[str], files: int) -> NotFoundError:
-    """The error for a removed version whose files gc has deleted."""
+    """Return the error for a removed version whose files gc has deleted."""
     return NotFoundError(
         f"{name}@{version} cannot be restored.",
         cause=f"It was removed, and gc has since deleted {len(missing)} of its {files} files: {_listed(missing)}.",
@@ -163,7 +163,7 @@ def collected_version(name: str, version: int, *, missing: list[str], files: int
 
 
 def no_such_version(name: str, wanted: str | int, *, versions: list[int], aliases: Mapping[str, int]) -> NotFoundError:
-    """The error for a version or alias that a known domain does not have."""
+    """Return the error for a version or alias that does not exist in a known domain."""
     described = [f"{alias} = {version}" for alias, version in aliases.items()]
     return NotFoundError(
         f"There is no {name}@{wanted}.",
