@@ -43,7 +43,6 @@ NOT_YET_CLEAN: set[str] = {
     "adapters/layer",
     "adapters/router",
     "docs/layer.md",
-    "registry/pack",
 }
 
 

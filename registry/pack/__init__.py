@@ -1,1 +1,1 @@
-"""The files of one domain version: written, read, checked, and signed."""
+"""Write, read, check and sign the files of one domain version."""

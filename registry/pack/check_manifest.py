@@ -1,7 +1,8 @@
-"""What a manifest from outside may say: which files a pack has, and the form of everything that is only told.
+"""Validation of untrusted manifests: the list of files, and the types of the free-form records.
 
-`PackManifest` itself holds what every manifest must be, also in a store. Here is what a finished pack of this program
-is: exactly its files, each of its kind, and records in the form in which commands and reports read them.
+`PackManifest` itself checks what holds for every manifest, including those in a store. This module checks what holds
+for a finished pack: exactly the expected files, each of its kind, and records of the types that commands and reports
+read.
 """
 
 import re
@@ -15,17 +16,17 @@ MAX_TEXT: Final = 4096  # characters of a description, a license, a name
 MAX_LAYERS: Final = 4096  # decoder layers
 MAX_EXPERTS: Final = 4096
 MAX_ALPHA: Final = 1e6
-MAX_RECORD: Final = 100_000  # values in one of the free records
-MAX_TENSOR_FILE: Final = 8 << 30  # bytes; a file is read whole
+MAX_RECORD: Final = 100_000  # values in one free-form record
+MAX_TENSOR_FILE: Final = 8 << 30  # bytes; a file is read into memory at once
 MAX_JSON_FILE: Final = 4 << 20
 
 _RUN: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,127}")
 _NUMBER: Final = (int, float)
 _OPTIONAL: Final = (int, float, type(None))
 
-# Types, by key, of what commands and reports read from the free-form records. A list has one type of members; the key
-# "" stands for any key. Keys not listed here are not checked. A listed key may be missing (an object or a list may also
-# be None) unless it ends with "!".
+# types, by key, of what commands and reports read from the free-form records; a list has one type of members, the key
+# "" stands for any key, and keys not listed are not checked; a listed key may be missing (an object or a list may also
+# be None) unless it ends with "!"
 _SCORES: Final = {
     "base": _OPTIONAL,
     "alone": _OPTIONAL,
@@ -80,10 +81,10 @@ _FORMS: Final[dict[str, Any]] = {
 
 
 def check_manifest(manifest: PackManifest) -> None:
-    """Refuses a manifest that no finished pack of this program has.
+    """Raise IntegrityError if a manifest is not that of a finished pack.
 
     Raises:
-        IntegrityError: A file is missing, unknown or of another kind, or a record has another form.
+        IntegrityError: A file is missing, unknown or of the wrong kind, or a record has a wrong type.
     """
     source = f"{manifest.name}@{manifest.version}"
     try:
@@ -106,14 +107,14 @@ def check_manifest(manifest: PackManifest) -> None:
 
 
 def unsound(source: str, cause: str) -> IntegrityError:
-    """The error for a pack that is not what it says."""
+    """Return the error for a pack whose contents do not match its manifest."""
     return IntegrityError(
-        f"{source} is no sound pack.", cause=cause, fix="use another version of it, or tell its maker"
+        f"{source} is no sound pack.", cause=cause, fix="use another version of it, or report it to its author"
     )
 
 
 def kinds_of_files(manifest: PackManifest) -> dict[str, str]:
-    """Every file that a pack with these experts has but the manifest, and its kind."""
+    """Return the path and kind of every file of a pack with these experts, except the manifest."""
     files = {ADAPTER_CONFIG: "adapter", ADAPTER_TENSORS: "adapter", ROUTER_CONFIG: "router", ROUTER_TENSORS: "router"}
     for expert in manifest.experts:
         files |= {f"experts/{expert.id}/{name}": "expert" for name in (ADAPTER_CONFIG, ADAPTER_TENSORS)}
@@ -150,7 +151,7 @@ def _check_texts(manifest: PackManifest) -> None:
         if len(text) > MAX_TEXT or (not text.strip() and key not in ("description", "license")):
             raise ValueError(f"{key} has {len(text)} characters; at most {MAX_TEXT} are read, and not none")
     datetime.fromisoformat(manifest.created)
-    run = manifest.train.get("run")  # a folder of that name is looked for where the domain's text is wanted again
+    run = manifest.train.get("run")  # used as a folder name to find the domain's text again
     if run is not None and not _RUN.fullmatch(str(run)):
         raise ValueError(f"train.run cannot be {_short(run)}")
 
@@ -168,7 +169,7 @@ def _check_size(key: str, value: object) -> None:
 
 
 def _check_form(path: str, value: object, form: Any) -> None:
-    """Compare a value with its form; `path` names it in errors."""
+    """Raise ValueError if a value does not match its form; `path` names it in errors."""
     if isinstance(form, dict):
         if not isinstance(value, dict):
             raise ValueError(f"{path} is {_short(value)}, not an object")

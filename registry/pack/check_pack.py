@@ -1,10 +1,11 @@
-"""The strict reader: a pack from outside is hostile until it is proved to be what it says.
+"""Strict validation of untrusted packs.
 
-Proved is: it was read under all limits; every value lies where training can put it; and the files, written anew from
-what was read, are the very files that came. So nothing is in a pack that this program would not have written: no
-tensor more, no key more, no scale other than the manifest's, no whole-bank adapter that is not the sum of the experts.
+A pack is accepted if it stays within all size limits, every value is in the range that training can produce, and
+writing the parsed pack again gives the same files. So a pack contains nothing that this program would not have
+written: no extra tensors or keys, no scale that differs from the manifest, and no whole-bank adapter that differs from
+the sum of its experts.
 
-What no reader can see is how an expert behaves: see docs/threat-model.md.
+Validation cannot tell how an expert behaves: see docs/threat-model.md.
 """
 
 import re
@@ -25,25 +26,25 @@ from .pack_source import PackSource
 from .tensor_file import load_tensors
 
 MAX_UPDATE: Final = 1e4  # largest sum over ranks of scale |A_r| |B_r|: the norm of an expert's update of one module
-MAX_GATE: Final = 1e4  # largest number in a gate's row
+MAX_GATE: Final = 1e4  # largest absolute value of a gate's weights
 MAX_MEAN_GATE: Final = 2.001  # an expert gate is at most 1, a rank gate at most 2
 MAX_TEMPERATURE: Final = 100.0
 MAX_WIDTH: Final = 1 << 17  # of a hidden state
-MAX_COUNT: Final = 1 << 53  # of tokens or rows; beyond it float64 does not count
+MAX_COUNT: Final = 1 << 53  # of tokens or rows; float64 counts exactly up to here
 MAX_PROTOTYPES: Final = 1024
 MAX_FEATURE: Final = 1e3  # largest mean square of a feature row, as a multiple of the width
 UNIT: Final = 1e-3  # how far a prototype's length may be from 1
-ROUNDING: Final = 1e-6  # of the sums in statistics, as a share of their size
+ROUNDING: Final = 1e-6  # relative rounding error of the sums in statistics
 
 _MODULE_PATH: Final = re.compile(r"[A-Za-z_]\w{0,63}(\.\w{1,64}){0,8}", re.ASCII)
 
 
 def check_pack(files: PackSource, manifest: PackManifest) -> DomainPack:
-    """The pack of a manifest that nobody vouches for, after everything about it was proved.
+    """Read and validate an untrusted pack.
 
     Raises:
-        IntegrityError: It is not what it says, or says what cannot be; names the file and the values that differ.
-        IncompatibleError: Another version of this program made it.
+        IntegrityError: Its files do not match its manifest, or a value is invalid; the message names both.
+        IncompatibleError: An incompatible version of this program made it.
     """
     check_manifest(manifest)
     pack = read_pack(files, manifest)
@@ -109,7 +110,7 @@ def _check_prototypes(prototypes: Tensor) -> None:
 
 
 def _check_statistics(statistics: DomainStatistics, *, width: int) -> None:
-    """Sums as a text can give them: counts, and second moments of rows of bounded features."""
+    """Raise ValueError if no text can have these statistics: valid counts, and moments of bounded feature rows."""
     for counts in (statistics.token_counts, statistics.pair_counts):
         most, total = counts.max().item(), counts.double().sum().item()
         _require(counts.min().item() >= 0 and total <= MAX_COUNT, f"counts are up to {most}, together {total:.3g}")
@@ -129,7 +130,7 @@ def _check_statistics(statistics: DomainStatistics, *, width: int) -> None:
 
 
 def _check_same_files(pack: DomainPack, files: PackSource, manifest: PackManifest) -> None:
-    """Writes the pack anew from what was read, and compares."""
+    """Raise ValueError if writing the parsed pack again gives different files."""
     for path, (expected, _kind) in _written(pack, files, manifest).items():
         found = files.read(manifest, path)
         if found == expected:
@@ -163,7 +164,7 @@ def _json(files: PackSource, manifest: PackManifest, path: str) -> dict[str, Any
 
 
 def _check_same_json(found: dict[str, Any], expected: dict[str, Any], path: str) -> None:
-    """By canonical bytes, because 1 == 1.0 == True in Python."""
+    """Compare by canonical bytes, because 1 == 1.0 == True in Python."""
     for key in sorted(found.keys() | expected.keys()):
         values = [canonical_json(value[key]) if key in value else b"missing" for value in (found, expected)]
         texts = [value.decode()[:120].strip() for value in values]
@@ -177,7 +178,7 @@ def _check_same_tensors(found: dict[str, Tensor], expected: dict[str, Tensor], p
         raise ValueError(f"{path} has a tensor {where} the rest of the pack says: {other[0]}")
     for name, tensor in found.items():
         wanted = expected[name]
-        # experts of narrower types are widened where another expert of the layer is wider
+        # experts of a narrower dtype are widened to that of the widest expert in the layer
         is_kind = tensor.dtype == wanted.dtype or (tensor.is_floating_point() and path.startswith("experts/"))
         is_same = tensor.shape == wanted.shape and torch.equal(tensor.to(wanted.dtype), wanted)
         _require(is_kind and is_same, f"{path} has another {name} than the rest of the pack says")

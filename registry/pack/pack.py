@@ -1,4 +1,4 @@
-"""A domain's bank and router data as the files of a pack, and back.
+"""Conversion between a domain's bank and router data and the files of a pack.
 
     experts/<id>/adapter_config.json + adapter_model.safetensors    one expert as an ordinary PEFT adapter
     adapter_config.json + adapter_model.safetensors                 the whole bank with constant gates, as another
@@ -33,7 +33,7 @@ PackFiles = dict[str, tuple[bytes, str]]  # path to bytes and kind
 
 @dataclass(frozen=True, kw_only=True)
 class DomainPack:
-    """What one version of a domain is made of, in memory."""
+    """One version of a domain, in memory."""
 
     bank: ExpertBank
     statistics: DomainStatistics
@@ -43,13 +43,13 @@ class DomainPack:
 
     @property
     def first_layer(self) -> int:
-        """The first decoder layer that carries experts."""
+        """First decoder layer that has experts."""
         return self.bank.first_layer
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingData:
-    """The part of a pack that routing and neighbours need: everything but the experts."""
+    """Part of a pack that routing and neighbour search need: everything except the experts."""
 
     statistics: DomainStatistics
     prototypes: Tensor
@@ -62,7 +62,7 @@ Routable = DomainPack | RoutingData
 
 
 def pack_files(pack: DomainPack, *, layout: ModelLayout, base_id: str, revision: str | None) -> PackFiles:
-    """Every file of the pack but the manifest."""
+    """Return every file of the pack except the manifest."""
     files: PackFiles = {}
     for expert in pack.bank.experts:
         folder = f"experts/{expert.id}"
@@ -78,7 +78,7 @@ def pack_files(pack: DomainPack, *, layout: ModelLayout, base_id: str, revision:
 
 
 def read_pack(files: PackSource, manifest: PackManifest) -> DomainPack:
-    """The pack of a stored version; every byte is verified before it is parsed.
+    """Read the pack of a version; every file is verified before it is parsed.
 
     Raises:
         IntegrityError: A file differs from its digest, or tensors do not fit the manifest.
@@ -93,7 +93,7 @@ def read_pack(files: PackSource, manifest: PackManifest) -> DomainPack:
 
 
 def read_routing(files: PackSource, manifest: PackManifest) -> RoutingData:
-    """What a stored version routes by; its experts are not read.
+    """Read the routing data of a version; its experts are not read.
 
     Raises:
         IntegrityError: A file differs from its digest, or tensors do not fit the manifest.
@@ -105,7 +105,7 @@ def read_routing(files: PackSource, manifest: PackManifest) -> RoutingData:
 
 
 def expert_records(bank: ExpertBank) -> tuple[ExpertRecord, ...]:
-    """What a manifest says of each expert."""
+    """Return the manifest records of the experts of a bank."""
     records = []
     for expert in bank.experts:
         tensors = _tensors_of(bank, expert)
@@ -156,7 +156,7 @@ def _router_config(pack: DomainPack, layout: ModelLayout) -> dict[str, Any]:
 
 
 def _check_router_config(config: Any, source: str) -> None:
-    """Refuses a router whose tensors mean something else here than where they were made."""
+    """Raise an error if the router configuration is incompatible or invalid."""
     config = config if isinstance(config, dict) else {}
     known = {
         "schema": ROUTER_SCHEMA,
@@ -166,8 +166,8 @@ def _check_router_config(config: Any, source: str) -> None:
     for key, expected in known.items():
         if config.get(key) != expected:
             raise IncompatibleError(
-                f"The router of {source} was made in another way.",
-                cause=f"{key} is {config.get(key)!r}, this program knows {expected!r}",
+                f"The router of {source} is incompatible.",
+                cause=f"{key}: expected {expected!r}, found {config.get(key)!r}",
                 fix="use the version of this program that made it",
             )
     temperatures = config.get("tempers")
@@ -205,7 +205,7 @@ def _router_tensors(pack: DomainPack) -> dict[str, Tensor]:
 
 
 def _tensors_of(bank: ExpertBank, expert: Expert) -> dict[tuple[int, str, str], Tensor]:
-    """The expert's A and B by layer, target and letter."""
+    """Return the expert's A and B matrices by layer, target and letter."""
     return {
         (index, target, letter): matrices[target]
         for index, layer in bank.select_expert(expert).layers.items()
@@ -222,7 +222,7 @@ def _expert_tensors(bank: ExpertBank, expert: Expert, layout: ModelLayout) -> di
 
 
 def merged_tensors(bank: ExpertBank, layout: ModelLayout) -> dict[str, Tensor]:
-    """The bank under constant gates: scales and gates folded into B."""
+    """Return the PEFT tensors of the bank with constant gates; scales and gates are folded into B."""
     tensors = {}
     for index, layer in bank.layers.items():
         factor = layer.scales() * layer.static_gate()
@@ -233,7 +233,7 @@ def merged_tensors(bank: ExpertBank, layout: ModelLayout) -> dict[str, Tensor]:
 
 
 def _add_expert(bank: ExpertBank, record: ExpertRecord, tensors: dict[str, Tensor], source: str) -> None:
-    """Puts one expert's tensors behind those already in the bank."""
+    """Append one expert's tensors to the bank."""
     expert = Expert(
         id=record.id, rank=record.rank, alpha=record.alpha, method=record.method, generation=record.generation
     )
@@ -265,7 +265,7 @@ def _add_expert(bank: ExpertBank, record: ExpertRecord, tensors: dict[str, Tenso
 
 
 def _check_widths(layer: LayerExperts | None, pairs: dict[str, dict[str, Tensor]], *, where: str) -> None:
-    """The experts of a layer extend the same modules."""
+    """Raise IntegrityError if an expert's matrices differ in width from those of the layer."""
     for target, pair in pairs.items():
         if layer is not None and target in layer.A:
             expected = layer.A[target].shape[1], layer.B[target].shape[0]

@@ -1,7 +1,7 @@
-"""Where a pack's files are read from, whoever put them there: a folder, or bytes in memory. A store is a third.
+"""Sources of a pack's files: a folder, or bytes in memory. A `Store` is a source too.
 
-Every byte is verified against the manifest before anybody parses it. In a folder only regular files are read, no more
-of them than the manifest says, and no link is followed, so nothing outside the folder can be reached.
+Every file is verified against the manifest before it is parsed. In a folder only regular files are read, up to the size
+in the manifest, and no link is followed, so nothing outside the folder can be read.
 """
 
 import os
@@ -20,24 +20,24 @@ _CHUNK: Final = 1 << 20  # bytes
 
 
 class PackSource(Protocol):
-    """Whatever the verified bytes of a pack's files can be read from."""
+    """Source of the verified bytes of a pack's files."""
 
     def read(self, manifest: PackManifest, path: str) -> bytes:
-        """The bytes of one file, checked against the manifest's digest."""
+        """Return the bytes of one file, verified against the manifest's digest."""
         ...
 
 
 class PackBytes:
-    """A pack in memory: path to bytes."""
+    """Pack in memory: path to bytes."""
 
     def __init__(self, files: Mapping[str, bytes]):
         self.files = files
 
     def read(self, manifest: PackManifest, path: str) -> bytes:
-        """The verified bytes of one file.
+        """Return the verified bytes of one file.
 
         Raises:
-            IntegrityError: It is missing, or differs from the manifest.
+            IntegrityError: The file is missing, or differs from the manifest.
         """
         wanted = manifest.file(path)
         if path not in self.files:
@@ -46,36 +46,36 @@ class PackBytes:
 
 
 class PackFolder:
-    """A pack as a plain folder."""
+    """Pack in a plain folder."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def read(self, manifest: PackManifest, path: str) -> bytes:
-        """The verified bytes of one file.
+        """Return the verified bytes of one file.
 
         Raises:
-            IntegrityError: It is missing, no regular file, behind a link, or differs from the manifest.
+            IntegrityError: The file is missing, not a regular file, behind a link, or differs from the manifest.
         """
         wanted = manifest.file(path)
         data = read_plain(self.folder, path, limit=wanted.size)
         return _verified(data, wanted, where=str(self.folder / path))
 
     def manifest(self) -> PackManifest:
-        """The manifest in the folder; nobody has vouched for it.
+        """Read the manifest in the folder; it is untrusted.
 
         Raises:
-            IntegrityError: It is missing or cannot be used.
+            IntegrityError: The manifest is missing or invalid.
             IncompatibleError: A newer program wrote it.
         """
         data = read_plain(self.folder, MANIFEST_FILE, limit=MAX_BYTES)
         return PackManifest.from_json(data, source=str(self.folder / MANIFEST_FILE))
 
     def check_nothing_else(self, manifest: PackManifest) -> None:
-        """Refuses a folder that holds what its manifest does not name.
+        """Raise IntegrityError if the folder holds anything that its manifest does not list.
 
         Raises:
-            IntegrityError: Names the first such file, folder or link.
+            IntegrityError: There is such a file, folder or link; the message names the first one.
         """
         known = {MANIFEST_FILE, *(file.path for file in manifest.files)}
         folders = {str(parent) for path in known for parent in PurePosixPath(path).parents}
@@ -89,10 +89,10 @@ class PackFolder:
 
 
 def read_plain(folder: Path, path: str, *, limit: int) -> bytes:
-    """The bytes of a regular file inside a folder, at most `limit` and one; no link is followed below the folder.
+    """Read at most `limit + 1` bytes of a regular file; no link is followed below `folder`.
 
     Raises:
-        IntegrityError: There is no such file, it is another kind of thing, or a link leads there.
+        IntegrityError: The file is missing, not a regular file, or behind a link.
     """
     try:
         descriptor = _open(folder, path)
@@ -105,12 +105,12 @@ def read_plain(folder: Path, path: str, *, limit: int) -> bytes:
     except OSError as error:
         cause = "It is a link." if _is_behind_link(folder, path) else os.strerror(error.errno or 0)
         raise IntegrityError(
-            f"{folder / path} is missing, or cannot be read.", cause=cause, fix="get the folder again from its maker"
+            f"{folder / path} is missing, or cannot be read.", cause=cause, fix="download the pack again"
         ) from error
 
 
 def _open(folder: Path, path: str) -> int:
-    """Opens step by step, so that no folder on the way can be swapped for a link."""
+    """Open a file one folder at a time, so that no folder on the path can be swapped for a link."""
     if os.open not in os.supports_dir_fd:  # Windows
         if _is_behind_link(folder, path):
             raise OSError("a link")
@@ -141,7 +141,7 @@ def _is_behind_link(folder: Path, path: str) -> bool:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Everything below a folder, by relative path; whether it is a folder, which a link never is."""
+    """Yield the relative path of everything below a folder, and whether it is a folder; links are not."""
     waiting = [""]
     while waiting:
         here = waiting.pop()
@@ -161,6 +161,6 @@ def _verified(data: bytes, wanted: PackFile, *, where: str) -> bytes:
         raise IntegrityError(
             f"{where} differs from its manifest.",
             cause=f"expected {wanted.sha256} in {wanted.size} bytes, found {found} in {size}",
-            fix="get it again from where it came",
+            fix="download the pack again",
         )
     return data

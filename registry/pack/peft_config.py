@@ -1,6 +1,6 @@
-"""The PEFT side of a pack: adapter_config.json and tensor names as plain PEFT and vLLM read them.
+"""PEFT format of a pack: adapter_config.json and tensor names that PEFT and vLLM read.
 
-Only keys that PEFT knows are written, in canonical JSON, so equal experts give equal bytes.
+Only PEFT's own keys are written, in canonical JSON, so equal experts give equal bytes.
 """
 
 import re
@@ -11,7 +11,7 @@ from ...adapters.bank import Expert, ExpertBank, LayerExperts
 from ...domains.base_model import ModelLayout
 from ...domains.errors import IntegrityError
 
-VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank takes (vllm/config/lora.py)
+VLLM_RANKS: Final = (8, 16, 32, 64, 128, 256, 320, 512)  # values that --max-lora-rank accepts (vllm/config/lora.py)
 
 _KEY = re.compile(
     r"base_model\.model\.(?P<layers>[\w.]+)\.(?P<index>\d+)\.(?P<target>[\w.]+)\.lora_(?P<letter>[AB])\.weight"
@@ -19,15 +19,15 @@ _KEY = re.compile(
 
 
 def tensor_key(layers: str, index: int, target: str, letter: str) -> str:
-    """PEFT's name of a LoRA matrix: `base_model.model.model.layers.3.mlp.up_proj.lora_A.weight`."""
+    """Return PEFT's name of a LoRA matrix: `base_model.model.model.layers.3.mlp.up_proj.lora_A.weight`."""
     return f"base_model.model.{layers}.{index}.{target}.lora_{letter}.weight"
 
 
 def parse_key(key: str, *, source: str) -> tuple[int, str, str]:
-    """Decoder layer, target and letter of a tensor's name.
+    """Return decoder layer, target and letter of a tensor's name.
 
     Raises:
-        IntegrityError: It is not the name of a LoRA matrix.
+        IntegrityError: The name is not that of a LoRA matrix.
     """
     match = _KEY.fullmatch(key)
     if match is None:
@@ -38,7 +38,7 @@ def parse_key(key: str, *, source: str) -> tuple[int, str, str]:
 def expert_config(
     bank: ExpertBank, expert: Expert, *, layout: ModelLayout, base_id: str, revision: str | None
 ) -> dict[str, Any]:
-    """adapter_config.json of one expert."""
+    """Return the adapter_config.json of one expert."""
     return _config(bank.select_expert(expert).layers, layout, base_id, revision) | {
         "r": expert.rank,
         "lora_alpha": expert.alpha,
@@ -47,8 +47,8 @@ def expert_config(
 
 
 def bank_config(bank: ExpertBank, *, layout: ModelLayout, base_id: str, revision: str | None) -> dict[str, Any]:
-    """adapter_config.json of the whole bank: ranks side by side, scales and gates folded into B, alpha = r."""
-    ranks = {index: layer.rank for index, layer in sorted(bank.layers.items())}  # sorted: the first of equals is common
+    """Return the adapter_config.json of the whole bank: ranks concatenated, scale and gate folded into B, alpha = r."""
+    ranks = {index: layer.rank for index, layer in sorted(bank.layers.items())}  # sorted: ties go to the first layer
     common = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {
         rf"{layout.layers}.{index}.{target}": rank
@@ -80,9 +80,9 @@ def _config(layers: dict[int, LayerExperts], layout: ModelLayout, base_id: str, 
 
 
 def _places(layers: dict[int, LayerExperts], layout: ModelLayout) -> dict[str, Any]:
-    """Which modules the adapter extends, so that PEFT finds these and no others.
+    """Return the PEFT keys that select exactly the adapted modules.
 
-    Whole paths where layers differ; in GPT-2's family, too, because there `c_proj` is a module of two blocks.
+    Full paths are used where layers differ, and for the GPT-2 family, because there both blocks have a `c_proj`.
     """
     targets = {index: sorted(layer.A) for index, layer in sorted(layers.items())}
     if layout.transposed or len({tuple(names) for names in targets.values()}) > 1:

@@ -1,7 +1,7 @@
-"""Signatures over packs: OpenSSF model signing with an elliptic-curve key of one's own, offline.
+"""Pack signatures: OpenSSF model signing with a user-provided elliptic-curve key, offline.
 
-What is signed is a folder with the manifest and every file that it names, so `model_signing verify key` of the same
-library checks a download without lorary. The signature lies beside the pack, as model.sig, and is no part of it.
+The signature covers a folder with the manifest and every file that it lists, so `model_signing verify key` of the same
+library checks a download without lorary. It is stored next to the pack as model.sig and is not part of the pack.
 
     openssl ecparam -name prime256v1 -genkey -noout -out key.pem
     openssl ec -in key.pem -pubout -out key.pub
@@ -23,17 +23,17 @@ MAX_SIGNATURE: Final = 1 << 20  # bytes
 
 
 def sign_pack(source: PackSource, manifest: PackManifest, key: Path) -> bytes:
-    """The signature over a version, as the bytes of model.sig.
+    """Sign a version and return the bytes of model.sig.
 
     Args:
-        source: Where its files are.
-        manifest: Of the version.
-        key: A private key in PEM, of the curves P-256, P-384 or P-521, not encrypted.
+        source: Source of its files.
+        manifest: Manifest of the version.
+        key: Unencrypted private key in PEM format, on the curve P-256, P-384 or P-521.
 
     Raises:
-        InputError: There is no such key, or it cannot sign.
+        InputError: The key is missing or cannot sign.
         IntegrityError: A file of the version is damaged.
-        IncompatibleError: The library is not installed.
+        IncompatibleError: `model_signing` is not installed.
     """
     signing, _ = _library()
     with _usable(key, "private"):
@@ -45,18 +45,18 @@ def sign_pack(source: PackSource, manifest: PackManifest, key: Path) -> bytes:
 
 
 def check_signature(source: PackSource, manifest: PackManifest, signature: bytes, key: Path) -> None:
-    """Refuses a version unless this key has signed just these bytes.
+    """Raise IntegrityError unless the signature is valid for this version and key.
 
     Args:
-        source: Where its files are.
-        manifest: Of the version, as it was when it was signed.
-        signature: The bytes of model.sig.
-        key: A public key in PEM.
+        source: Source of its files.
+        manifest: Manifest of the version, as signed.
+        signature: Bytes of model.sig.
+        key: Public key in PEM format.
 
     Raises:
-        IntegrityError: Another key signed it, or other bytes, or it is no signature.
-        InputError: There is no such key, or it cannot verify.
-        IncompatibleError: The library is not installed.
+        IntegrityError: The signature is malformed, or does not match the key or the files.
+        InputError: The key is missing or cannot verify.
+        IncompatibleError: `model_signing` is not installed.
     """
     _, verifying = _library()
     with _usable(key, "public"):
@@ -68,16 +68,16 @@ def check_signature(source: PackSource, manifest: PackManifest, signature: bytes
         try:
             with redirect_stdout(io.StringIO()):  # it prints warnings there
                 config.verify(folder, path)
-        except Exception as error:  # whatever a stranger's file can make it raise
+        except Exception as error:  # an untrusted signature can make it raise anything
             raise IntegrityError(
                 f"The signature of {manifest.name}@{manifest.version} is not valid.",
                 cause=f"{key}: {str(error) or type(error).__name__}",
-                fix="ask who pushed it for the public key, and do not use the pack until they fit",
+                fix="ask the publisher for the public key, and do not use the pack until the signature is valid",
             ) from error
 
 
 def _written(source: PackSource, manifest: PackManifest, place: Path) -> Path:
-    """The pack as a plain folder, every byte verified."""
+    """Write the pack to a plain folder, every file verified, and return the folder."""
     folder = place / manifest.name
     for name, data in [
         (MANIFEST_FILE, manifest.to_json()),
@@ -94,7 +94,7 @@ def _library() -> tuple[Any, Any]:
         from model_signing import signing, verifying
     except ImportError as error:
         raise IncompatibleError(
-            "Signatures need another library.", cause=str(error), fix="pip install 'lorary[sign]'"
+            "Signatures need optional packages.", cause=str(error), fix="pip install 'lorary[sign]'"
         ) from error
     return signing, verifying
 
@@ -105,9 +105,9 @@ def _usable(key: Path, kind: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise InputError(f"The {kind} key {key} cannot be read.", cause=str(error.strerror)) from error
-    except Exception as error:  # of cryptography: types differ with what is wrong
+    except Exception as error:  # cryptography raises many types
         raise InputError(
             f"{key} is no {kind} key that can be used.",
             cause=str(error).splitlines()[0] if str(error) else type(error).__name__,
-            fix=f"give a {kind} key of the curve P-256, P-384 or P-521 in PEM, not encrypted",
+            fix=f"use an unencrypted {kind} key in PEM format on the curve P-256, P-384 or P-521",
         ) from error

@@ -1,7 +1,7 @@
-"""Tensor files: safetensors whose header is checked before its parser sees it, and whose values are finite.
+"""Safetensors files whose header is validated before parsing, and whose values are finite.
 
-The parser reads headers of up to 100 MB and takes repeated names; a header of 33 MB costs it seconds and a gigabyte.
-Here a header is small, is strict JSON, and accounts for every byte of the file once.
+The safetensors parser reads headers of up to 100 MB and accepts repeated names; a 33 MB header costs it seconds and a
+gigabyte. Here the header must be small strict JSON that accounts for every byte of the file exactly once.
 """
 
 import math
@@ -20,20 +20,20 @@ from ..store.strict_json import parse_json
 MAX_HEADER: Final = 1 << 20  # bytes
 MAX_TENSORS: Final = 20_000
 MAX_AXES: Final = 4
-METADATA: Final = {"format": "pt"}  # what torch's side of safetensors writes, and all we take
+METADATA: Final = {"format": "pt"}  # what safetensors.torch writes; nothing else is accepted
 
-_SIZES: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}  # bytes of one number
+_SIZES: Final = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}  # bytes per element
 _NAME: Final = re.compile(r"[A-Za-z0-9_.]{1,255}")
-_LENGTH: Final = 8  # bytes that say how long the header is
+_LENGTH: Final = 8  # bytes of the header length
 
 
 def save_tensors(tensors: dict[str, Tensor]) -> bytes:
-    """Return the tensors as the bytes of a file; equal tensors give equal bytes."""
+    """Return the tensors as a safetensors file; equal tensors give equal bytes."""
     return save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata=METADATA)
 
 
 def load_tensors(data: bytes, *, source: str) -> dict[str, Tensor]:
-    """Return the tensors of a file, by name and sorted; `source` names it in errors.
+    """Return the tensors of a file, sorted by name; `source` names it in errors.
 
     Raises:
         IntegrityError: The file is not one that `save_tensors` could have written, or a value is not finite.
@@ -46,7 +46,7 @@ def load_tensors(data: bytes, *, source: str) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise IntegrityError(f"{source} has values that are not finite.", cause=f"in the tensor {name}")
-    return dict(sorted(tensors.items()))  # the parser gives them in another order each time
+    return dict(sorted(tensors.items()))  # the parser returns them in no fixed order
 
 
 def _check_header(data: bytes, source: str) -> None:
@@ -68,7 +68,7 @@ def _check_header(data: bytes, source: str) -> None:
 
 
 def _range(name: str, entry: Any, source: str) -> tuple[int, int]:
-    """Where a tensor's bytes begin and end, as many as its shape needs."""
+    """Return the start and end offset of a tensor's bytes, checked against its shape."""
     if not _NAME.fullmatch(name):
         raise _unreadable(source, f"a tensor is named {name[:80]!r}")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -89,4 +89,4 @@ def _are_counts(value: object) -> bool:
 
 
 def _unreadable(source: str, cause: str) -> IntegrityError:
-    return IntegrityError(f"{source} cannot be read.", cause=cause, fix="get the file again from where it came")
+    return IntegrityError(f"{source} cannot be read.", cause=cause, fix="download the file again")
