@@ -1,12 +1,12 @@
-"""Which slots a forward pass needs: where its gate is below a threshold a slot is closed, and costs nothing.
+"""Select the slots that a forward pass computes: a slot whose gate is below the threshold is closed and skipped.
 
-`close_small_gates` defines what is skipped, for each position by itself: a slot gate below the threshold is zero. That
-is causal, and neither batching, padding nor the way a text is cut changes it. `plan_parts` finds what may be left out
-because of it, which changes nothing but the time:
+`close_small_gates` sets each slot gate below the threshold to zero, position by position. The result is causal and does
+not depend on batching, padding or how a text is split into forward passes. `plan_parts` finds the work that this makes
+unnecessary; it affects speed only:
 
-- a few positions (decoding): the slots that are open at any of them, for all rows together;
-- a longer text: for each row by itself, a head that has all its open slots (at its start a text is still undecided) and
-  a tail that has those still open after the head. The cut is where the least is computed.
+- few positions (decoding): the union of the slots that are open at any position of any row;
+- longer texts: for each row, a head with all its open slots (routing is still undecided at the start of a text) and a
+  tail with those still open after the head. The cut minimizes the work.
 """
 
 from typing import NamedTuple
@@ -16,14 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 SLOT_THRESHOLD = 1e-4  # an update this small is below what bfloat16 resolves
-MIN_TOKENS = 32  # of a row for it to be planned by itself
-WORTH_IT = 0.8  # share of the dense work above which it is done densely
+MIN_TOKENS = 32  # shortest row that is planned separately
+WORTH_IT = 0.8  # share of the dense work above which a row is not split
 
-Runs = tuple[tuple[int, int], ...]  # ranges of slots that lie side by side: from the first to before the second
+Runs = tuple[tuple[int, int], ...]  # half-open ranges of adjacent slots: (start, stop)
 
 
 class Part(NamedTuple):
-    """Some positions, counted over all rows of the batch, and the slots that are open at one of them at least."""
+    """Range of flattened (batch, seq) positions and the slots that are open at any of them."""
 
     start: int
     stop: int
@@ -38,16 +38,17 @@ def close_small_gates(
 
 
 def plan_parts(slot_gate: Float[Tensor, "batch seq slots"]) -> list[Part]:
-    """Return what a forward pass under these gates has to compute. Reads values, which makes a program wait for a GPU.
+    """Return the parts that a forward pass with these gates has to compute.
 
-    The parts cover every position once, also those without an open slot.
+    The parts cover every position exactly once, including positions without an open slot. Reading the gates
+    synchronizes with the device.
     """
     is_open = slot_gate != 0
     batch, seq, slots = is_open.shape
     if seq < MIN_TOKENS:
         return [Part(0, batch * seq, _runs(is_open.flatten(0, 1).any(0).nonzero().flatten().tolist(), slots))]
     positions = torch.arange(1, seq + 1, device=slot_gate.device)
-    ends = (is_open * positions[None, :, None]).amax(1).tolist()  # by row: each slot is closed from here on
+    ends = (is_open * positions[None, :, None]).amax(1).tolist()  # by row: each slot is closed from this position on
     parts: list[Part] = []
     for row, last in enumerate(ends):
         for part in _row_parts(last, row * seq, seq):
@@ -58,7 +59,7 @@ def plan_parts(slot_gate: Float[Tensor, "batch seq slots"]) -> list[Part]:
 
 
 def _row_parts(last: list[int], offset: int, seq: int) -> list[Part]:
-    """Return head and tail of one row, or all of it as one part."""
+    """Return the head and tail of one row, or the whole row as one part."""
     opened = [slot for slot, end in enumerate(last) if end]
 
     def work(cut: int) -> int:
@@ -74,7 +75,7 @@ def _row_parts(last: list[int], offset: int, seq: int) -> list[Part]:
 
 
 def _runs(opened: list[int], slots: int) -> Runs | None:
-    """Return slots, given in order, as ranges; none as one that is empty."""
+    """Return sorted slots as ranges; no slots as one empty range, all slots as None."""
     if len(opened) == slots:
         return None
     if not opened:

@@ -1,11 +1,10 @@
-"""Attaching a stack of banks to a base model, and taking it off again.
+"""Attach a stack of banks to a base model, and detach it.
 
-`attach` returns a new model object that shares every parameter of the base and owns nothing of it: the base is never
-written to, several composed models may live on one base, and several threads may call one composed model. The result
-is an ordinary transformers model: `generate`, beam search, padding on either side, the key-value cache and Trainer
-work.
+`attach` returns a new model object that shares all parameters of the base. The base is never written to, several
+composed models can share one base, and several threads can call one composed model. The result is an ordinary
+transformers model: `generate`, beam search, padding on either side, the key-value cache and Trainer work.
 
-Because parameters are shared, move or cast the base before it is composed: `composed.to(...)` would move the base too.
+Because parameters are shared, move or cast the base before composing: `composed.to(...)` would move the base too.
 """
 
 import copy
@@ -40,14 +39,14 @@ def attach(
     """Return a composed model over `base`.
 
     Args:
-        base: The frozen base model; not changed.
-        stack: The banks by slot, or the same as it was kept.
-        router: Gives the slot gates; may be None if they are fixed.
+        base: The frozen base model; not modified.
+        stack: The banks by slot, or a stacked composition read from a file.
+        router: Computes the slot gates; may be None if `fixed` is given.
         fixed: Constant slot gates instead of the router's.
-        threshold: A slot gate below it is zero, and its slot is skipped where that holds; 0 skips nothing.
+        threshold: Slot gates below it are set to zero and the slot is skipped at that position; 0 skips nothing.
 
     Raises:
-        InputError: Neither a router nor fixed slot gates.
+        InputError: If there are neither a router nor fixed slot gates.
     """
     if router is None and fixed is None:
         raise InputError("A composed model needs a router or fixed slot gates.")
@@ -67,7 +66,7 @@ def attach(
 
 
 def set_hooks(model: PreTrainedModel, *, active: bool) -> None:
-    """Put what computes slot gates and gates into a composed model, or take it out."""
+    """Install the routed decoder forward and the layer hooks of a composed model, or remove them."""
     routing = routing_of(model)
     decoder = model.get_submodule(routing.layout.decoder)
     handles: Any = model.routing_handles
@@ -77,7 +76,7 @@ def set_hooks(model: PreTrainedModel, *, active: bool) -> None:
     routed = decoder.__dict__.get("forward")
     if isinstance(routed, RoutedForward):
         del decoder.forward
-        if decoder.forward != routed.forward:  # an instance's own, as accelerate sets it
+        if decoder.forward != routed.forward:  # an instance attribute, as accelerate sets
             decoder.forward = routed.forward
     for module in decoder.modules():
         carrier = module.__dict__.get("_gradient_checkpointing_func")
@@ -92,7 +91,7 @@ def set_hooks(model: PreTrainedModel, *, active: bool) -> None:
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
-    """Take every expert and hook off a composed model, which is an ordinary copy of its base afterwards."""
+    """Remove all experts and hooks from a composed model, in place, leaving an ordinary copy of its base."""
     routing = routing_of(model)
     set_hooks(model, active=False)
     merged: Any = getattr(model, "merged", None)
@@ -114,12 +113,16 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def copy_sharing_parameters(base: PreTrainedModel) -> PreTrainedModel:
-    """Return a structural copy of a model that shares its parameters; buffers and everything else are its own."""
+    """Return a deep copy of a model that shares its parameters; buffers and modules are copied."""
     return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
 
 
 def trained_bank(model: PreTrainedModel) -> ExpertBank:
-    """Return the trainable bank of a composed model, read back from its modules."""
+    """Return the trainable bank of a composed model with the current values of its parameters.
+
+    Raises:
+        InputError: If the composition was read from a file and has no trainable bank.
+    """
     routing = routing_of(model)
     if not isinstance(routing.stack, Stack):
         raise InputError("This composition has no bank that trains.")
@@ -145,7 +148,7 @@ def _kept(parameter: Tensor | None) -> Tensor:
 
 
 def _extend_layer(layer: nn.Module, stacked: StackedLayer) -> None:
-    """Put fused modules and gates into one decoder layer."""
+    """Replace the target modules of one decoder layer by fused ones and add its gates."""
     groups, gates = nn.ModuleList(), build_gates(stacked).train(layer.training)
     if stacked.new is not None:
         for path, mlp in gated_mlps(layer):

@@ -1,9 +1,9 @@
-"""ForwardState: everything that belongs to one forward pass of one composed model.
+"""ForwardState: the state of one forward pass of one composed model.
 
-Modules hold nothing of a forward: threads may share a model, forwards may nest, and one that ends in an exception takes
-everything it knew along. What must outlive a forward, the router's sums, is in the key-value cache (router/cache.py).
+Modules keep no state of a forward pass, so threads can share a model, forward passes can nest, and an exception leaves
+nothing behind. The router's sums, which outlive a forward pass, are in the key-value cache (router/cache.py).
 
-The running state is kept by thread, because a forward runs in one thread from its beginning to its end.
+The current state is thread-local, because a forward pass runs in one thread from start to end.
 """
 
 import threading
@@ -17,42 +17,42 @@ from torch import Tensor, nn
 from .active import Part
 
 
-class OpenGates(NamedTuple):  # one is made in every layer of every step, and a frozen dataclass takes longer
-    """Gates of a rectangle: some positions, and the ranks of some slots."""
+class OpenGates(NamedTuple):  # created in every layer of every step; a frozen dataclass is slower
+    """Gates of a rectangle: a range of positions by the ranks of a range of slots."""
 
-    start: int  # positions, counted over all rows of the batch
+    start: int  # flattened (batch, seq) positions
     stop: int
-    is_whole: bool  # whether these are all positions
-    slots: tuple[int, int] | None  # from the first to before the second; None: all
+    is_whole: bool  # whether the range covers all positions
+    slots: tuple[int, int] | None  # half-open range; None: all
     gates: Float[Tensor, "positions rank"]  # float32
 
 
-Gates = Tensor | tuple[OpenGates, ...]  # of one layer: (batch, seq, rank) where autograd follows, else by rectangle
+Gates = Tensor | tuple[OpenGates, ...]  # of one layer: (batch, seq, rank) with gradients enabled, else by rectangle
 
 
 class SiblingOutputs:
-    """Outputs for modules of a group that have not been called yet, valid for one input under one set of gates."""
+    """Outputs of group members that have not been called yet, keyed by the identity of input and gates."""
 
     def __init__(self, x: Tensor, gates: Gates, outputs: dict[int, Tensor]):
         self.x, self.gates, self.outputs = x, gates, outputs
         self.version = _version(x)
 
     def fit(self, x: Tensor, gates: Gates) -> bool:
-        """Return whether `x` is the very input, unchanged, and `gates` are the very gates."""
+        """Return whether `x` is the same tensor object, not modified in place since, and `gates` the same object."""
         return self.x is x and self.gates is gates and self.version == _version(x)
 
 
 class SlotGates:
-    """Slot gates of a forward pass, once they are found."""
+    """Slot gates of a forward pass; None until they are computed."""
 
     def __init__(self) -> None:
         self.gates: Float[Tensor, "batch seq slots"] | None = None
-        self.by_position: Float[Tensor, "positions slots"] | None = None  # the same, for forwards without gradients
-        self.parts: list[Part] = []  # what has to be computed
+        self.by_position: Float[Tensor, "positions slots"] | None = None  # the same, for use without gradients
+        self.parts: list[Part] = []  # the parts to compute
 
 
 class ForwardState:
-    """What one forward pass of a decoder is given, and what it finds."""
+    """Inputs of one forward pass of a decoder, and the gates and outputs computed during it."""
 
     def __init__(
         self,
@@ -63,14 +63,14 @@ class ForwardState:
         position_ids: Tensor | None = None,
         past: int | Tensor = 0,
     ):
-        """Start with what the decoder is called with.
+        """Store the arguments of the decoder's forward.
 
         Args:
             owner: The Routing of the composed model.
-            input_ids: Token ids, if they are known.
+            input_ids: Token ids, if known.
             mask: The attention mask in any of its forms.
-            position_ids: Positions inside each text; they tell where texts of a packed row begin.
-            past: Positions in the key-value cache before this forward.
+            position_ids: Positions inside each text.
+            past: Positions in the key-value cache before this forward pass.
         """
         self.owner = owner
         self.input_ids, self.mask, self.position_ids, self.past = input_ids, mask, position_ids, past
@@ -79,7 +79,7 @@ class ForwardState:
         self.siblings: dict[Hashable, SiblingOutputs] = {}  # by ExpertGroup
 
     def for_layer(self, layer: Hashable = None, gates: Gates | None = None) -> "ForwardState":
-        """Return a state of the same forward that knows the gates of one layer at most, and no outputs."""
+        """Return a state of the same forward pass with no sibling outputs and at most the gates of one layer."""
         state = ForwardState(
             self.owner, input_ids=self.input_ids, mask=self.mask, position_ids=self.position_ids, past=self.past
         )
@@ -90,7 +90,7 @@ class ForwardState:
 
 
 class _Running(threading.local):
-    """The innermost forward of each thread."""
+    """State of the innermost forward pass of each thread."""
 
     def __init__(self) -> None:
         self.state: ForwardState | None = None
@@ -100,12 +100,12 @@ _running = _Running()
 
 
 def running_state() -> ForwardState | None:
-    """Return the state of the forward pass that runs in this thread, or None outside of one."""
+    """Return the state of the forward pass running in this thread, or None outside one."""
     return _running.state
 
 
 def run_with(state: ForwardState, function: Callable, *args: Any, **kwargs: Any) -> Any:
-    """Call a function as part of a forward pass; however it ends, the state before is restored."""
+    """Call `function` with `state` as the running state; restore the previous state even after an exception."""
     before = _running.state
     try:
         _running.state = state
@@ -115,9 +115,9 @@ def run_with(state: ForwardState, function: Callable, *args: Any, **kwargs: Any)
 
 
 class StateCarrier:
-    """Checkpointing function of a module that gives a recomputation the state of its own forward.
+    """Checkpointing function of a module that recomputes it under the state of the original forward pass.
 
-    A layer is computed again in the backward pass, after its forward has ended and perhaps others have run.
+    The recomputation happens in the backward pass, after the forward pass has ended and others may have run.
     """
 
     def __init__(self, function: Callable, module: nn.Module):
@@ -128,16 +128,16 @@ class StateCarrier:
         running, layer = running_state(), getattr(self.module, "expert_gates", None)
         if running is None:
             return self.function(forward, *args)
-        # without gates and outputs: a graph that holds what holds the graph is never freed
+        # without gates and outputs: they would form a reference cycle with the graph
         state = running.for_layer()
 
         def run(gates: Gates | None, *args: Any) -> Any:
             return run_with(state.for_layer(layer, gates), forward, *args)
 
-        # as an argument, so that either kind of checkpointing returns the gradient of gates to the layer's own forward
+        # gates are an argument so that reentrant and non-reentrant checkpointing both propagate their gradient
         return self.function(run, running.gates.get(layer), *args)
 
 
 def _version(x: Tensor) -> int | None:
-    """Return a number that changes when x is written to in place; None where torch counts no versions."""
+    """Return the in-place version counter of x; None where torch does not keep one."""
     return None if torch.compiler.is_compiling() or x.is_inference() else x._version

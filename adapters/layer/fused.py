@@ -1,14 +1,14 @@
-"""FusedLinear: a frozen linear module and all experts of all slots that extend it; ExpertGroup: those of one input.
+"""FusedLinear: a frozen linear module with the experts of all slots. ExpertGroup: the modules that share an input.
 
     y = W x + B (g * (A x))        A (rank, d_in)   B (d_out, rank)   g (tokens, rank)
 
-All experts lie on one rank axis, so mixed ranks and any number of experts cost the same two products, and the gates act
-on the small activation. A and B are never mixed before the product: that would add cross terms (B1 A2). A slot's ranks
-lie side by side, so the experts of some slots are views.
+All experts lie on one rank axis, so mixed ranks and any number of experts need the same two matrix products, and the
+gates scale the rank-sized activation. A and B are never mixed before the product, which would add cross terms (B1 A2).
+The ranks of a slot are contiguous, so the weights of a range of slots are views.
 
-Modules that read the same tensor (q, k and v; gate and up) form a group, which has one A: whichever of them is called
-first computes the outputs of all, and the others take theirs from the state of the forward pass (forward_state.py) if
-they are called with that very tensor. The arithmetic is in `kernels/`.
+Modules that read the same tensor (q, k and v; gate and up) form a group with one stacked A. The first member called
+computes the outputs of all; the others take theirs from the state of the forward pass (forward_state.py) if they are
+called with the same tensor object. The arithmetic is in `kernels/`.
 """
 
 from bisect import bisect_left
@@ -28,15 +28,15 @@ from ..kernels.group import GroupWeights
 from .forward_state import Gates, OpenGates, SiblingOutputs, running_state
 from .group_update import GroupUpdate
 
-MAX_MISSES = 2  # times in a row that modules of a group were called with different tensors; then each computes alone
+MAX_MISSES = 2  # consecutive calls of group members with different tensors, after which each member computes alone
 
 
 class FusedLinear(nn.Module):
-    """A frozen linear module with experts, which its group computes; trainable ones are the last ranks."""
+    """Frozen linear module with experts, computed by its group; trainable experts have the last ranks."""
 
     new_scale: Tensor | None
     group: "ExpertGroup"
-    place: int  # in its group
+    place: int  # index in its group
 
     def __init__(
         self,
@@ -46,13 +46,13 @@ class FusedLinear(nn.Module):
         new_B: Float[Tensor, "d_out new"] | None = None,
         new_scale: Float[Tensor, " new"] | None = None,
     ):
-        """Build the module; nothing is copied from `base`.
+        """Build the module around `base`, without copying it.
 
         Args:
             base: The frozen module that the experts extend.
-            new_A: Trainable experts' A, or None.
-            new_B: Trainable experts' B, scale not folded in.
-            new_scale: The scales of the trainable ranks.
+            new_A: A of the trainable experts, or None.
+            new_B: B of the trainable experts, scales not folded in.
+            new_scale: Scales of the trainable ranks.
         """
         super().__init__()
         self.base = base
@@ -66,7 +66,7 @@ class FusedLinear(nn.Module):
 
 
 class ExpertGroup(nn.Module):
-    """The experts of the modules that read one input."""
+    """Experts of the modules that read the same input."""
 
     A: Tensor
     columns: Tensor | None
@@ -85,17 +85,17 @@ class ExpertGroup(nn.Module):
         slot_of_rank: Sequence[int] = (),
         names: Sequence[str] = (),
     ):
-        """Build the group and make it that of its members.
+        """Build the group and assign it to its members.
 
         Args:
             members: The modules; all read the same input.
-            layer: The key of the decoder layer's gates in the state of a forward pass: its LayerGates.
-            A: The frozen experts' A of all members, one under the other.
-            ranks: How many rows of A each member has.
-            Bt: By member: the frozen experts' B, transposed, scales folded in.
-            columns: The gate of every column, trainable ones included; None if each member has all gates, in order.
-            slot_of_rank: The slot of every gate; needed where slots are left out.
-            names: The modules' paths, for messages.
+            layer: Key of the decoder layer's gates in the state of a forward pass: its LayerGates.
+            A: A of the frozen experts of all members, stacked by row.
+            ranks: Number of rows of A of each member.
+            Bt: By member: B of the frozen experts, transposed, scales folded in.
+            columns: Gate index of every column, trainable ones included; None if each member has all gates, in order.
+            slot_of_rank: Slot of every gate; needed where closed slots are skipped.
+            names: Paths of the modules, for messages.
         """
         super().__init__()
         self.slot_of_rank, self.names = list(slot_of_rank), tuple(names)
@@ -104,7 +104,7 @@ class ExpertGroup(nn.Module):
         self.register_buffer("columns", columns, persistent=False)
         for place, part in enumerate(Bt):
             self.register_buffer(f"Bt{place}", part, persistent=False)
-        # neither members nor gates are submodules: they have their places in the decoder layer
+        # not registered as submodules: members and gates belong to the decoder layer
         object.__setattr__(self, "layer", layer)
         object.__setattr__(self, "members", tuple(members))
         for place, member in enumerate(members):
@@ -115,16 +115,16 @@ class ExpertGroup(nn.Module):
         self._fast: dict[tuple[int, ...], _FastPath] = {}  # by places
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ExpertGroup":
-        """Move or cast the buffers; what was derived from them is derived anew."""
+        """Move or cast the buffers, and drop what was derived from them."""
         self._fast = {}
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out of a copy what is derived: the copy derives its own."""
+        """Exclude derived state from copies."""
         return self.__dict__ | {"_fast": {}}
 
     def output(self, place: int, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
-        """Return one member's output for x, computed with the other members' if it is the first that is called."""
+        """Return one member's output for x; the first member called computes the outputs of all."""
         state = running_state()
         gates = None if state is None else state.gates.get(self.layer)
         if state is None or gates is None:
@@ -144,16 +144,16 @@ class ExpertGroup(nn.Module):
         return output
 
     def _shares_input(self) -> bool:
-        """Return whether the members seem to read one tensor; a guess that decides where work is done, not the result.
+        """Return whether the members are expected to read the same tensor; a guess that affects speed only.
 
-        A hook may give a member another input, also by writing to the one that all have.
+        A pre-hook may replace a member's input or write to the shared one.
         """
         if len(self.members) == 1 or self.misses >= MAX_MISSES:
             return False
         return not any(member._forward_pre_hooks for member in self.members)
 
     def outputs(self, x: Tensor, gates: Gates, places: tuple[int, ...]) -> Sequence[Tensor]:
-        """Return what these members give for x."""
+        """Return the outputs of these members for x."""
         self._check_positions(x, gates, places)
         if torch.is_grad_enabled() and isinstance(gates, Tensor) and self._needs_gradient(x, gates, places):
             return self._differentiable_outputs(x, gates, places)
@@ -163,7 +163,7 @@ class ExpertGroup(nn.Module):
         fast = self._fast_path(places)
         if fast.serves(x):
             flat = x.reshape(-1, x.shape[-1])
-            # in two dimensions: the same product as the module's own, with fewer views around it
+            # in two dimensions: the same product as the module's, with fewer views
             found = self._linear_outputs(flat, gates, fast)
             return [output.view(*x.shape[:-1], output.shape[-1]) for output in found]
         outputs = [_owned_output(self.members[place].base, x) for place in places]
@@ -173,7 +173,7 @@ class ExpertGroup(nn.Module):
         return outputs
 
     def _check_positions(self, x: Tensor, gates: Gates, places: tuple[int, ...]) -> None:
-        """Refuse an input of other positions than the layer's: a gate would be applied where it does not belong."""
+        """Raise InputError if x has another number of positions than the gates, which would then be misapplied."""
         given = x.shape[:-1].numel()
         known = gates.shape[:-1].numel() if isinstance(gates, Tensor) else gates[-1].stop
         if given != known:
@@ -187,7 +187,7 @@ class ExpertGroup(nn.Module):
     def _linear_outputs(
         self, flat: Float[Tensor, "tokens d_in"], gates: tuple[OpenGates, ...], fast: "_FastPath"
     ) -> Sequence[Float[Tensor, "tokens _"]]:
-        """Return what plain Linears give with their experts; in one call of the kernels where nothing is left out."""
+        """Return the outputs of plain Linears with their experts, in one kernel call if no slot is skipped."""
         first, whole = gates[0], fast.weights.whole
         if first.slots is None and first.is_whole and len(whole.A):
             return choose_kernels(flat.device).outputs(flat, fast.linears, first.gates, whole)[0]
@@ -196,7 +196,7 @@ class ExpertGroup(nn.Module):
         return outputs
 
     def weights(self, places: tuple[int, ...], dtype: torch.dtype) -> GroupWeights:
-        """Return A and B of some members, trainable ranks included, in the type of the outputs."""
+        """Return A and B of some members, trainable ranks included, in `dtype`."""
         is_whole = len(places) == len(self.members)
         columns = self.columns
         if not is_whole and columns is not None:
@@ -229,7 +229,7 @@ class ExpertGroup(nn.Module):
             and not torch.is_autocast_enabled(x.device.type)
             and x.dtype == members[0].base.weight.dtype
         ):
-            outputs = [None] * len(members)  # computed inside
+            outputs = [None] * len(members)  # computed inside GroupUpdate
         else:
             outputs = [member.base(x) for member in members]
         return GroupUpdate.apply(self, places, x, gates, *outputs, *trained)
@@ -242,24 +242,24 @@ class ExpertGroup(nn.Module):
 
 
 class SlotWeights:
-    """Frozen weights of a group as a whole and, as views, by ranges of slots."""
+    """Frozen weights of a group: all slots, and views of ranges of slots."""
 
     def __init__(self, whole: GroupWeights, slot_of_rank: Sequence[int]):
-        """Take weights whose slots lie side by side.
+        """Wrap weights whose slots are contiguous.
 
         Args:
-            whole: The weights of all slots.
-            slot_of_rank: The slot of every gate, in order.
+            whole: Weights of all slots.
+            slot_of_rank: Slot of every gate, sorted.
         """
         self.whole, self.slot_of_rank = whole, slot_of_rank
         self._single: dict[int, list[GroupWeights | None]] = {}
 
     def of(self, slots: tuple[int, int]) -> list[GroupWeights | None]:
-        """Return each module's weights of a range of slots, for the gates of that range; None where it has none."""
+        """Return each module's weights for a half-open range of slots; None for a module without ranks in it."""
         first, stop = slots
         if stop - first != 1:
             return self._views(first, stop)
-        # most steps need two or three slots, of many
+        # views of single slots are cached: most steps need two or three of many slots
         if first not in self._single:
             self._single[first] = self._views(first, stop)
         return self._single[first]
@@ -288,7 +288,7 @@ class SlotWeights:
 
 
 class _FastPath:
-    """What does not change from call to call of some members that run without gradients."""
+    """Cached state of some members for calls without gradients."""
 
     def __init__(self, group: ExpertGroup, places: tuple[int, ...]):
         self.bases: list[Any] = [group.members[place].base for place in places]
@@ -303,12 +303,12 @@ class _FastPath:
             self.device = self.weights.whole.A.device.type
 
     def is_current(self) -> bool:
-        """Return whether the base modules still have the weights that they had."""
+        """Return whether the base modules still hold the cached weights."""
         pairs = zip(self.bases, self.linears, strict=False)
         return all(base.weight is weight and base.bias is bias for base, (weight, bias) in pairs)
 
     def serves(self, x: Tensor) -> bool:
-        """Return whether this call is an ordinary one: plain frozen Linears of the type of x, without hooks."""
+        """Return whether the fast path applies: plain frozen Linears in the dtype of x, no hooks, no autocast."""
         is_ordinary = self.is_plain and x.dtype == self.dtype
         return is_ordinary and not any(self.hooks) and not torch.is_autocast_enabled(self.device)
 
@@ -335,18 +335,18 @@ def _update(
 
 
 def _is_linear(base: nn.Module) -> bool:
-    """Return whether a module is a Linear over an ordinary weight; a quantized one is a tensor of another class."""
+    """Return whether a module is an nn.Linear with an ordinary weight; quantized weights have another class."""
     return type(base) is nn.Linear and type(base.weight) is nn.Parameter
 
 
 def _is_plain(base: nn.Module) -> bool:
-    """Return whether a module is a frozen Linear without hooks, which may be computed without being called."""
+    """Return whether a module is a frozen Linear without hooks, so that F.linear can replace the call."""
     is_linear = _is_linear(base) and not base._forward_hooks and not base._forward_pre_hooks
     return is_linear and not any(parameter.requires_grad for parameter in base.parameters())
 
 
 def _owned_output(base: nn.Module, x: Tensor) -> Tensor:
-    """Return the base module's output in memory that may be written to; another module may keep what it returns."""
+    """Return the base module's output, cloned unless it is known to be fresh memory that can be written to."""
     output = base(x)
     if type(base) in (nn.Linear, Conv1D) and not base._forward_hooks:
         return output

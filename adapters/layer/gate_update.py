@@ -1,15 +1,15 @@
-"""GateUpdate: the gates of a layer as one step of autograd, which keeps nothing but what enters it.
+"""GateUpdate: the gates of a layer as one autograd function that saves only its inputs.
 
-With s the scores, p the softmax inside a group, q the slot gate and v = sigmoid of a rank's score, the gates are
-g = 2 q p v. Given dg and the gradient dp' of what the balance loss sees of p:
+With scores s, softmax p inside a group, slot gate q and v = sigmoid of a rank's score, the gates are g = 2 q p v. Given
+dg and dp', the gradient of the balance loss with respect to p:
 
     ds[rank]   = dg * g * (1 - v)
     dp[expert] = q * (sum over its ranks of dg * 2 v) + dp'
     ds[expert] = p * (dp - sum over its softmax group of p dp)                            softmax
     dh         = (ds rows - (ds . s) h / |h|) / |h|                               s = rows h / |h|
-    drows      = (ds / |h|)^T h                                                   of rows that train only
+    drows      = (ds / |h|)^T h                                                   for trainable rows only
 
-Scores, softmax and sigmoid are made again in the backward pass: one thin product.
+Scores, softmax and sigmoid are recomputed in the backward pass, which costs one thin matrix product.
 """
 
 from typing import Any
@@ -24,7 +24,7 @@ from ..kernels.reference import expert_gates
 
 
 class GateUpdate(torch.autograd.Function):
-    """The gates (positions, rank) and, of p, the part of the experts that train (positions, new), which may be none."""
+    """Gates of shape (*tokens, rank), and p of the trainable experts, of shape (*tokens, new); `new` may be 0."""
 
     @staticmethod
     def forward(ctx, module, hidden, slot_gate, new_experts, new_ranks):  # noqa: D102
@@ -70,7 +70,7 @@ class GateUpdate(torch.autograd.Function):
 
 
 class _Parts:
-    """What gates are made of, with all positions on one axis."""
+    """Intermediate values of the gates, with all positions on one axis."""
 
     def __init__(self, hidden: Tensor, slot_gate: Tensor, tables: GateTables):
         self.hidden = hidden.reshape(-1, hidden.shape[-1]).float()

@@ -1,9 +1,9 @@
-"""GatedMLP: down(act(gate(x)) * up(x)) in training, keeping what gate and up gave and neither of the two products.
+"""GatedMLP: down(act(gate(x)) * up(x)) that saves only the outputs of gate and up for the backward pass.
 
-Autograd would keep four tensors of the inner width for each MLP: the outputs of gate and up, the activation and the
-product (which is the input of down). The last two are cheap functions of the first two, so they are computed again in
-the backward pass: a quarter of everything that a Llama keeps, for two passes over memory. `GroupUpdate` of the down
-module asks for its input again instead of keeping it.
+Autograd would save four tensors of the inner width for each MLP: the outputs of gate and up, the activation and the
+product (the input of down). The last two are cheap functions of the first two, so the backward pass recomputes them.
+This saves a quarter of a Llama's activation memory for two passes over memory. `GroupUpdate` of the down module
+recomputes its input instead of saving it.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,11 +14,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # what the MLPs of most families are made of
+CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}  # the modules of a gated MLP in most model families
 
 
 class GatedMLP(nn.Module):
-    """Stands for an MLP of this form in a model that trains; its modules are the MLP's own, under the same names."""
+    """Replacement of a gated MLP in training, with the MLP's own modules under the same names."""
 
     gate_proj: nn.Module
     up_proj: nn.Module
@@ -27,22 +27,22 @@ class GatedMLP(nn.Module):
     original: nn.Module
 
     def __init__(self, original: nn.Module):
-        """Takes the modules of `original`, which is kept as it is for the time after training."""
+        """Share the modules of `original`, which `detach` puts back."""
         super().__init__()
         for name, child in original.named_children():
             self.add_module(name, child)
-        # no submodule: its parameters are here already
+        # not registered as a submodule: its parameters already are
         object.__setattr__(self, "original", original)
 
     def forward(self, x: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens width"]:
-        """The same numbers as the MLP's own forward."""
+        """Return the output of the original MLP, bit for bit."""
         return self.down_proj(gated_product(self.act_fn, self.gate_proj(x), self.up_proj(x)))
 
 
 def gated_mlps(layer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The MLPs of a decoder layer that a GatedMLP may stand for, by path.
+    """Yield the path and module of each MLP of a decoder layer that a GatedMLP can replace.
 
-    Judged by what they compute: an MLP of this make is tried on one token, in training mode so that dropout would show.
+    Each candidate is run on one token and compared with the formula, in training mode so that dropout would show.
     """
     for path, module in list(layer.named_modules()):
         if {name for name, _ in module.named_children()} == CHILDREN and _is_gated(module):
@@ -67,22 +67,22 @@ def _is_gated(mlp: Any) -> bool:
 def gated_product(
     act: Callable[[Tensor], Tensor], gate: Float[Tensor, "*tokens inner"], up: Float[Tensor, "*tokens inner"]
 ) -> Float[Tensor, "*tokens inner"]:
-    """Act(gate) * up, of which only gate and up are kept for the backward pass."""
-    # torch.compile decides by itself what it computes again
+    """Return act(gate) * up, saving only gate and up for the backward pass."""
+    # torch.compile makes its own choice of what to recompute
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not (gate.requires_grad or up.requires_grad):
         return act(gate) * up
     return _GatedProduct.apply(act, gate, up)  # type: ignore[return-value]
 
 
 def product_of(x: Tensor) -> Any:
-    """The step of autograd that made x, if it is a gated product, which can be had again; else None."""
+    """Return the autograd node that produced x if it is a gated product, which can be recomputed; else None."""
     if torch.compiler.is_compiling():
         return None
     return x.grad_fn if getattr(x.grad_fn, "is_gated_product", False) else None
 
 
 def product_again(step: Any) -> Float[Tensor, "*tokens inner"]:
-    """The gated product once more, in the backward pass; what it needed is left for the step's own backward pass."""
+    """Recompute a gated product in the backward pass; intermediates are cached for the node's own backward."""
     gate, up, activation = step.again = _activated(step)
     return activation.detach() * up
 
@@ -106,7 +106,7 @@ class _GatedProduct(torch.autograd.Function):
 
 @torch.enable_grad()
 def _activated(step: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate, up, and act(gate) as a function of gate. Unpacks what is kept: once in a backward pass is allowed."""
+    """Return gate, up and act(gate), differentiable in gate; unpacks the saved tensors, once in each backward pass."""
     gate, up = step.saved_tensors
     gate = gate.detach().requires_grad_()
     return gate, up.detach(), step.act(gate)

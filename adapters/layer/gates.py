@@ -1,15 +1,14 @@
-"""LayerGates: the gates of one decoder layer, computed from its input and shared by its target modules.
+"""LayerGates: gates of one decoder layer, computed from its input and shared by its target modules.
 
     g[token, rank] = slot_gate[token, slot] * expert_gate[token, expert] * rank_gate[token, rank]
 
-The slot gate comes from the domain router. The expert gate is adaptive routing inside a bank: softmax over the experts
-of one generation of cos(h, W_e) / temperature, so that a generation that is added later leaves the older ones' gates as
-they are. The rank gate is rank-wise decoupling: 2 sigmoid(V h),
-which is 1 at the start (V = 0), so that each rank is a unit that text can claim or leave. Arithmetic is float32; scores
-are bounded by 1 / temperature because both sides are unit vectors.
+The slot gate comes from the domain router. The expert gate routes inside a bank: a softmax of cos(h, W_e) / temperature
+over the experts of one generation, so that adding a generation does not change the gates of older ones. The rank gate
+is 2 sigmoid(V h), with h scaled to unit root mean square; it is 1 at initialization (V = 0). Arithmetic is float32.
+Expert scores are bounded by 1 / temperature because they are cosines.
 
-All scores of a layer are one matrix product with the hidden state as it is; its length is divided out of the few
-scores, not of the wide hidden state, and all constant factors are in the rows.
+All scores of a layer are one matrix product with the unnormalized hidden state. The norm is divided out of the scores,
+which are fewer than the features, and all constant factors are folded into the rows.
 """
 
 from collections.abc import Callable
@@ -26,11 +25,11 @@ from .active import Runs
 from .gate_update import GateUpdate
 
 TEMPERATURE = 0.1  # of the expert gates; scores are cosines, so |score| <= 10
-MAX_OPEN = 16  # sets of open slots whose tables a layer keeps; small, because rows are not copied
+MAX_OPEN = 16  # sets of open slots whose tables a layer caches; tables are small, because rows are views
 
 
 class LayerGates(nn.Module):
-    """All gates of one decoder layer for a stack of banks; a trainable bank, if any, is the last."""
+    """Gates of one decoder layer for a stack of banks; a trainable bank, if any, is the last."""
 
     rows: Tensor
     slot_of_expert: Tensor
@@ -52,17 +51,17 @@ class LayerGates(nn.Module):
         expert_of_rank: Int[Tensor, " rank"],
         fixed_gate: Float[Tensor, " rank"] | None = None,
     ):
-        """Builds the gates of one layer.
+        """Build the gates of one layer.
 
         Args:
             expert_gate: Rows that score the frozen experts.
             rank_gate: Rows of the frozen ranks; zeros where a bank has no rank gates.
             new_expert_gate: Trainable rows of the new bank's experts, or None.
-            new_rank_gate: Trainable rows of the new bank's ranks; None with a new bank means factors of 1.
-            slot_of_expert: Each expert's slot, frozen ones first.
-            group_of_expert: Equal for experts of one generation of one slot, which share a softmax.
-            expert_of_rank: Each rank's expert.
-            fixed_gate: Constant expert gate times rank gate of each rank, for a static composition.
+            new_rank_gate: Trainable rows of the new bank's ranks; None for a new bank with rank gates of 1.
+            slot_of_expert: Slot of each expert, frozen ones first.
+            group_of_expert: Softmax group of each expert: one number for each generation of each slot.
+            expert_of_rank: Expert of each rank.
+            fixed_gate: Constant product of expert gate and rank gate of each rank, for a static composition.
         """
         super().__init__()
         rows = torch.cat([_expert_rows(expert_gate.float()), _rank_rows(rank_gate.float())])
@@ -77,15 +76,15 @@ class LayerGates(nn.Module):
         self.register_buffer("softmax_group_of_rank", group_members(same_group)[expert_of_rank], persistent=False)
         self.new_expert_gate = None if new_expert_gate is None else nn.Parameter(new_expert_gate)
         self.new_rank_gate = None if new_rank_gate is None else nn.Parameter(new_rank_gate)
-        self._whole: GateTables | None = None  # derived from the buffers, like those by runs
+        self._whole: GateTables | None = None  # derived from the buffers, as is _open
         self._open: dict[Runs, GateTables] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out of a copy what is derived: the copy derives its own."""
+        """Exclude derived state from copies."""
         return self.__dict__ | {"_whole": None, "_open": {}}
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LayerGates":
-        """Move or cast the buffers; what was derived from them is derived anew."""
+        """Move or cast the buffers, and drop what was derived from them."""
         self._whole, self._open = None, {}
         return super()._apply(fn, recurse)
 
@@ -98,9 +97,9 @@ class LayerGates(nn.Module):
         """Return the product of slot, expert and rank gates for every token.
 
         Args:
-            hidden: What enters the layer.
-            slot_gate: Of all slots.
-            runs: The only slots whose gates are wanted, on a shorter rank axis; None: all.
+            hidden: Input of the layer.
+            slot_gate: Gates of all slots.
+            runs: Slots to compute gates for, on a correspondingly shorter rank axis; None: all.
         """
         return self.with_use(hidden, slot_gate, runs)[0]
 
@@ -110,7 +109,7 @@ class LayerGates(nn.Module):
         slot_gate: Float[Tensor, "*#tokens slots"],
         runs: Runs | None = None,
     ) -> tuple[Float[Tensor, "*tokens rank"], Float[Tensor, "*tokens new"] | None]:
-        """Return the same and, while a bank trains, the expert gates of its experts."""
+        """Return the gates as `forward` does and, while a bank trains, the expert gates of its experts."""
         needs_gradient = hidden.requires_grad or slot_gate.requires_grad or self.new_expert_gate is not None
         if needs_gradient and torch.is_grad_enabled() and self.fixed_gate is None:
             assert runs is None
@@ -123,16 +122,16 @@ class LayerGates(nn.Module):
         return choose_kernels(hidden.device).gates(hidden, slot_gate, tables), None
 
     def constant_gate(self, slot_gate: Float[Tensor, " slots"]) -> Float[Tensor, " rank"]:
-        """The gates of a static composition under constant slot gates."""
+        """Return the gates of a static composition under constant slot gates."""
         assert self.fixed_gate is not None
         return slot_gate.to(self.fixed_gate.device)[self.slot_of_rank] * self.fixed_gate
 
     def ranks(self, runs: Runs) -> list[int]:
-        """Return how many ranks each run of slots has."""
+        """Return the number of ranks of each run of slots."""
         return self._tables(runs).ranks
 
     def _tables(self, runs: Runs | None) -> GateTables:
-        """Return what the gates of some slots are computed from; kept, unless a part of it trains."""
+        """Return the tables of some slots, cached unless a bank trains."""
         if self.new_expert_gate is not None:
             assert runs is None
             return self.tables()
@@ -143,16 +142,16 @@ class LayerGates(nn.Module):
         found = self._open.get(runs)
         if found is None:
             found = self._whole.select_slots(runs)
-            # replaced, not changed: other threads may be reading it
+            # replaced, not mutated: other threads may be reading it
             self._open = dict(list(self._open.items())[1 - MAX_OPEN :]) | {runs: found}
         return found
 
     def tables(self, new_experts: Tensor | None = None, new_ranks: Tensor | None = None) -> GateTables:
-        """Return what the gates of all slots are computed from.
+        """Return the tables of all slots.
 
         Args:
             new_experts: Rows of a trainable bank's experts; None: those of `new_rows`.
-            new_ranks: Rows of its ranks.
+            new_ranks: Rows of a trainable bank's ranks.
         """
         return GateTables(
             pieces=(self._all_rows(new_experts, new_ranks),),
@@ -165,7 +164,7 @@ class LayerGates(nn.Module):
         )
 
     def new_rows(self) -> tuple[Float[Tensor, "new width"] | None, Float[Tensor, "new_rank width"] | None]:
-        """The rows of a trainable bank's experts and ranks; None where there are none."""
+        """Return the rows of a trainable bank's experts and ranks; None where there are none."""
         return (
             None if self.new_expert_gate is None else _expert_rows(self.new_expert_gate),
             None if self.new_rank_gate is None else _rank_rows(self.new_rank_gate),
@@ -185,10 +184,10 @@ class LayerGates(nn.Module):
 
 
 def _expert_rows(gate: Float[Tensor, "experts width"]) -> Float[Tensor, "experts width"]:
-    """Rows whose product with a unit vector is the cosine over the temperature."""
+    """Return rows whose product with a unit vector is the cosine divided by the temperature."""
     return F.normalize(gate, dim=-1, eps=EPSILON) / TEMPERATURE
 
 
 def _rank_rows(gate: Float[Tensor, "rank width"]) -> Float[Tensor, "rank width"]:
-    """Rows whose product with a unit vector is that with the vector of unit root mean square."""
+    """Return rows scaled so that a unit vector scores as if it had unit root mean square."""
     return gate * gate.shape[-1] ** 0.5

@@ -1,4 +1,4 @@
-"""GroupUpdate: the fused layer as one step of autograd, for all modules that read the same input."""
+"""GroupUpdate: the fused layer as one autograd function, for all modules that read the same input."""
 
 import torch
 from torch import Tensor
@@ -11,10 +11,9 @@ from .gated_mlp import product_again, product_of
 class GroupUpdate(torch.autograd.Function):
     """y_m + B_m (g * (A_m x)) with gradients for x, the outputs, the gates and the trainable experts only.
 
-    Frozen experts get no weight gradient: no matrix product is spent on one. Only x and rank-sized activations are kept
-    for the backward pass (and x is not, where it is a gated product that can be had again); the weights of frozen and
-    trainable experts are put together again there. Where the base modules are plain Linears they run inside, and the
-    gradient of x is summed in place.
+    No matrix product is spent on weight gradients of frozen experts. Only x and rank-sized activations are saved for
+    the backward pass (x is recomputed instead if it is a gated product), which concatenates the weights of frozen and
+    trainable experts again. Plain Linear base modules run inside, so that the gradient of x is summed in place.
     """
 
     @staticmethod
@@ -28,7 +27,7 @@ class GroupUpdate(torch.autograd.Function):
         if ctx.is_inside:
             linears = [(member.base.weight, member.base.bias) for member in members]
             found, low = kernels.outputs(flat, linears, gate, weights, keep=True)
-            # no views, which must not be written to in place: as F.linear gives them
+            # like F.linear: autograd must not see views, which it would not allow to be modified in place
             outputs = [torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]]) for output in found]
         else:
             outputs = [output.clone(memory_format=torch.contiguous_format) for output in given]

@@ -1,10 +1,10 @@
-"""Soft merging: under constant gates all experts of a module are one matrix, which is added to a copy of its weight.
+"""Merge experts with constant gates into copies of the base weights, and undo it.
 
     W' = W + sum over ranks of g[rank] B[:, rank] A[rank, :]
 
-Always the product B A, never the factors. The base's parameters are shared by every model that is composed over it, so
-they are never written to: each merged module gets a Linear with a weight of its own, which costs as much memory as the
-weights it extends, and the module it stands for is kept. Taking it off gives the same modules, and so the same bits.
+The products B A are summed, never the factors. The base's parameters are shared by all models composed over it and are
+never written to: each merged module is a new module with its own weight, as large as the base's. The fused module is
+kept, so that unmerging restores it bit for bit.
 """
 
 from collections.abc import Sequence
@@ -25,26 +25,26 @@ from .routing import routing_of
 
 @dataclass(frozen=True)
 class Merged:
-    """What was taken out of a model while it is merged; `model.merged`."""
+    """Modules that were replaced while a model is merged; `model.merged`."""
 
     modules: dict[str, FusedLinear]  # by path
-    slot_gate: Float[Tensor, " slots"]  # under which they were merged
+    slot_gate: Float[Tensor, " slots"]  # with which they were merged
 
     @property
     def extra_bytes(self) -> int:
-        """Memory of the merged weights, beside the base's."""
+        """Memory of the merged weights, in addition to the base's."""
         weights: list[Any] = [module.base.weight for module in self.modules.values()]
         return sum(weight.nbytes for weight in weights)
 
 
 @torch.no_grad()
 def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
-    """Folds the experts of a static composition into copies of the weights; decoding then costs what the base's does.
+    """Merge the experts of a static composition into copies of the base weights, so that it runs as fast as the base.
 
-    The router and the gates are out of the way until `unmerge_experts`. Slot gates set by `fixed_slots` count.
+    Router and gates are inactive until `unmerge_experts`. Slot gates set by `fixed_slots` are used if it is open.
 
     Raises:
-        InputError: The gates depend on the text, the model is merged already, or has modules that cannot be merged.
+        InputError: If the gates depend on the text, the model is merged already, or a module cannot be merged.
     """
     routing = routing_of(model)
     if getattr(model, "merged", None) is not None:
@@ -53,7 +53,7 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
     if fixed is None or not routing.stack.static or routing.stack.trainable:
         raise InputError(
             "Only constant gates can be merged.",
-            cause="in this composition they depend on the text",
+            cause="the gates of this composition depend on the text",
             fix="compose it with static=True (--static), which uses the experts' mean gates",
         )
     found = {path: module for path, module in model.named_modules() if isinstance(module, FusedLinear)}
@@ -72,10 +72,10 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def unmerge_experts(model: PreTrainedModel) -> PreTrainedModel:
-    """Undoes `merge_experts`: the fused modules are back, over the base's own weights, bit for bit.
+    """Undo `merge_experts`: restore the fused modules over the base's own weights, bit for bit.
 
     Raises:
-        InputError: The experts are not merged.
+        InputError: If the experts are not merged.
     """
     merged = getattr(model, "merged", None)
     if not isinstance(merged, Merged):
@@ -95,7 +95,7 @@ def _members_in(
 
 
 def _merged_module(module: FusedLinear, group: Any, gate: Float[Tensor, " rank"]) -> nn.Module:
-    """A module like the base's, with the update in its weight; the bias is shared."""
+    """Return a module of the base's class with the merged weight; the bias is shared."""
     base: Any = module.base
     weights = group.weights((module.place,), base.weight.dtype)
     by_column = gate if weights.columns is None else gate[weights.columns]
@@ -118,7 +118,15 @@ def merged_weight(
     *,
     transposed: bool = False,
 ) -> Float[Tensor, "rows columns"]:
-    """W + B diag(g) A in new memory, summed in float32 and rounded once; `transposed` weights are (d_in, d_out)."""
+    """Return W + B diag(g) A in new memory, summed in float32 and rounded once.
+
+    Args:
+        weight: W, of shape (d_out, d_in), or (d_in, d_out) if transposed.
+        A: A of all experts.
+        Bt: B of all experts, transposed, scales folded in.
+        gate: One gate for each rank.
+        transposed: Whether `weight` has Conv1D's layout.
+    """
     left, right = (A, Bt) if transposed else (Bt, A)
     if weight.dtype == torch.float32:
         return torch.addmm(weight, (left * gate[:, None]).t(), right)

@@ -1,8 +1,8 @@
-"""Routing: how a composed model finds the slot gates of a forward pass, and the hooks that do it.
+"""Routing: compute the slot gates of a forward pass, and the hooks that do so in a composed model.
 
-The decoder's forward runs under a ForwardState of its own; the first decoder layer with experts finds the slot gates,
-and each layer its own gates. What a caller sets for a while (prompts read as a whole, fixed slots) holds in that
-caller's thread or asyncio task alone (settings.py).
+The decoder's forward runs under its own ForwardState. The first decoder layer with experts computes the slot gates, and
+each layer with experts its own gates. Settings of a caller (prompts read as a whole, fixed slots) apply only in the
+thread or asyncio task that opened them (settings.py).
 """
 
 import inspect
@@ -31,11 +31,11 @@ class Route(NamedTuple):
     """Slot gates of one forward pass."""
 
     slot_gate: Float[Tensor, "batch seq slots"]  # on the CPU
-    past: int  # positions in the key-value cache before them
+    past: int  # positions in the key-value cache before this forward pass
 
 
 class Routing:
-    """What a composed model routes by; `model.routing`. Nothing here belongs to a forward pass."""
+    """Routing configuration of a composed model, `model.routing`; holds no state of a forward pass."""
 
     def __init__(
         self,
@@ -53,37 +53,38 @@ class Routing:
 
     @property
     def settings(self) -> Settings:
-        """The settings that hold in this context."""
+        """Settings of this model in the current context."""
         return settings_of(self)
 
     @property
     def fixed_here(self) -> Float[Tensor, " slots"] | None:
-        """Constant slot gates that hold in this context: those of `fixed_slots`, if it is open."""
+        """Constant slot gates in the current context: those of `fixed_slots` if open, else those of `attach`."""
         fixed = self.settings.fixed
         return self.fixed if fixed is None else fixed
 
     def reading_prompts(self, lengths: int | Sequence[int] | None = None) -> AbstractContextManager[None]:
-        """While it is open, prompts are read as a whole: all positions of a prompt have the slot gates of its last one.
+        """Return a context manager in which all positions of a prompt use the slot gates of its last position.
 
-        Slot gates are causal otherwise, as they must be where text is predicted token by token. But a prompt is known
-        before anything is predicted, and its first tokens say little of what it is about: read under other gates, they
-        leave keys and values behind that mislead the answer (docs/log.md has what that costs). Only a forward pass
-        over an empty cache, or none, reads a prompt; what follows it is causal. Texts of a packed row are read as a
-        whole each. It holds for forwards of the thread or asyncio task that opened it.
+        Slot gates are causal otherwise, as text that is predicted token by token requires. A prompt is known in full,
+        and its first tokens say little about its domain: computed with other gates, their keys and values degrade the
+        answer (measured in docs/log.md). Only a forward pass with an empty cache, or without one, reads a prompt; later
+        positions are causal. The setting applies to forward passes of the thread or asyncio task that opened it.
+
+        Packed rows, whose `position_ids` restart, are not supported yet: a row counts as one prompt.
 
         Args:
-            lengths: Positions of each row's prompt, padding in front included, or one number for all rows. None: all
-                that a forward pass over an empty cache is given. `generate` gives it more than the prompt where it
-                keeps no cache, or checks guesses of an assistant or of a prompt lookup: give the number there.
+            lengths: Length of each row's prompt including left padding, or one number for all rows. None: all positions
+                of a forward pass with an empty cache. Required where `generate` passes more than the prompt: without a
+                cache, and in assisted decoding and prompt lookup.
         """
         given = torch.iinfo(torch.int64).max if lengths is None else lengths
         return changed_settings(self, prompts=torch.tensor(given, dtype=torch.int64).reshape(-1))
 
     def running(self) -> ForwardState:
-        """Return the state of the forward pass of this model that runs in this thread.
+        """Return the state of the forward pass of this model running in this thread.
 
         Raises:
-            RuntimeError: There is none.
+            RuntimeError: If there is none.
         """
         state = running_state()
         if state is None or state.owner is not self:
@@ -91,7 +92,7 @@ class Routing:
         return state
 
     def find_slot_gates(self, state: ForwardState, hidden: Tensor, cache: Any) -> None:
-        """Fill a state with the slot gates and what has to be computed under them."""
+        """Store the slot gates and the parts to compute in `state`."""
         settings = self.settings
         with torch.no_grad():
             slot_gate = close_small_gates(self._slot_gate(state, settings, hidden, cache), self.threshold)
@@ -102,7 +103,7 @@ class Routing:
             settings.routes.append(Route(slot_gate.detach().cpu(), int(state.past)))
 
     def _plan(self, slot_gate: Float[Tensor, "batch seq slots"]) -> list[Part]:
-        # reading values would wait for a GPU and break a graph; there closed slots are skipped by the kernels
+        # reading values would synchronize a GPU and break a graph; there the kernels skip closed slots
         if not self.threshold or self.stack.trainable or slot_gate.is_cuda or torch.compiler.is_compiling():
             return [Part(0, slot_gate.shape[0] * slot_gate.shape[1], None)]
         return plan_parts(slot_gate)
@@ -126,7 +127,7 @@ class Routing:
             raise InputError(
                 "The lengths of the prompts do not fit the batch.",
                 cause=f"there are {len(settings.prompts)} lengths for {len(gates)} rows",
-                fix="prompts that are padded on the left are equally long: reading_prompts(input_ids.shape[1])",
+                fix="pass one length for left-padded prompts: reading_prompts(input_ids.shape[1])",
             )
         whole = whole_prompts(gates, settings.prompts.clamp(max=gates.shape[1]).expand(len(gates)))
         return torch.where(state.past == 0, whole, gates) if isinstance(state.past, Tensor) else whole
@@ -146,34 +147,34 @@ class Routing:
 
 
 def _real_tokens(state: ForwardState, hidden: Tensor, *, is_static: bool) -> Bool[Tensor, "batch seq"]:
-    """Return True where a position holds text; padding adds no evidence."""
+    """Return a mask of the new positions, True for text and False for padding."""
     shape, mask = hidden.shape[:2], state.mask
-    if is_static and isinstance(mask, Mapping):  # one for each kind of layer
+    if is_static and isinstance(mask, Mapping):  # one for each layer type
         mask = mask.get("full_attention", next(iter(mask.values())))
-    is_made = is_static and isinstance(mask, Tensor) and mask.ndim == 4  # by `generate`, which adds text one by one
+    is_made = is_static and isinstance(mask, Tensor) and mask.ndim == 4  # by `generate`, for one token at a time
     if mask is None or (is_made and shape[1] == 1):
         return torch.ones(shape, dtype=torch.bool, device=hidden.device)
     if is_made:
         return seen_by_themselves(mask, shape[1], state.past)
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         raise InputError(
-            "Routing needs an attention mask of one number for each token.",
-            cause="found one that says which token sees which",
-            fix="pass the mask that the tokenizer gives, of shape (batch, tokens)",
+            "Routing needs an attention mask with one value per token.",
+            cause="the mask is not a tensor of shape (batch, tokens)",
+            fix="pass the attention_mask of the tokenizer",
         )
-    # with a cache the mask covers the past as well: the new positions are its last columns
+    # with a cache the mask also covers past positions; the new ones are its last columns
     return mask[:, -shape[1] :].to(device=hidden.device, dtype=torch.bool)
 
 
 class RoutedForward:
-    """Stands for the `forward` of a composed model's decoder: runs it under a ForwardState of its own."""
+    """Replacement for the decoder's `forward` in a composed model, which runs it under a new ForwardState."""
 
     def __init__(self, module: nn.Module, routing: Routing):
         self.module, self.routing, self.forward = module, routing, module.forward
         self.__signature__ = inspect.signature(module.forward)  # transformers and Trainer read it
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module's own forward; however it ends, nothing of the pass is left."""
+        """Call the module's own forward; its state is dropped even after an exception."""
         named = bind_arguments(self.module, args, kwargs)
         cache = find_cache(named.values())
         past = 0 if cache is None else cache.get_seq_length()
@@ -182,7 +183,7 @@ class RoutedForward:
             input_ids=named.get("input_ids"),
             mask=named.get("attention_mask"),
             position_ids=named.get("position_ids"),
-            past=past.clone() if isinstance(past, Tensor) else past,  # a static cache counts on in this very tensor
+            past=past.clone() if isinstance(past, Tensor) else past,  # a static cache updates this tensor in place
         )
         if torch.is_grad_enabled() and self.module.training and not torch.compiler.is_compiling():
             carry_state(self.module)
@@ -190,7 +191,7 @@ class RoutedForward:
 
 
 def carry_state(decoder: nn.Module) -> None:
-    """Make gradient checkpointing, where it is enabled, carry the state of a forward to its recomputation."""
+    """Wrap enabled gradient checkpointing functions so that recomputation runs under the original state."""
     for module in decoder.modules():
         function = module.__dict__.get("_gradient_checkpointing_func")
         if function is not None and not isinstance(function, StateCarrier):
@@ -198,14 +199,14 @@ def carry_state(decoder: nn.Module) -> None:
 
 
 class LayerHook:
-    """Forward pre-hook of a decoder layer with experts: computes its gates."""
+    """Forward pre-hook of a decoder layer with experts, which computes its gates."""
 
     def __init__(self, routing: Routing, gates: LayerGates):
         self.routing = routing
         self.gates = gates
 
     def __call__(self, _layer: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Put the gates of the layer into the running state, by rectangle where something is left out."""
+        """Store the gates of the layer in the running state; by rectangle if gradients are disabled."""
         state, hidden = self.routing.running(), first_tensor(args, kwargs)
         slots = state.slots
         if slots.gates is None:
@@ -248,7 +249,7 @@ def routing_of(model: PreTrainedModel) -> Routing:
     """Return the routing of a composed model.
 
     Raises:
-        InputError: The model is not a composed one.
+        InputError: If the model is not composed.
     """
     routing = getattr(model, "routing", None)
     if not isinstance(routing, Routing):
@@ -258,12 +259,12 @@ def routing_of(model: PreTrainedModel) -> Routing:
 
 @contextmanager
 def fixed_slots(model: PreTrainedModel, weights: Mapping[str, float]) -> Iterator[None]:
-    """While it is open, the slot gates are these constants (slots not named get 0): the oracle's choice, say.
+    """Use constant slot gates inside the block, for example those of an oracle; slots not named get 0.
 
-    It holds for forwards of the thread or asyncio task that opened it.
+    The setting applies to forward passes of the thread or asyncio task that opened it.
 
     Raises:
-        InputError: The composition has no slot of such a name, or its experts are merged.
+        InputError: If the composition has no slot of a given name, or its experts are merged.
     """
     routing = routing_of(model)
     if getattr(model, "merged", None) is not None:
@@ -278,9 +279,9 @@ def fixed_slots(model: PreTrainedModel, weights: Mapping[str, float]) -> Iterato
 
 @contextmanager
 def recording_routes(model: PreTrainedModel) -> Iterator[list[Route]]:
-    """Collect the slot gates of every forward pass that this thread or asyncio task runs while it is open.
+    """Record the slot gates of every forward pass that this thread or asyncio task runs inside the block.
 
-    A merged composition has none: nothing is routed.
+    A merged composition is not routed and records nothing.
     """
     routes: list[Route] = []
     with changed_settings(routing_of(model), routes=routes):
@@ -289,7 +290,7 @@ def recording_routes(model: PreTrainedModel) -> Iterator[list[Route]]:
 
 @contextmanager
 def recording_expert_use(model: PreTrainedModel) -> Iterator[list[Float[Tensor, "batch seq new"]]]:
-    """Collect, for each layer of every training forward pass, the expert gates of the bank that trains."""
+    """Record the expert gates of the trainable bank, one tensor for each layer of every training forward pass."""
     use: list[Tensor] = []
     with changed_settings(routing_of(model), expert_use=use):
         yield use

@@ -1,4 +1,4 @@
-"""Settings of a composed model that hold in one context only: one thread, or one task of asyncio.
+"""Settings of a composed model, local to one thread or asyncio task.
 
 `reading_prompts`, `fixed_slots` and `recording_routes` (routing.py) open them, in the thread that runs the forward.
 """
@@ -17,17 +17,17 @@ _innermost: ContextVar["Settings"] = ContextVar("lorary_settings")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What was set for the forwards of one composed model."""
+    """Settings for the forward passes of one composed model."""
 
     owner: Any = None  # the model's Routing
-    outer: "Settings | None" = None  # set in the same context before, for this or another model
-    prompts: Int64[Tensor, " rows"] | None = None  # positions of each prompt that is read as a whole
+    outer: "Settings | None" = None  # enclosing settings of the same context, for this or another model
+    prompts: Int64[Tensor, " rows"] | None = None  # length of each prompt that is read as a whole
     fixed: Float[Tensor, " slots"] | None = None  # constant slot gates
-    routes: list[Any] | None = None  # collects a Route for each forward
-    expert_use: list[Tensor] | None = None  # collects the new experts' gates of each layer
+    routes: list[Any] | None = None  # receives a Route for each forward pass
+    expert_use: list[Tensor] | None = None  # receives the trainable experts' gates of each layer
 
-    # `ContextVar.get(self)`: the innermost settings of this context, or `self` where there are none. As a property
-    # over a C function it is an attribute that torch.compile can read and guard; it cannot trace a ContextVar.
+    # `ContextVar.get(self)`: the innermost settings of this context, or `self` if there are none. torch.compile cannot
+    # trace a ContextVar, but it can read and guard a property over a C function.
     innermost = property(_innermost.get)
 
 
@@ -35,7 +35,7 @@ DEFAULTS = Settings()
 
 
 def settings_of(owner: Any) -> Settings:
-    """Return the settings that hold for this model in this context."""
+    """Return the settings of a model in the current context."""
     found: Settings = DEFAULTS.innermost
     while found.owner is not owner and found.outer is not None:
         found = found.outer
@@ -44,7 +44,7 @@ def settings_of(owner: Any) -> Settings:
 
 @contextmanager
 def changed_settings(owner: Any, **changes: Any) -> Iterator[None]:
-    """Change settings of one model in this context until the block ends."""
+    """Change settings of one model in the current context until the block ends."""
     settings = replace(settings_of(owner), owner=owner, outer=DEFAULTS.innermost, **changes)
     token = _innermost.set(settings)
     try:

@@ -1,4 +1,4 @@
-"""Stack: the banks of a composition, laid on one rank axis for each decoder layer, ready to be attached."""
+"""Stack: the banks of a composition, stacked along one rank axis for each decoder layer."""
 
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ SAME_INPUT = (
 class Stack:
     """Banks by slot; slot 0 is the KP bank. The last bank may be trainable.
 
-    One bank more than names: the last bank is a new generation of experts of the last slot, beside those it has.
+    With one bank more than names, the last bank is an additional generation of experts of the last slot.
     """
 
     names: tuple[str, ...]
@@ -42,7 +42,7 @@ class Stack:
         return tuple(sorted({index for bank in self.banks for index in bank.layers}))
 
     def layer(self, index: int, dtype: torch.dtype) -> StackedLayer:
-        """The tensors of one decoder layer, in the type of the base model."""
+        """Return the stacked tensors of one decoder layer in `dtype`, that of the base model."""
         slices = layer_slices(self, index)
         targets = dict.fromkeys(target for part in slices for target in part.experts.A)
         return StackedLayer(
@@ -53,7 +53,11 @@ class Stack:
         )
 
     def stacked(self, dtype: torch.dtype) -> StackedComposition:
-        """The whole composition, to be kept; nothing of it may train."""
+        """Return all layers in a form that can be saved.
+
+        Raises:
+            ValueError: If the last bank is trainable.
+        """
         if self.trainable:
             raise ValueError("a composition that trains is not kept")
         layers = {index: self.layer(index, dtype) for index in self.layers}
@@ -70,7 +74,7 @@ class _Slice:
 
 
 def layer_slices(stack: Stack, index: int) -> list[_Slice]:
-    """The banks that carry experts in this layer, in slot order; the trainable one, if any, is last."""
+    """Return the banks with experts in this layer, in slot order; a trainable one is last."""
     last = len(stack.banks) - 1
     return [
         _Slice(slot=min(i, len(stack.names) - 1), experts=bank.layers[index], is_new=stack.trainable and i == last)
@@ -80,7 +84,7 @@ def layer_slices(stack: Stack, index: int) -> list[_Slice]:
 
 
 def stack_gates(slices: Sequence[_Slice], *, static: bool) -> dict[str, Tensor]:
-    """The frozen part of the gates of one layer, as keywords of LayerGates."""
+    """Return the frozen part of the gates of one layer as keyword arguments of LayerGates."""
     frozen = [s.experts for s in slices if not s.is_new]
     width = slices[0].experts.expert_gate.shape[1]
     groups, experts, offset = [], [], 0  # a group: slot and generation
@@ -99,7 +103,7 @@ def stack_gates(slices: Sequence[_Slice], *, static: bool) -> dict[str, Tensor]:
 
 
 def stack_group(targets: Sequence[str], slices: Sequence[_Slice], dtype: torch.dtype) -> StackedGroup:
-    """The frozen experts of targets that read the same input; each target is extended by one slice at least."""
+    """Return the frozen experts of targets that read the same input; each target needs at least one slice."""
     A, Bt, columns, ranks = [], [], [], []
     having = {target: [s for s in slices if target in s.experts.A] for target in targets}
     for target, parts in having.items():
@@ -121,7 +125,7 @@ def stack_group(targets: Sequence[str], slices: Sequence[_Slice], dtype: torch.d
 
 
 def build_gates(stacked: StackedLayer) -> LayerGates:
-    """The gates of one layer."""
+    """Build the gates of one layer."""
     new = stacked.new
     return LayerGates(
         **stacked.gates,
@@ -133,7 +137,7 @@ def build_gates(stacked: StackedLayer) -> LayerGates:
 def build_group(
     bases: Mapping[str, nn.Module], stacked: StackedLayer, group: StackedGroup, layer: Hashable
 ) -> tuple[ExpertGroup, dict[str, FusedLinear]]:
-    """Return the modules of one group, over these base modules; `layer` is the key of their gates (fused.py)."""
+    """Build the fused modules of one group over `bases`; `layer` is the key of their gates (fused.py)."""
     fused = {}
     for target in group.targets:
         new = stacked.new if stacked.new is not None and target in stacked.new.A else None
@@ -157,9 +161,9 @@ def build_group(
 
 
 def same_input_groups(targets: Iterable[str]) -> list[list[str]]:
-    """Targets that are likely to read the same tensor together, by the names that model families give them.
+    """Group targets that are likely to read the same tensor, by the module names of common model families.
 
-    It is a guess about speed only: a fused module computes alone whenever it is called with another tensor.
+    A wrong guess costs speed only: a fused module called with another tensor computes its output alone.
     """
     groups: dict[tuple[str, int], list[str]] = {}
     for target in targets:
@@ -170,12 +174,12 @@ def same_input_groups(targets: Iterable[str]) -> list[list[str]]:
 
 
 def _scaled(experts: LayerExperts, target: str) -> Float[Tensor, "d_out rank"]:
-    """B with each expert's scale folded in, once, in float32."""
+    """Return B with each expert's scale folded in, in float32."""
     return experts.B[target].float() * experts.scales()
 
 
 def _ranks_of(slices: Sequence[_Slice], having: Sequence[_Slice]) -> Int[Tensor, " rank"]:
-    """Which of the layer's ranks belong to the slices that extend this target."""
+    """Return the indices of the layer's ranks that belong to the slices with this target."""
     chosen, offset = [], 0
     for part in slices:
         if any(part is other for other in having):

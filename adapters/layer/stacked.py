@@ -1,7 +1,7 @@
-"""Stacked layers: the frozen experts of a composition as the tensors that the fused layer runs on, and as one file.
+"""StackedComposition: the frozen experts of a composition in the tensor layout of the fused layer.
 
-A composition of frozen banks can be kept in this form, so that composing it again is reading it: a few tensors for each
-decoder layer, in the type and order in which they are used.
+A composition of frozen banks can be saved in this form, a few tensors for each decoder layer in their final dtype and
+order, so that composing it again only reads a file.
 """
 
 import json
@@ -21,24 +21,24 @@ class StackedGroup:
 
     targets: tuple[str, ...]  # paths inside the decoder layer
     ranks: tuple[int, ...]  # frozen ranks of each target
-    A: Float[Tensor, "columns d_in"]  # of all targets, one under the other
+    A: Float[Tensor, "columns d_in"]  # of all targets, stacked by row
     Bt: tuple[Float[Tensor, "_ _"], ...]  # by target: (its ranks, its d_out), scales folded in
-    columns: Int[Tensor, " all_columns"] | None  # the gate of each column, new ranks included; None: all, in order
+    columns: Int[Tensor, " all_columns"] | None  # gate index of each column, new ranks included; None: all, in order
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackedLayer:
-    """Everything of one decoder layer."""
+    """Experts and gates of one decoder layer."""
 
     groups: tuple[StackedGroup, ...]
     slot_of_rank: tuple[int, ...]
     gates: Mapping[str, Tensor]  # keywords of LayerGates
-    new: LayerExperts | None = None  # those that train, on the last ranks
+    new: LayerExperts | None = None  # trainable experts, on the last ranks
 
 
 @dataclass(frozen=True, kw_only=True)
 class StackedComposition:
-    """A composition of frozen banks, read from a file; serves `attach` as a Stack does."""
+    """Composition of frozen banks, read from a file; `attach` takes it in place of a Stack."""
 
     names: tuple[str, ...]
     static: bool
@@ -51,11 +51,11 @@ class StackedComposition:
         return tuple(sorted(self.stacked))
 
     def layer(self, index: int, dtype: object) -> StackedLayer:
-        """One decoder layer, in the type in which it was kept."""
+        """Return one decoder layer in the dtype in which it was saved; `dtype` is ignored."""
         return self.stacked[index]
 
     def to_tensors(self) -> tuple[dict[str, Tensor], str]:
-        """As tensors by name, and what else there is to say, as JSON."""
+        """Return the tensors by name, and a JSON description of the rest."""
         tensors, layers = {}, {}
         for index, layer in self.stacked.items():
             described = []
@@ -72,10 +72,10 @@ class StackedComposition:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], described: str) -> "StackedComposition":
-        """The inverse of `to_tensors`.
+        """Rebuild a composition from the result of `to_tensors`.
 
         Raises:
-            KeyError, TypeError, ValueError: They do not fit together.
+            KeyError, TypeError, ValueError: If the tensors do not match the description.
         """
         document = json.loads(described)
         return cls(

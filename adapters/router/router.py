@@ -1,4 +1,4 @@
-"""DomainRouter: which slot is this text? Closed-form from statistics, causal, exact under removal and in any order.
+"""DomainRouter: causal slot gates in closed form from additive statistics, exact under removal and in any order.
 
 At position t each slot has
 
@@ -9,8 +9,8 @@ and the slot gate is taken in two steps: KP against the strongest domain, then t
     gate[KP]      = sigmoid(log odds of KP's prior + evidence[KP] - max over domains of (evidence + log weight))
     gate[domain]  = (1 - gate[KP]) * softmax over domains of (evidence + log weight)
 
-with weights relative to the largest. So what KP keeps does not depend on how many domains are composed: ten domains
-that a text has nothing to do with weigh no more than one.
+with weights relative to the largest. So the gate of KP does not depend on the number of composed domains: ten unrelated
+domains take no more from it than one.
 
 *Token evidence* is naive Bayes: log P(token | slot) - log P(token | background), each slot's counts smoothed towards
 the background (the mean of all slots' distributions); the same of hashed pairs of a token and the one before it is
@@ -19,8 +19,8 @@ within-class covariance C and class means mu, row w = C^-1 mu and bias b = -1/2 
 Tibshirani and Friedman, Elements of Statistical Learning, eq. 4.10). Tokens are not independent, so each term is
 scaled by its temperature.
 
-Everything comes from additive statistics of the chosen slots alone: the router of a subset does not depend on what else
-is stored, and there is nothing to train that could drift.
+The router is computed from additive statistics of the chosen slots only: it does not depend on other stored domains and
+has no trained parameters.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,16 +33,16 @@ from torch import Tensor, nn
 
 from ...domains.statistics.statistics import DomainStatistics, feature_projection, hidden_features, pair_buckets
 
-METHOD = 2  # part of the keys of all that is kept: raised when the same statistics and text give other gates
+METHOD = 2  # part of cache keys: increased when the same statistics and text give different gates
 SMOOTHING = 0.3  # share of the background in each slot; pseudo-counts would favour slots with little text
 UNIFORM_SHARE = 0.02  # of the background, so that no token is impossible
 RIDGE = 0.01  # of the mean variance, added to the covariance
-TYPICAL_TOKENS = 8  # of the typical text on which drift is measured; longer ones are so sure that none could be seen
+TYPICAL_TOKENS = 8  # of the typical text on which drift is measured; gates of longer texts saturate and hide it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Temperatures:
-    """How much of each term is believed; saved, so that a pack is always routed as it was trained (docs/log.md)."""
+    """Scale of each evidence term; saved in the pack, so that it is always routed as in training (docs/log.md)."""
 
     token: float = 0.4
     hidden: float = 0.4
@@ -50,7 +50,7 @@ class Temperatures:
 
 @dataclass(frozen=True, kw_only=True)
 class RouterRows:
-    """The closed form for chosen slots, in float64."""
+    """Parameters of the router in closed form, in float64."""
 
     token_evidence: Float[Tensor, "vocabulary slots"]
     pair_evidence: Float[Tensor, "buckets slots"]
@@ -59,10 +59,10 @@ class RouterRows:
 
 
 def router_rows(statistics: Sequence[DomainStatistics]) -> RouterRows:
-    """Token evidence, discriminant rows and biases of these slots, unscaled.
+    """Return token evidence, discriminant rows and biases of these slots, not yet scaled by the temperatures.
 
-    Adding a slot appends one row to each; the other rows change only through the background and the covariance that all
-    slots share, and the result is the same in any order.
+    A new slot appends one entry to each; the others change only through the shared background and covariance. The
+    result does not depend on the order in which slots were added.
     """
     means = torch.stack([s.feature_mean for s in statistics])  # (slots, features)
     scatter = torch.stack(
@@ -81,7 +81,7 @@ def router_rows(statistics: Sequence[DomainStatistics]) -> RouterRows:
 
 
 def _evidence(slots: Sequence[Int64[Tensor, " kinds"]]) -> Float[Tensor, "kinds slots"]:
-    """Log P(kind | slot) - log P(kind | background) from counts, float64."""
+    """Return log P(kind | slot) - log P(kind | background) from counts, in float64."""
     counts = torch.stack(list(slots), dim=1).double()
     totals = counts.sum(0).clamp(min=1)
     background = (counts / totals).mean(1, keepdim=True)
@@ -91,7 +91,7 @@ def _evidence(slots: Sequence[Int64[Tensor, " kinds"]]) -> Float[Tensor, "kinds 
 
 
 class DomainRouter(nn.Module):
-    """The slot gate of one composition. Its running state is one small vector of sums for each sequence."""
+    """Router of one composition. Its running state is one small vector of sums for each sequence."""
 
     token_evidence: Tensor
     pair_evidence: Tensor
@@ -109,13 +109,13 @@ class DomainRouter(nn.Module):
         temperatures: Temperatures,
         width: int,
     ):
-        """Computes the rows.
+        """Compute the router from statistics.
 
         Args:
             statistics: One for each slot, KP first.
-            prior: Weights of the slots, 0 or more; the sum counts for nothing.
-            temperatures: Of the two terms.
-            width: Of the base model's hidden state.
+            prior: Non-negative weights of the slots; need not sum to 1.
+            temperatures: Temperatures of the two evidence terms.
+            width: Hidden size of the base model.
         """
         super().__init__()
         closed = router_rows(statistics)
@@ -128,13 +128,13 @@ class DomainRouter(nn.Module):
         self.register_buffer("feature_rows", (temperatures.hidden * closed.rows).float(), persistent=False)
         self.register_buffer("bias", (temperatures.hidden * closed.bias).float(), persistent=False)
         self.register_buffer("log_odds", (prior[:1] / prior[1:].sum()).log().float(), persistent=False)
-        # where no domain has any weight KP takes everything, whatever stands here
+        # if no domain has any weight, KP takes everything and this value does not matter
         weight = prior[1:] / prior[1:].max() if prior[1:].any() else torch.ones_like(prior[1:])
         self.register_buffer("log_weight", weight.log().float(), persistent=False)
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "DomainRouter":
-        """A router that was kept: the inverse of `tensors`."""
+        """Rebuild a router from the result of `tensors`."""
         router = cls.__new__(cls)
         nn.Module.__init__(router)
         router.slots = len(tensors["bias"])
@@ -143,7 +143,7 @@ class DomainRouter(nn.Module):
         return router
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything that a router is made of."""
+        """Return the tensors that define the router, by name."""
         return dict(self.named_buffers())
 
     def increments(
@@ -153,7 +153,7 @@ class DomainRouter(nn.Module):
         mask: Bool[Tensor, "batch seq"],
         last: Int64[Tensor, "batch later"] | None = None,  # `last_tokens`; None: of this text alone
     ) -> Float[Tensor, "batch seq sums"]:
-        """What each position adds to the sums: token evidence, feature scores (a slot each) and one for the count."""
+        """Return what each position adds to the sums: token evidence and feature scores by slot, and a count of 1."""
         # the projection is folded into the rows
         unit = hidden_features(hidden, None)
         last = last_tokens(input_ids, mask, None) if last is None else last
@@ -168,7 +168,7 @@ class DomainRouter(nn.Module):
         return found * (earlier >= 0).unsqueeze(-1)
 
     def slot_gates(self, sums: Float[Tensor, "batch seq sums"]) -> Float[Tensor, "batch seq slots"]:
-        """The gates of KP and the domains, given the sums up to each position."""
+        """Return the gates of KP and the domains, given the sums up to each position."""
         tokens, scores, count = sums.split([self.slots, self.slots, 1], dim=-1)
         # before the first real token there is no evidence: the prior alone decides
         hidden = torch.where(count > 0, scores / count.clamp(min=1) + self.bias, 0.0)
@@ -183,12 +183,12 @@ class DomainRouter(nn.Module):
 def last_tokens(
     ids: Int64[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], before: Int64[Tensor, " batch"] | None
 ) -> Int64[Tensor, "batch later"]:
-    """The last token of the text before each position, and (one column more) after the last; -1 where there is none.
+    """Return the last text token before each position, and in one more column that of the end; -1 if there is none.
 
-    Padding is passed over, wherever it stands.
+    Padding is skipped on either side.
     """
     first = torch.full_like(ids[:, :1], -1) if before is None else before[:, None]
-    if ids.shape[1] == 1:  # decoding, in a third of the operators
+    if ids.shape[1] == 1:  # decoding, with a third of the operators
         return torch.cat([first, torch.where(mask, ids, first)], dim=1)
     known = torch.cat([first, ids], dim=1)
     positions = torch.arange(known.shape[1], device=ids.device)
@@ -198,9 +198,9 @@ def last_tokens(
 
 @torch.inference_mode()
 def typical_gates(router: DomainRouter, statistics: Sequence[DomainStatistics]) -> Float[Tensor, "texts slots"]:
-    """The slot gates of a typical text of each of these: its expected evidence after `TYPICAL_TOKENS`.
+    """Return the slot gates of a typical text of each domain: those of its expected evidence after `TYPICAL_TOKENS`.
 
-    Computed from statistics alone, so that routing can be compared before and after a domain is added without any text.
+    Computed from statistics alone, so that routing before and after adding a domain can be compared without any text.
     """
     sums = []
     for one in statistics:
@@ -220,11 +220,11 @@ def _shares(counts: Int64[Tensor, " kinds"], like: Tensor) -> Float[Tensor, " ki
 def whole_prompts(
     gates: Float[Tensor, "batch seq slots"], lengths: Int64[Tensor, " batch"]
 ) -> Float[Tensor, "batch seq slots"]:
-    """The gates where prompts are read as a whole: each position of a prompt has the gates of its last one.
+    """Return gates in which each position of a prompt has those of the prompt's last position.
 
     Args:
         gates: Causal gates.
-        lengths: Positions of each prompt, its padding in front included; at most `seq`.
+        lengths: Length of each prompt including left padding; at most `seq`.
     """
     positions = torch.arange(gates.shape[1], device=gates.device)
     source = torch.maximum(positions, lengths.to(gates.device)[:, None] - 1)
