@@ -38,9 +38,6 @@ PAGES = ("README.md", "SECURITY.md", "CONTRIBUTING.md")
 HISTORY = {"docs/log.md"}  # CHANGELOG.md and the log of experiments are not rewritten
 BUNDLED = "domains/builtin/"  # corpora, not our prose
 
-# Folders and pages that still hold a banned phrase. This list only shrinks.
-NOT_YET_CLEAN: set[str] = set()
-
 
 def python_texts(source: str) -> Iterator[tuple[int, str]]:
     """The string literals and comments of a file, each with its first line; lines of one comment belong together."""
@@ -99,14 +96,9 @@ def problems() -> dict[str, list[str]]:
     return by_place
 
 
-@pytest.mark.parametrize("where", sorted({place(path) for path in scanned()} - NOT_YET_CLEAN))
+@pytest.mark.parametrize("where", sorted({place(path) for path in scanned()}))
 def test_no_banned_phrase(where: str):
     assert not problems()[where], "say it plainly; docs/style.md has the words"
-
-
-@pytest.mark.parametrize("where", sorted(NOT_YET_CLEAN))
-def test_the_list_of_exceptions_only_shrinks(where: str):
-    assert problems().get(where), f"{where} is clean: remove it from NOT_YET_CLEAN"
 
 
 def test_phrases_are_found_wherever_text_stands():
