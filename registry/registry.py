@@ -9,7 +9,7 @@ Opening, listing and showing read manifests only; torch is imported when a model
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from html import escape
@@ -363,7 +363,7 @@ class Registry:
             return retrain(self.store, self.base, self.base_record, plan, training=settings, on_progress=on_progress)
 
     @contextmanager
-    def _drop_base_on_failed_proof(self) -> Iterator[None]:
+    def _drop_base_on_failed_proof(self) -> Generator[None]:
         """After a failed proof, the base model in memory may be what changed: load and check it again on next use."""
         try:
             yield

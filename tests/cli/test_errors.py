@@ -52,14 +52,16 @@ def test_bad_rows_are_named_by_file_and_line(run, bare, tmp_path):
     data = tmp_path / "bad.jsonl"
     data.write_text('{"text": "one"}\n{"text": \n{"txt": "three"}\n')
 
-    check(run("add-domain", "contracts", "--data", str(data), store=bare), 2, f"{data}:2: bad JSON", "2 rows cannot")
+    check(
+        run("add-domain", "contracts", "--data", str(data), store=bare), 2, f"{data}:2: bad JSON", "2 rows are invalid"
+    )
     assert not (bare / "domains" / "contracts").exists()
 
 
 def test_an_empty_file(run, bare, tmp_path):
     (tmp_path / "empty.jsonl").touch()
 
-    check(run("add-domain", "contracts", "--data", "empty.jsonl", store=bare), 2, "empty.jsonl: is empty")
+    check(run("add-domain", "contracts", "--data", "empty.jsonl", store=bare), 2, "empty.jsonl: has no rows")
 
 
 def test_a_missing_file(run, bare):

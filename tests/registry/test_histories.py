@@ -336,9 +336,13 @@ def material(kp_store: Path, cooking_store: Path, rescaled: Any, tmp_path: Path,
 def run_histories(material: Material) -> Callable[[int], None]:
     def run(count: int) -> None:
         chosen = settings(
-            max_examples=count, stateful_step_count=15, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=count,
+            stateful_step_count=15,
+            deadline=None,
+            suppress_health_check=list(HealthCheck),  # type: ignore[arg-type]
         )
-        run_state_machine_as_test(lambda: RegistryHistory(material), settings=chosen)
+        factory: Any = lambda: RegistryHistory(material)  # noqa: E731
+        run_state_machine_as_test(factory, settings=chosen)
 
     return run
 

@@ -85,8 +85,8 @@ def test_a_domain_is_never_added_twice(registry: Registry, texts: Any, short_run
         (['{"text": "one"}', '{"text": "two"', '{"text": "three"}'], "rows.jsonl:2"),
         (['{"text": "one"}', '{"text": "two"}', "", '{"words": "three"}'], "rows.jsonl:4"),
         (['["one"]'], "rows.jsonl:1"),
-        ([], "rows.jsonl: is empty"),
-        (["", ""], "rows.jsonl: is empty"),
+        ([], "rows.jsonl: has no rows"),
+        (["", ""], "rows.jsonl: has no rows"),
     ],
     ids=["bad JSON", "no known key", "no object", "no line", "blank lines"],
 )
