@@ -1,5 +1,6 @@
 # make quickstart   install into .venv and run the tour: two domains, composed, with a retention report
 # make test         format, lint, types and the fast tests, as CI runs them
+# make coverage     the fast tests with branch coverage and its floor; takes half as long again as make test
 # make slow         the tests that take longer
 # make nightly      2,000 random histories of a registry, many minutes
 # make pages        write docs/cli.md and docs/api.md from help texts and docstrings
@@ -16,7 +17,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 BIN := .venv/bin
 FAST := not slow and not gpu and not network and not nightly
 
-.PHONY: help quickstart test slow nightly pages docs format clean
+.PHONY: help quickstart test coverage slow nightly pages docs format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -47,16 +48,19 @@ quickstart: .venv/.installed
 	@echo 'To type registry instead of $(BIN)/registry: . $(BIN)/activate' >&2
 
 # one thread per process: small tensors on many threads spend their time waiting for each other
-test slow nightly: export OMP_NUM_THREADS := 1
-test slow nightly: export HF_HUB_OFFLINE := 1
-test slow nightly: export HF_HUB_DISABLE_TELEMETRY := 1
-test slow nightly: export TRANSFORMERS_VERBOSITY := error
+test coverage slow nightly: export OMP_NUM_THREADS := 1
+test coverage slow nightly: export HF_HUB_OFFLINE := 1
+test coverage slow nightly: export HF_HUB_DISABLE_TELEMETRY := 1
+test coverage slow nightly: export TRANSFORMERS_VERBOSITY := error
 
 test: .venv/.installed-dev
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/pyright
 	$(BIN)/pytest -n 2 -m "$(FAST)"
+
+coverage: .venv/.installed-dev
+	$(BIN)/pytest -n 2 -m "$(FAST)" --cov --cov-report=term
 
 slow: .venv/.installed-dev
 	$(BIN)/pytest -m "slow and not gpu and not network and not nightly"

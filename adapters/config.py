@@ -34,7 +34,7 @@ class BankConfig:
     def __post_init__(self) -> None:
         if isinstance(self.targets, str):
             raise InputError("targets must be a tuple of names.", fix=f"targets=({self.targets!r},)")
-        _check_integers(self, ("rank",))
+        _check_integer("rank", self.rank)
         for name in ("rank", "alpha", "experts"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -62,7 +62,8 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _check_integers(self, (*_MIN_VALUES, "seed"))
+        for name in (*_MIN_VALUES, "seed"):
+            _check_integer(name, getattr(self, name))
         for name, minimum in _MIN_VALUES.items():
             if getattr(self, name) is not None and getattr(self, name) < minimum:
                 raise InputError(f"{name} must be at least {minimum}, found {getattr(self, name)}.")
@@ -89,11 +90,9 @@ class TrainingConfig:
         return min(self.most_steps, max(self.least_steps, wanted))
 
 
-def _check_integers(config: object, names: tuple[str, ...]) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not isinstance(value, int):
-            raise InputError(f"{name} must be an integer, found {value!r}.")
+def _check_integer(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, int):
+        raise InputError(f"{name} must be an integer, found {value!r}.")
 
 
 def lora_scale(alpha: float, rank: int, method: str) -> float:

@@ -645,7 +645,10 @@ class Registry:
             static: Constant slot weights instead of routing, which no export can have.
             served_base: The base model's name in the vLLM server.
         """
-        from .interop.export_plan import export_archive, plan_export
+        from .interop.export_plan import FORMATS, export_archive, plan_export
+
+        if to not in FORMATS:
+            raise InputError(f"There is no export format {to!r}.", fix=f"choose among: {', '.join(FORMATS)}")
 
         if to == "tar":
             return export_archive(self.store, self.show(composition), Path(out))

@@ -87,12 +87,21 @@ def retrain(
     from ...registry.learn.retrain_plan import plan_retraining
 
     registry = open_registry(store, device=device, dtype=dtype)
-    options = {"mode": mode, "bank": given_options(shape), "gate_data": as_sources(gate_data), "tolerance": tolerance}
-    plan = plan_retraining(registry.store, registry.show(ref), as_sources(data), **options)
+    options = {"mode": mode, "bank": given_options(shape), "tolerance": tolerance}
+    plan = plan_retraining(
+        registry.store, registry.show(ref), as_sources(data), gate_data=as_sources(gate_data), **options
+    )
     if not as_json:
         output.hint(plan_text(plan))
     with show_progress("loading the base model", as_json=as_json) as progress:
-        done = registry.retrain(ref, data=data, training=training.config(), on_progress=progress.on_progress, **options)
+        done = registry.retrain(
+            ref,
+            data=data,
+            gate_data=gate_data,
+            training=training.config(),
+            on_progress=progress.on_progress,
+            **options,
+        )
     output.show(retrained_page(done), command="retrain", as_json=as_json)
     if not done.acceptance.holds:
         raise held_back(done)

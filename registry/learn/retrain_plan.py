@@ -64,6 +64,7 @@ def plan_retraining(
     name = parent.name
     tolerance = TOLERANCE if tolerance is None else tolerance
     _check(parent, mode=mode, has_data=bool(data), has_bank=bool(bank), tolerance=tolerance)
+    config = _bank_config(parent, bank or {})
     spec = DomainSpec(name=name, description=parent.description, license=UNKNOWN_LICENSE)
     found = read_domain_data(spec, data)
     older = read_checked(gate_data) if gate_data else _held_out_of(store, parent)
@@ -80,7 +81,7 @@ def plan_retraining(
         parent=parent,
         spec=spec,
         mode=mode,
-        bank=_bank_config(parent, bank or {}),
+        bank=config,
         data=replace(found, train=train, held_out=held_out),
         older=older,
         tolerance=tolerance,

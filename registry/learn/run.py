@@ -54,6 +54,7 @@ from ..compose.plan import KP_PRIOR, plan_composition
 from ..measure.evaluate import DomainScores
 from ..measure.held_out import DomainData
 from ..pack.pack import DomainPack, RoutingData, expert_records, pack_files, read_pack, read_routing
+from ..store.blobs import sha256_of
 from ..store.files import make_folder, write_atomic
 from ..store.manifest import BaseRecord, PackManifest, check_same_base
 from ..store.store import LATEST, Store
@@ -61,7 +62,7 @@ from ..store.strict_json import canonical_json
 from .train import train_frozen
 
 TOOL = "lorary"
-ORDER_FILE = "order"  # digest of the training rows in order, while the run is unfinished
+ORDER_FILE = "order.json"  # digest of the training rows in order, while the run is unfinished
 
 
 class TrainingRun:
@@ -420,10 +421,10 @@ class TrainingRun:
     def _discard_other_order(self) -> None:
         """Discard checkpoints of the same rows in another order: resuming them would train some rows twice."""
         digests = b"".join(example.digest() for example in self.data.train)
-        order, path = hashlib.sha256(digests).hexdigest(), self.folder / ORDER_FILE
-        if path.is_file() and path.read_text(encoding="utf-8") != order:
+        order, path = canonical_json({"rows": sha256_of(digests)}), self.folder / ORDER_FILE
+        if path.is_file() and path.read_bytes() != order:
             discard_checkpoints(self.folder)
-        write_atomic(path, order.encode())
+        write_atomic(path, order)
 
     def _write_record(self, state: Mapping[str, Any]) -> None:
         """Record, for this machine only, where the data was read, so that its held-out rows can be found again."""

@@ -75,6 +75,7 @@ def test_checkpoints_are_safetensors_and_json_only(killed_adding: Path) -> None:
 
     assert files == {
         "run.json",
+        "order.json",
         "bank.safetensors",
         "optimizer.safetensors",
         "random.safetensors",

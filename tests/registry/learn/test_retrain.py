@@ -329,7 +329,8 @@ def test_without_held_out_text_one_is_told_how_to_give_some(
     ("reference", "options", "says"),
     [
         ("general", {}, "KP bank is never retrained"),
-        ("cooking", {"data": []}, "nothing new to train"),
+        ("cooking", {"data": None}, "nothing new to train"),
+        ("cooking", {"data": []}, "data has no rows"),
         ("cooking", {"mode": "anew"}, "no mode 'anew'"),
         ("cooking", {"mode": "continue", "bank": {"rank": 8}}, "shape"),
         ("cooking", {"tolerance": -1.0}, "tolerance"),
