@@ -2,6 +2,8 @@
 
 import inspect
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +105,6 @@ def test_values_that_cannot_be_meant_are_refused(whole: Registry, tmp_path: Path
         lambda: whole.generate(model, "text", temperature=-1.0),
         lambda: whole.retention(max_bytes=0),
         lambda: whole.gc(older_than_s=-1.0, dry_run=True),
-        lambda: lorary.BankConfig(rank=1.5),  # type: ignore[arg-type]
-        lambda: lorary.BankConfig(targets="q_proj"),  # type: ignore[arg-type]
-        lambda: lorary.TrainingConfig(steps=1.5),  # type: ignore[arg-type]
         lambda: whole.retrain("cooking", data="rows.jsonl", bank={"rnk": 3}),
     ]
 
@@ -115,6 +114,16 @@ def test_values_that_cannot_be_meant_are_refused(whole: Registry, tmp_path: Path
     with pytest.raises((NotFoundError, InputError)):
         whole.log("")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("call", ["BankConfig(rank=1.5)", 'BankConfig(targets="q_proj")', "TrainingConfig(steps=1.5)"])
+def test_settings_of_another_type_are_refused(call: str) -> None:
+    # in a process of its own: the tests check types at run time, users' programs do not
+    program = f"from lorary import *\ntry: {call}\nexcept LoraryError as error: print(error.exit_code)"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert done.stdout == "2\n"
 
 
 def test_list_and_show_return_manifests(whole: Registry) -> None:
