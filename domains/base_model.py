@@ -25,7 +25,12 @@ class ModelLayout:
 
 
 def load_base_model(
-    source: str | Path, *, revision: str | None = None, device: str = "cpu", dtype: str = "auto"
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the base model, frozen and in evaluation mode, and its tokenizer.
 
@@ -34,6 +39,7 @@ def load_base_model(
         revision: A branch, tag or commit on the Hub.
         device: `cpu`, `cuda`, `cuda:1`, `mps`.
         dtype: `auto` is float32 on a CPU (bfloat16 is slower there) and the checkpoint's dtype elsewhere.
+        trust_remote_code: Run the Python files that the model brings along; without it transformers never asks.
 
     Raises:
         InputError: `device` is not a device name.
@@ -41,9 +47,10 @@ def load_base_model(
     """
     check_device(device)
     wanted = torch.float32 if dtype == "auto" and device == "cpu" else dtype
-    model: Any = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=wanted)
+    options: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
+    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
     model = model.to(device).eval().requires_grad_(False)
-    return model, AutoTokenizer.from_pretrained(source, revision=revision)
+    return model, AutoTokenizer.from_pretrained(source, **options)
 
 
 def check_device(device: str) -> None:

@@ -26,8 +26,10 @@ def train_with_peft(base: Path, data: Path, out: Path, *, steps: int) -> None:
     """Train a LoRA as one would without lorary, and save it."""
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
-    model: Any = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    model: Any = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False), config
+    )
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=False)
     texts = [json.loads(line)["text"] for line in data.read_text(encoding="utf-8").splitlines()]
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)
     for step in range(steps):
@@ -70,7 +72,9 @@ def main() -> None:
     composed = logits_of(registry.compose("beekeeping", static=True), ids)
     plain = logits_of(registry.base.model, ids)
     for name, folder in (("the adapter that came in", adapter), ("the adapter that went out", exported.out)):
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), folder)
+        model = PeftModel.from_pretrained(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, trust_remote_code=False), folder
+        )
         difference = (logits_of(model.eval(), ids) - composed).abs().max().item()
         print(f"{name} differs from the composed model by {difference:.1e}")
         if difference > TOLERANCE:

@@ -77,6 +77,7 @@ class Registry:
         *,
         base: str = POCKET,
         revision: str | None = None,
+        trust_remote_code: bool = False,
         data: Data = None,
         bank: BankConfig | None = None,
         training: TrainingConfig | None = None,
@@ -90,20 +91,25 @@ class Registry:
             path: The registry's folder; by default the one that `open` would use.
             base: `pocket`, a folder, or a Hub id.
             revision: Commit of the Hub model.
+            trust_remote_code: Execute the Python code that the base model brings along, now and whenever the registry
+                is opened; a Hub model needs a full commit. The files are fingerprinted.
             data: General text for the KP bank; the bundled corpus by default.
             bank: Shape of the experts.
             training: How they are trained.
 
         Raises:
             ConflictError: There is a complete registry already, or an unfinished one for another base model.
+            IncompatibleError: The base model brings Python code that is not trusted.
         """
-        folder = find_base(base, revision=revision)
+        folder = find_base(base, revision=revision, trust_remote_code=trust_remote_code)
         root = locate_store(path, os.environ, Path.cwd())
-        record = fingerprint(folder, source=base, revision=revision)
-        settings = {
+        record = fingerprint(folder, source=base, revision=revision, trust_remote_code=trust_remote_code)
+        settings: dict[str, Any] = {
             "source": base if base == POCKET or not Path(base).is_dir() else str(folder),
             "base": {key: value for key, value in asdict(record).items() if key != "extra"},
         }
+        if trust_remote_code:
+            settings["trust_remote_code"] = True
         try:
             store = Store.create(root, settings)
         except ConflictError:

@@ -21,6 +21,14 @@ BaseModel = Annotated[
 Revision = Annotated[
     str | None, typer.Option(metavar="COMMIT", help="A commit of the Hub model.", show_default="the newest")
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        metavar="",
+        help="Execute the Python code that the base model brings along. A Hub model needs --revision COMMIT.",
+    ),
+]
 Folder = Annotated[
     Path | None, typer.Argument(metavar="PATH", help="The registry's folder, same as --store.", show_default=False)
 ]
@@ -32,6 +40,7 @@ def init(
     path: Folder = None,
     base: BaseModel = "pocket",
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     data: Data = None,
     bank: BankOptions,
     training: TrainingOptions,
@@ -49,13 +58,14 @@ def init(
     from ...registry import Registry
 
     shape = bank.config()
-    _fetch_base(base, revision)
+    _fetch_base(base, revision, trust_remote_code=trust_remote_code)
     quiet_libraries()
     with show_progress("loading the base model", as_json=as_json) as progress:
         registry = Registry.init(
             path or store,
             base=base,
             revision=revision,
+            trust_remote_code=trust_remote_code,
             data=data,
             bank=shape,
             training=training.config(),
@@ -66,14 +76,14 @@ def init(
     output.show(init_page(registry), command="init", as_json=as_json)
 
 
-def _fetch_base(base: str, revision: str | None) -> None:
+def _fetch_base(base: str, revision: str | None, *, trust_remote_code: bool) -> None:
     """Download a base model from the Hub unless it is cached, with the Hub client's own progress bars."""
     from ...registry.base.find import POCKET, find_base
 
     if base == POCKET or Path(base).expanduser().is_dir():
         return
     output.hint(f"Fetching {base} from the Hub's cache or the Hub.")
-    find_base(base, revision=revision)
+    find_base(base, revision=revision, trust_remote_code=trust_remote_code)
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()

@@ -4,18 +4,21 @@ from pathlib import Path
 
 from ...domains.data.catalog import BUILTIN
 from ...domains.errors import NotFoundError
+from .custom_code import CODE_FILES, check_commit
 
 POCKET = "pocket"  # the name of the built-in base model
 
 
-def find_base(source: str, *, revision: str | None = None) -> Path:
+def find_base(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
     """Return the folder of a base model, downloading it into the Hub's cache if `source` is a Hub id.
 
     Args:
         source: `pocket`, a folder, or a Hub id such as `owner/name`.
         revision: A branch, tag or commit of the Hub model.
+        trust_remote_code: Download the Python files of the Hub model too; needs a commit.
 
     Raises:
+        IncompatibleError: The code of a Hub model is to be trusted without a commit.
         NotFoundError: There is no such folder or model.
         RemoteError: The Hub cannot be reached or refuses the download.
     """
@@ -30,15 +33,17 @@ def find_base(source: str, *, revision: str | None = None) -> Path:
             cause="it is neither 'pocket', nor a folder, nor a Hub id such as owner/name",
             fix="registry init --base pocket",
         )
-    return _download(source, revision)
+    if trust_remote_code:
+        check_commit(source, revision)
+    return _download(source, revision, CODE_FILES if trust_remote_code else None)
 
 
-def _download(source: str, revision: str | None) -> Path:
+def _download(source: str, revision: str | None, code_files: str | None) -> Path:
     from huggingface_hub import HfApi, snapshot_download
 
     from ..hub.errors import client_errors, is_not_found, to_lorary_error
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", *filter(None, [code_files])]
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except client_errors() as error:

@@ -14,6 +14,7 @@ from ..store.blobs import sha256_of, sha256_of_file
 from ..store.files import write_atomic
 from ..store.manifest import BaseRecord
 from ..store.strict_json import canonical_json
+from .custom_code import check_custom_code
 from .find import POCKET
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model")
@@ -21,20 +22,29 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.t
 _IGNORED_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
 
-def fingerprint(folder: Path, *, source: str, revision: str | None = None, cache: Path | None = None) -> BaseRecord:
+def fingerprint(
+    folder: Path,
+    *,
+    source: str,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    cache: Path | None = None,
+) -> BaseRecord:
     """Return the fingerprint of the base model in a folder.
 
     Args:
         folder: The model's files.
         source: The name that the user gave: `pocket`, a folder, or a Hub id.
         revision: The Hub commit of a Hub model.
+        trust_remote_code: Accept a model that brings Python code; its files count as part of the architecture.
         cache: A JSON file that caches digests of weight files by path, inode, size and modification time.
 
     Raises:
         NotFoundError: The folder has no config or no tokenizer.
-        IncompatibleError: The weights are not safetensors.
+        IncompatibleError: The weights are not safetensors, or the model brings code that is not trusted.
     """
     config = _read_config(folder)
+    code = check_custom_code(folder, source=source, trusted=trust_remote_code)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise IncompatibleError(
@@ -54,7 +64,8 @@ def fingerprint(folder: Path, *, source: str, revision: str | None = None, cache
     return BaseRecord(
         id=source if is_named else f"local:{weights_digest.removeprefix('sha256:')[:16]}",
         revision=revision,
-        architecture=f"{architectures[0]} {sha256_of(canonical_json(computation))}",
+        architecture=f"{architectures[0]} {sha256_of(canonical_json(computation))}"
+        + (f" code {sha256_of(canonical_json(code))}" if code else ""),
         weights=weights_digest,
         tokenizer=_tokenizer_digest(folder),
         chat_template=_template_digest(folder),

@@ -31,10 +31,13 @@ class LoadedBase:
     folder: Path
     device: str = "cpu"
     dtype: str = "auto"
+    trust_remote_code: bool = False
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        return load_base_model(self.folder, device=self.device, dtype=self.dtype)
+        return load_base_model(
+            self.folder, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
 
     @property
     def model(self) -> PreTrainedModel:
@@ -58,15 +61,17 @@ def open_base(store: Store, record: BaseRecord, *, device: str, dtype: str) -> L
     The weights are loaded on first use.
 
     Raises:
-        IncompatibleError: The files differ from the fingerprint, or the device does not exist.
+        IncompatibleError: The files differ from the fingerprint or bring code that was not trusted at `init`, or the
+            device does not exist.
     """
     check_device(device)
     source = store.settings["source"]
-    folder = find_base(source, revision=record.revision)
+    trusted = store.settings.get("trust_remote_code") is True
+    folder = find_base(source, revision=record.revision, trust_remote_code=trusted)
     cache = store.cache / "fingerprints.json" if os.access(store.cache, os.W_OK) else None
-    found = fingerprint(folder, source=source, revision=record.revision, cache=cache)
+    found = fingerprint(folder, source=source, revision=record.revision, trust_remote_code=trusted, cache=cache)
     check_same_base(wanted=record, found=found, what=f"The registry {store.path}")
-    return LoadedBase(folder, device=device, dtype=dtype)
+    return LoadedBase(folder, device=device, dtype=dtype, trust_remote_code=trusted)
 
 
 def check_fit(pack: DomainPack, base: LoadedBase, *, source: str) -> None:

@@ -140,7 +140,9 @@ def export_merged(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Pa
     with new_path(out) as temporary:
         composed.save_pretrained(temporary)
         base.tokenizer.save_pretrained(temporary)
-        merged: Any = AutoModelForCausalLM.from_pretrained(temporary, dtype=base.model.dtype)
+        merged: Any = AutoModelForCausalLM.from_pretrained(
+            temporary, dtype=base.model.dtype, trust_remote_code=base.trust_remote_code
+        )
         merged.to(base.model.device).eval()
         actual = [merged(input_ids=row).logits.float() for row in ids]
         difference = _check_logits(expected, actual, base.model.dtype, plan)

@@ -87,7 +87,8 @@ def _check_base(files: AdapterFiles, config: AdapterConfig, record: BaseRecord) 
     """
     named = config.base
     if named is not None and files.is_local and Path(named).expanduser().is_dir():
-        found = fingerprint(Path(named).expanduser(), source=named)
+        # its files are compared only, nothing of it is loaded
+        found = fingerprint(Path(named).expanduser(), source=named, trust_remote_code=True)
         check_same_base(wanted=found, found=record, what=files.source)
         return
     fix = "if the weights are the same under another name, pass --same-base"
