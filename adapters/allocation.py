@@ -13,7 +13,7 @@ total and give each of these layers at least one expert:
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ..domains.errors import InputError
 
@@ -28,8 +28,36 @@ def expert_free_layers(layers: int, fraction: float) -> int:
     return min(layers - 1, round(layers * fraction))
 
 
+def bearing_layers(layers: int, fraction: float, without: Collection[int] = ()) -> tuple[int, ...]:
+    """Return the layers that get experts.
+
+    Args:
+        layers: Number of decoder layers.
+        fraction: Fraction of the layers, from the input, without experts.
+        without: Layers in which no module can have experts.
+
+    Raises:
+        InputError: No layer is left.
+    """
+    free = expert_free_layers(layers, fraction)
+    found = tuple(layer for layer in range(free, layers) if layer not in without)
+    if not found:
+        raise InputError(
+            "No decoder layer can have experts.",
+            cause=f"the first {free} are free of experts, and none of the other {layers - free} has a target module",
+            fix="choose a smaller --expert-free, or other --targets",
+        )
+    return found
+
+
 def allocate(
-    layers: int, *, experts: float, schedule: str, expert_free: float, weights: Sequence[float] | None = None
+    layers: int,
+    *,
+    experts: float,
+    schedule: str,
+    expert_free: float,
+    weights: Sequence[float] | None = None,
+    without: Collection[int] = (),
 ) -> tuple[int, ...]:
     """Return the number of experts of each decoder layer.
 
@@ -39,12 +67,13 @@ def allocate(
         schedule: One of `SCHEDULES`.
         expert_free: Fraction of the layers, from the input, without experts.
         weights: For schedule `data` only: one positive weight for each layer with experts.
+        without: Layers in which no module can have experts.
 
     Raises:
         InputError: The schedule is unknown, the total is too small or too large, or the weights do not fit.
     """
-    free = expert_free_layers(layers, expert_free)
-    bearing = layers - free
+    chosen = bearing_layers(layers, expert_free, without)
+    bearing = len(chosen)
     if not experts <= MAX_EXPERTS:  # also true for nan
         raise InputError(f"experts must be at most {MAX_EXPERTS:,} per layer, found {experts:,}.")
     total = round(experts * bearing)
@@ -56,7 +85,8 @@ def allocate(
     shares = _schedule_weights(schedule, bearing, weights)
     # each layer gets one expert first, the rest is distributed in proportion
     extra = largest_remainder([_excess_quota(share, sum(shares), total) for share in shares], total - bearing)
-    return (0,) * free + tuple(1 + count for count in extra)
+    counts = dict(zip(chosen, extra, strict=True))
+    return tuple(1 + counts[layer] if layer in counts else 0 for layer in range(layers))
 
 
 def largest_remainder(shares: Sequence[float], total: int) -> list[int]:

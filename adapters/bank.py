@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..domains.base_model import ModelLayout, linear_shape, target_modules
+from ..domains.base_model import ModelLayout, linear_shape
+from ..domains.target_modules import Targets, find_targets
 from .allocation import allocate
 from .config import BankConfig, lora_scale
 
@@ -141,27 +142,32 @@ def new_bank(
     generator: torch.Generator,
     weights: list[float] | None = None,
     older: Sequence[Expert] = (),
+    targets: Targets | None = None,
 ) -> ExpertBank:
     """Return an untrained bank without effect: A Kaiming uniform as in Hu et al. 2021, B and rank gates zero.
 
+    Each layer extends the targets that it has; a layer without any gets no experts.
+
     Args:
-        weights: Layer weights, for schedule `data` only.
+        weights: Weights of the layers with experts, for schedule `data` only.
         older: Experts of the bank to extend; new ids continue theirs and the generation is the next one.
+        targets: The model's targets; None: found by two short forward passes.
     """
+    chosen = (targets or find_targets(model, layout)).choose(config.targets)
     counts = allocate(
         layout.count,
         experts=config.experts,
         schedule=config.schedule,
         expert_free=config.expert_free,
         weights=weights,
+        without=[index for index, paths in enumerate(chosen) if not paths],
     )
-    targets = target_modules(model, layout, config.targets)
     bank = ExpertBank()
     for index, count in enumerate(counts):
         if count:
             layer = model.get_submodule(f"{layout.layers}.{index}")
             experts = _new_experts(count, config, older)
-            bank.layers[index] = _new_layer(layer, targets, experts, layout.width, config, generator)
+            bank.layers[index] = _new_layer(layer, chosen[index], experts, layout.width, config, generator)
     return bank
 
 

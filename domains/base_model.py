@@ -1,23 +1,34 @@
-"""Load the frozen base model, and find decoder layers and linear modules in any model family."""
+"""Load the frozen base model, and find its decoder layers in any model family."""
 
 import inspect
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from .errors import IncompatibleError, InputError
+
+DECODER_ONLY = "choose a decoder-only language model; docs/models.md lists the kinds that work"
 
 
 @dataclass(frozen=True)
 class ModelLayout:
     """Location and shape of the decoder layers of a causal language model."""
 
-    decoder: str  # module path of the parent of the layers: "model", "transformer", "gpt_neox"
+    decoder: str  # module path of what holds embedding and layers: "model", "transformer", "gpt_neox"
     layers: str  # module path of the list of layers: "model.layers"
     count: int  # number of decoder layers
     width: int  # size of the hidden state
@@ -43,9 +54,10 @@ def load_base_model(
 
     Raises:
         InputError: `device` is not a device name.
-        IncompatibleError: This machine has no such device.
+        IncompatibleError: This machine has no such device, or the model is no causal language model.
     """
     check_device(device)
+    check_causal_lm(source, revision=revision)
     wanted = torch.float32 if dtype == "auto" and device == "cpu" else dtype
     options: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
@@ -78,46 +90,62 @@ def max_positions(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
+def check_causal_lm(source: str | Path, *, revision: str | None = None) -> None:
+    """Raise an error if the model in `source` is of a kind that is no causal language model; reads its config only.
+
+    Raises:
+        IncompatibleError: It is an encoder, an encoder-decoder, or of a kind that AutoModelForCausalLM does not know.
+    """
+    values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    kind = str(values.get("model_type"))
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        if "auto_map" in values:  # a model with code of its own
+            return
+        cause = f"AutoModelForCausalLM has no model of type {kind!r}"
+    elif values.get("is_encoder_decoder", getattr(CONFIG_MAPPING[kind], "is_encoder_decoder", False)):
+        cause = f"its type {kind!r} has an encoder beside the decoder"
+    else:
+        return
+    raise IncompatibleError("The base model is no causal language model.", cause=cause, fix=DECODER_ONLY)
+
+
 def find_layout(model: PreTrainedModel) -> ModelLayout:
-    """Find the decoder layers: the outermost ModuleList with `num_hidden_layers` entries that hold linear modules.
+    """Find the decoder layers: the list of `num_hidden_layers` modules that is nearest to the token embedding.
+
+    Vision and audio towers have lists of layers, too; the decoder of text is the innermost module that holds both a
+    list of layers and the embedding of the tokens.
 
     Raises:
         IncompatibleError: The model has no such list.
     """
-    config = model.config.get_text_config()
-    for path, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers and linear_modules(module[0]):
-            decoder = path.rpartition(".")[0]
-            transposed = any(isinstance(part, Conv1D) for part in module[0].modules())
-            return ModelLayout(decoder, path, len(module), config.hidden_size, transposed)
-    raise IncompatibleError(
-        f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers with linear modules."
-    )
-
-
-def target_modules(
-    model: PreTrainedModel, layout: ModelLayout, names: tuple[str, ...] | None = None
-) -> tuple[str, ...]:
-    """Return the paths, relative to a decoder layer, of its linear modules: all of them, or those in `names`.
-
-    Args:
-        names: Last parts of module paths (`q_proj`, `c_attn`), as in PEFT's `target_modules`.
-
-    Raises:
-        InputError: No linear module of a decoder layer has one of the names.
-    """
-    layers: Any = model.get_submodule(layout.layers)
-    found = list(dict.fromkeys(path for layer in layers for path in linear_modules(layer)))
-    if names is None:
-        return tuple(found)
-    known = {path.rpartition(".")[2] for path in found}
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise InputError(
-            f"There is no target module named {unknown[0]!r} in {type(model).__name__}.",
-            fix=f"choose among: {', '.join(sorted(known))}",
+    config = model.config.get_text_config(decoder=True)
+    # a decoder taken out of an encoder-decoder: num_hidden_layers counts the encoder's
+    count = getattr(config, "decoder_layers", None) or config.num_hidden_layers
+    embedding = _path_of(model, model.get_input_embeddings())
+    found = {
+        path: _common_parent(path, embedding)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == count and any(linear_modules(layer) for layer in module)
+    }
+    if not found:
+        raise IncompatibleError(
+            f"{type(model).__name__} has no list of {count} decoder layers with linear modules.",
+            fix=DECODER_ONLY,
         )
-    return tuple(path for path in found if path.rpartition(".")[2] in names)
+    path = max(found, key=lambda path: (len(found[path].split(".")) if found[path] else 0, -len(path.split("."))))
+    layers: Any = model.get_submodule(path)
+    transposed = any(isinstance(part, Conv1D) for part in layers.modules())
+    return ModelLayout(found[path], path, len(layers), config.hidden_size, transposed)
+
+
+def _path_of(model: nn.Module, wanted: nn.Module) -> str:
+    return next(path for path, module in model.named_modules() if module is wanted)
+
+
+def _common_parent(first: str, second: str) -> str:
+    """Return the path of the innermost module that holds two modules."""
+    parents = zip(first.split(".")[:-1], second.split(".")[:-1], strict=False)
+    return ".".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parents))
 
 
 def linear_modules(module: nn.Module) -> list[str]:

@@ -22,12 +22,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...domains.errors import InputError
+from ...domains.base_model import linear_shape
+from ...domains.errors import IncompatibleError, InputError
 from ..kernels.dispatch import choose_kernels
 from ..kernels.group import GroupWeights
 from .forward_state import Gates, OpenGates, SiblingOutputs, running_state
 from .group_update import GroupUpdate
 
+DESCRIPTIONS = {  # attributes and methods of a weight that say nothing of its values
+    *("shape", "size", "dim", "ndim", "numel", "stride", "dtype", "device", "layout", "is_cuda", "is_meta"),
+    *("requires_grad", "element_size", "itemsize", "nbytes", "is_floating_point", "is_contiguous", "__repr__"),
+}
 MAX_MISSES = 2  # consecutive calls of group members with different tensors, after which each member computes alone
 
 
@@ -63,6 +68,43 @@ class FusedLinear(nn.Module):
     def forward(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
         """Return the base module's output plus every expert's gated update."""
         return self.group.output(self.place, x)
+
+    @property
+    def weight(self) -> Tensor:
+        """Weight of the base module; inside a forward pass, its shape, dtype and device only."""
+        weight: Any = self.base.weight
+        return weight if running_state() is None else weight.as_subclass(_DescribedWeight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """Bias of the base module."""
+        bias: Any = self.base.bias
+        return bias
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input."""
+        return linear_shape(self.base)[0]
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return linear_shape(self.base)[1]
+
+
+class _DescribedWeight(Tensor):
+    """Weight that can be described but not computed with: a product with it would lack the experts' update."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:  # noqa: D102
+        name = func.__self__.__name__ if func.__name__ == "__get__" else func.__name__
+        if name not in DESCRIPTIONS:
+            raise IncompatibleError(
+                "This model reads the weight of a module with experts, which would lose their effect.",
+                cause=f"it calls {name} on the weight",
+                fix="leave the module out of --targets",
+            )
+        return super().__torch_function__(func, types, args, kwargs or {})
 
 
 class ExpertGroup(nn.Module):
@@ -348,6 +390,12 @@ def _is_plain(base: nn.Module) -> bool:
 def _owned_output(base: nn.Module, x: Tensor) -> Tensor:
     """Return the base module's output, cloned unless it is known to be fresh memory that can be written to."""
     output = base(x)
+    if not isinstance(output, Tensor):
+        raise IncompatibleError(
+            f"A {type(base).__name__} cannot have experts.",
+            cause=f"it returns a {type(output).__name__} instead of one tensor",
+            fix="leave it out of --targets",
+        )
     if type(base) in (nn.Linear, Conv1D) and not base._forward_hooks:
         return output
     return output.clone(memory_format=torch.contiguous_format)

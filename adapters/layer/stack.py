@@ -1,6 +1,6 @@
 """Stack: the banks of a composition, stacked along one rank axis for each decoder layer."""
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,8 @@ SAME_INPUT = (
     {"gate_proj", "up_proj"},
     {"query", "key", "value"},
     {"w1", "w3"},
+    {"q_a_proj", "kv_a_proj_with_mqa"},
+    {"in_proj_qkvz", "in_proj_ba"},
 )  # last parts of module paths
 
 
@@ -44,9 +46,9 @@ class Stack:
     def layer(self, index: int, dtype: torch.dtype) -> StackedLayer:
         """Return the stacked tensors of one decoder layer in `dtype`, that of the base model."""
         slices = layer_slices(self, index)
-        targets = dict.fromkeys(target for part in slices for target in part.experts.A)
+        widths = {target: A.shape[1] for part in slices for target, A in part.experts.A.items()}
         return StackedLayer(
-            groups=tuple(stack_group(names, slices, dtype) for names in same_input_groups(targets)),
+            groups=tuple(stack_group(names, slices, dtype) for names in same_input_groups(widths)),
             slot_of_rank=tuple(part.slot for part in slices for _ in range(part.experts.rank)),
             gates=stack_gates(slices, static=self.static),
             new=next((part.experts for part in slices if part.is_new), None),
@@ -160,16 +162,19 @@ def build_group(
     return experts, fused
 
 
-def same_input_groups(targets: Iterable[str]) -> list[list[str]]:
-    """Group targets that are likely to read the same tensor, by the module names of common model families.
+def same_input_groups(widths: Mapping[str, int]) -> list[list[str]]:
+    """Group targets that are likely to read the same tensor: of one parent and width, named as in common families.
 
     A wrong guess costs speed only: a fused module called with another tensor computes its output alone.
+
+    Args:
+        widths: Input width of each target.
     """
-    groups: dict[tuple[str, int], list[str]] = {}
-    for target in targets:
+    groups: dict[tuple[str, int, int], list[str]] = {}
+    for target, width in widths.items():
         parent, _, name = target.rpartition(".")
         kind = next((i for i, names in enumerate(SAME_INPUT) if name in names), None)
-        groups.setdefault((parent, kind) if kind is not None else (target, -1), []).append(target)
+        groups.setdefault((parent, kind, width) if kind is not None else (target, -1, width), []).append(target)
     return list(groups.values())
 
 

@@ -6,6 +6,7 @@ starts with its own part of the text. A stays random and B zero: before training
 """
 
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +24,8 @@ TOKENS_PER_BLOCK = 32
 
 
 @torch.inference_mode()
-def activation_weights(model: PreTrainedModel, blocks: Blocks, *, first_layer: int) -> list[float]:
-    """Return the layer weights of schedule `data`: how much each layer from `first_layer` on rotates its input.
+def activation_weights(model: PreTrainedModel, blocks: Blocks, *, layers: Sequence[int]) -> list[float]:
+    """Return the layer weights of schedule `data`: how much each of these layers rotates its input.
 
     The weight is the mean over tokens of |h_out / |h_out| - h_in / |h_in||; layers that rotate more get more experts.
     """
@@ -37,7 +38,7 @@ def activation_weights(model: PreTrainedModel, blocks: Blocks, *, first_layer: i
         .item()
         for before, after in itertools.pairwise(states)
     ]
-    return [max(value, 1e-6) for value in change[first_layer:]]
+    return [max(change[layer], 1e-6) for layer in layers]
 
 
 @torch.inference_mode()

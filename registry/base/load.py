@@ -12,11 +12,12 @@ from ...domains.base_model import (
     ModelLayout,
     check_device,
     find_layout,
+    linear_modules,
     linear_shape,
     load_base_model,
-    target_modules,
 )
 from ...domains.errors import IntegrityError
+from ...domains.target_modules import Targets, find_targets, reasons_in_code
 from ..pack.pack import DomainPack
 from ..store.manifest import BaseRecord, check_same_base
 from ..store.store import Store
@@ -54,6 +55,11 @@ class LoadedBase:
         """The location and number of the decoder layers."""
         return find_layout(self.model)
 
+    @cached_property
+    def targets(self) -> Targets:
+        """The linear modules that can have experts, by decoder layer; found by two short forward passes."""
+        return find_targets(self.model, self.layout)
+
 
 def open_base(store: Store, record: BaseRecord, *, device: str, dtype: str) -> LoadedBase:
     """Return the base model of a store after checking its files against the fingerprint `record`.
@@ -77,6 +83,9 @@ def open_base(store: Store, record: BaseRecord, *, device: str, dtype: str) -> L
 def check_fit(pack: DomainPack, base: LoadedBase, *, source: str) -> None:
     """Raise if the experts of a pack do not match the layers, modules and widths of the base model.
 
+    What only a forward pass shows is not checked here: a module called with other positions than its decoder layer is
+    refused when it is called.
+
     A matching fingerprint states which base the pack was made for; this check finds a pack whose tensors contradict it.
 
     Args:
@@ -95,23 +104,24 @@ def check_fit(pack: DomainPack, base: LoadedBase, *, source: str) -> None:
     for what, (fits, found, expected) in sizes.items():
         if not fits:
             raise _misfit(source, f"{what}: {found} in the pack, {expected} in the base model")
-    known = target_modules(base.model, layout)
+    extended: dict[tuple[int, str], nn.Module] = {}
     for index, layer in bank.layers.items():
         module = base.model.get_submodule(f"{layout.layers}.{index}")
         for target in layer.A:
             found = layer.A[target].shape[1], layer.B[target].shape[0]
-            expected = _shape(module, target) if target in known else None
+            expected = _shape(module, target)
             if found != expected:
                 raise _misfit(
                     source, f"{target} of layer {index}: widths {found} in the pack, {expected} in the base model"
                 )
+            extended[index, target] = module.get_submodule(target)
+    for (index, target), reason in reasons_in_code(base.model, layout, extended).items():
+        raise _misfit(source, f"{target} of layer {index} cannot have experts: {reason}")
 
 
 def _shape(layer: nn.Module, target: str) -> tuple[int, int] | None:
-    try:
-        return linear_shape(layer.get_submodule(target))
-    except AttributeError:  # only other layers have this module
-        return None
+    """Return the shape of a linear module; None where the layer has none of this name."""
+    return linear_shape(layer.get_submodule(target)) if target in linear_modules(layer) else None
 
 
 def _equal(found: int, expected: int) -> tuple[bool, int, int]:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters.allocation import expert_free_layers
+from ...adapters.allocation import bearing_layers
 from ...adapters.bank import ExpertBank, extend_bank, new_bank
 from ...adapters.composition import GENERAL
 from ...adapters.config import BankConfig, TrainingConfig
@@ -40,7 +40,6 @@ from ...adapters.training.warm_start import (
     copy_experts,
     seed_expert_gates,
 )
-from ...domains.base_model import target_modules
 from ...domains.data.blocks import Blocks, encode, pack_blocks
 from ...domains.data.row_list import RowList
 from ...domains.data.spec import DomainSpec
@@ -151,7 +150,13 @@ class TrainingRun:
         if self.preservation is not None:
             return self.preservation.feature_layer
         assert self.bank_config is not None
-        return expert_free_layers(self.base.layout.count, self.bank_config.expert_free)
+        return self._bearing_layers(self.bank_config)[0]
+
+    def _bearing_layers(self, bank: BankConfig) -> tuple[int, ...]:
+        """Return the layers that get experts: of those after the expert-free ones, all that have a target."""
+        targets = self.base.targets.choose(bank.targets)
+        without = [layer for layer, paths in enumerate(targets) if not paths]
+        return bearing_layers(self.base.layout.count, bank.expert_free, without)
 
     # --- the other domains of the store ---
 
@@ -233,8 +238,8 @@ class TrainingRun:
         assert self.bank_config is not None
         weights = None
         if self.bank_config.schedule == "data":
-            first = expert_free_layers(self.base.layout.count, self.bank_config.expert_free)
-            weights = activation_weights(self.base.model, self.blocks, first_layer=first)
+            layers = self._bearing_layers(self.bank_config)
+            weights = activation_weights(self.base.model, self.blocks, layers=layers)
         self.frozen = beside
         self.bank = new_bank(
             self.base.model,
@@ -243,6 +248,7 @@ class TrainingRun:
             generator=torch.Generator().manual_seed(self.training.seed),
             weights=weights,
             older=beside.experts if beside else (),
+            targets=self.base.targets,
         )
         nearest = neighbours[0] if neighbours else None
         if nearest and nearest.similarity >= MIN_SIMILARITY:
@@ -272,7 +278,7 @@ class TrainingRun:
                 cause=f"it reads {longest:,} tokens",
                 fix=f"choose --block {longest} or less",
             )
-        target_modules(self.base.model, self.base.layout, bank.targets)
+        self._bearing_layers(bank)
 
     def _check_first_layer(self, bank: BankConfig, preservation: DomainPack) -> None:
         """Refuse experts before the layer whose input the router reads: they would change what it reads.
@@ -280,7 +286,7 @@ class TrainingRun:
         Raises:
             InputError: There would be some.
         """
-        first = expert_free_layers(self.base.layout.count, bank.expert_free)
+        first = self._bearing_layers(bank)[0]
         if first < preservation.feature_layer:
             raise InputError(
                 f"expert_free is too small: {bank.expert_free}.",

@@ -19,8 +19,9 @@ from lorary.adapters.layer.gates import LayerGates
 from lorary.adapters.layer.routing import recording_routes
 from lorary.adapters.layer.stack import Stack
 from lorary.adapters.router.router import DomainRouter, Temperatures
-from lorary.domains.base_model import find_layout, linear_shape, target_modules
+from lorary.domains.base_model import find_layout, linear_shape
 from lorary.domains.statistics.statistics import PAIR_BUCKETS, DomainStatistics, pair_buckets
+from lorary.domains.target_modules import find_targets
 
 torch.set_num_threads(1)
 
@@ -276,9 +277,11 @@ def random_bank(random_layer: Callable[..., LayerExperts]) -> Callable[..., Expe
             return 1 + int(torch.randint(maximum, (), generator=generator))
 
         bank = ExpertBank()
+        by_layer = find_targets(model, layout).choose()
         for index in range(first_layer, layout.count):
-            layer = model.get_submodule(f"{layout.layers}.{index}")
-            targets = target_modules(model, layout)
+            layer, targets = model.get_submodule(f"{layout.layers}.{index}"), by_layer[index]
+            if not targets:
+                continue
             if not all_targets:  # a random subset of at least one
                 order = torch.randperm(len(targets), generator=generator).tolist()
                 targets = tuple(targets[i] for i in order[: choose(len(targets))])

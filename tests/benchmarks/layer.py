@@ -57,7 +57,8 @@ class Layer:
                 rank_gate=normal(rank, width),
             )
             slices.append(_Slice(slot=slot, experts=bank, is_new=False))
-        groups = tuple(stack_group(names, slices, torch.float32) for names in same_input_groups(shapes))
+        widths = {name: d_in for name, (d_in, _) in shapes.items()}
+        groups = tuple(stack_group(names, slices, torch.float32) for names in same_input_groups(widths))
         stacked = StackedLayer(groups=groups, slot_of_rank=(), gates=stack_gates(slices, static=False))
         self.state, self.gates = ForwardState(None), build_gates(stacked)
         self.slot_gate = torch.full((1, slots), 1 / slots)

@@ -19,7 +19,7 @@ from torch import nn
 
 from lorary.adapters.config import BankConfig, TrainingConfig
 from lorary.adapters.training.train import train_bank
-from lorary.domains.base_model import linear_shape, target_modules
+from lorary.domains.base_model import linear_shape
 from lorary.domains.data.blocks import encode, pack_blocks
 from lorary.domains.data.corpus import corpus_digest
 from lorary.domains.data.example import Example
@@ -52,7 +52,7 @@ def lora_shape(base: LoadedBase, *, times: int) -> peft.LoraConfig:
     All layers have the same rank, except for the deepest ones, which get one more until the budget is spent.
     """
     layer = base.model.get_submodule(f"{base.layout.layers}.0")
-    targets = target_modules(base.model, base.layout)
+    targets = base.targets.choose()[0]
     cost = sum(sum(linear_shape(layer.get_submodule(target))) for target in targets)
     rank, more = divmod(times * PARAMETERS // cost, base.layout.count)
     deepest = "|".join(str(base.layout.count - 1 - i) for i in range(more))

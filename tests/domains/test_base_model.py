@@ -19,9 +19,9 @@ from lorary.domains.base_model import (
     linear_shape,
     load_base_model,
     max_positions,
-    target_modules,
 )
 from lorary.domains.errors import IncompatibleError, InputError
+from lorary.domains.target_modules import find_targets
 
 torch.set_num_threads(1)
 
@@ -60,6 +60,7 @@ def model_of() -> Any:
                 intermediate_size=48,
                 num_hidden_layers=3,
                 num_attention_heads=4,
+                **({} if family == "gpt_neox" else {"num_key_value_heads": 4}),
                 max_position_embeddings=64,
                 pad_token_id=0,
             )
@@ -98,7 +99,7 @@ def test_layers_and_linear_modules_are_found(
     layout = find_layout(model)
 
     assert layout == ModelLayout(decoder=decoder, layers=layers, count=3, width=32)
-    assert target_modules(model, layout) == targets
+    assert find_targets(model, layout).by_layer == (targets,) * 3
 
 
 def test_a_model_without_decoder_layers_is_refused(tiny_llama: Any) -> None:
@@ -118,26 +119,7 @@ def test_layers_of_an_encoder_are_found(model_of: Any) -> None:
     }
     model = BertModel(BertConfig(vocab_size=64, **small))
 
-    assert find_layout(model).layers == "encoder.layer"
-
-
-def test_target_modules_are_selected_by_the_last_part_of_their_path(tiny_llama: Any) -> None:
-    model = tiny_llama()
-    layout = find_layout(model)
-
-    found = target_modules(model, layout, ("v_proj", "q_proj", "down_proj"))
-
-    assert found == ("self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj")
-
-
-def test_an_unknown_target_is_refused_with_the_known_ones(tiny_llama: Any) -> None:
-    model = tiny_llama()
-
-    with pytest.raises(InputError, match="c_attn") as refusal:
-        target_modules(model, find_layout(model), ("q_proj", "c_attn"))
-
-    assert refusal.value.fix is not None
-    assert "q_proj" in refusal.value.fix
+    assert find_layout(model) == ModelLayout(decoder="", layers="encoder.layer", count=2, width=32)
 
 
 def test_the_shape_of_a_linear_module_is_d_in_and_d_out() -> None:

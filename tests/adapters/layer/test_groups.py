@@ -215,12 +215,23 @@ def test_a_hook_on_the_base_module_may_keep_its_output(group: Any, x: Tensor) ->
 def test_names_of_families_tell_which_targets_read_one_input() -> None:
     names = [f"self_attn.{n}_proj" for n in "qkvo"] + ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "attn.c_attn"]
 
-    assert same_input_groups(names) == [
+    assert same_input_groups(dict.fromkeys(names, 8)) == [
         ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
         ["self_attn.o_proj"],
         ["mlp.gate_proj", "mlp.up_proj"],
         ["mlp.down_proj"],
         ["attn.c_attn"],
+    ]
+
+
+def test_modules_of_one_parent_with_other_input_widths_are_not_grouped() -> None:
+    # RWKV's channel mixing: value reads what key returns
+    widths = {"attention.key": 8, "attention.value": 8, "feed_forward.key": 8, "feed_forward.value": 32}
+
+    assert same_input_groups(widths) == [
+        ["attention.key", "attention.value"],
+        ["feed_forward.key"],
+        ["feed_forward.value"],
     ]
 
 

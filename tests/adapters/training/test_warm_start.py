@@ -194,7 +194,7 @@ def test_layers_that_rotate_their_input_more_have_larger_weights(model: Any, blo
         for part in ("self_attn.o_proj", "mlp.down_proj"):
             model.model.layers[2].get_submodule(part).weight.mul_(20)
 
-    weights: list[float] = activation_weights(model, blocks, first_layer=1)
+    weights: list[float] = activation_weights(model, blocks, layers=range(1, 4))
 
     assert len(weights) == 3
     assert max(weights) == weights[1]
@@ -204,6 +204,6 @@ def test_layers_that_rotate_their_input_more_have_larger_weights(model: Any, blo
 def test_layer_weights_ignore_padding(model: Any, blocks: Blocks) -> None:
     noise: Tensor = torch.where(blocks.attention_mask == 0, 7, blocks.input_ids)
 
-    found = activation_weights(model, replace(blocks, input_ids=noise), first_layer=1)
+    found = activation_weights(model, replace(blocks, input_ids=noise), layers=range(1, 4))
 
-    assert found == activation_weights(model, blocks, first_layer=1)
+    assert found == activation_weights(model, blocks, layers=range(1, 4))

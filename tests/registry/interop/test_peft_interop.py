@@ -14,8 +14,9 @@ from lorary.adapters.bank import Expert, ExpertBank, LayerExperts
 from lorary.adapters.layer.attach import attach
 from lorary.adapters.layer.stack import Stack
 from lorary.adapters.router.router import Temperatures
-from lorary.domains.base_model import find_layout, linear_shape, target_modules
+from lorary.domains.base_model import find_layout, linear_shape
 from lorary.domains.statistics.statistics import PAIR_BUCKETS, DomainStatistics
+from lorary.domains.target_modules import find_targets
 from lorary.registry import Registry
 from lorary.registry.pack.pack import DomainPack, pack_files
 
@@ -151,10 +152,10 @@ def _random_bank(model: Any) -> ExpertBank:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    bank = ExpertBank()
+    bank, targets = ExpertBank(), find_targets(model, layout).choose()
     for index, count in ((1, 1), (2, 2), (3, 3)):
         layer = model.get_submodule(f"{layout.layers}.{index}")
-        shapes = {t: linear_shape(layer.get_submodule(t)) for t in target_modules(model, layout)}
+        shapes = {t: linear_shape(layer.get_submodule(t)) for t in targets[index]}
         rank = sum(expert.rank for expert in experts[:count])
         bank.layers[index] = LayerExperts(
             experts=experts[:count],
