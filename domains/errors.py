@@ -52,12 +52,20 @@ class InputError(LoraryError):
 class CorpusError(InputError):
     """Unusable data file or row, named by file and, if there is one, line."""
 
-    def __init__(self, source: str | Path, problem: str, *, line: int | None = None, fix: str | None = None):
+    def __init__(
+        self,
+        source: str | Path,
+        problem: str,
+        *,
+        line: int | None = None,
+        cause: str | None = None,
+        fix: str | None = None,
+    ):
         self.source = str(source)
         self.line = line
         self.problem = problem
         where = self.source if line is None else f"{self.source}:{line}"
-        super().__init__(f"{where}: {problem}", fix=fix)
+        super().__init__(f"{where}: {problem}", cause=cause, fix=fix)
 
 
 class NotFoundError(LoraryError):

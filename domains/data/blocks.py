@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
+from .chat import TEMPLATE_ERRORS, learned_spans
 from .example import Example
 
 NO_TARGET = -100  # ignore_index of PyTorch's cross entropy
@@ -36,20 +37,30 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> Encoded:
 
     A text is encoded as the tokenizer's prefix (usually the begin token), the text, and the end token, if there is one.
     All but the prefix are targets. With a prompt, only completion and end token are targets; prompt and completion are
-    tokenized separately, so that the boundary is the same as in generation. A conversation is rendered by the chat
-    template; the assistant's turns, including their end tokens, are targets.
+    tokenized separately, so that the boundary is the same as in generation. A text that begins with the begin token or
+    with a token of the chat template is rendered already: it gets no second prefix, and where it ends with the end
+    token, no second one. A conversation is rendered by the chat template; the assistant's turns, including their end
+    tokens, are targets.
 
     Raises:
-        InputError: The tokenizer has no chat template, or it cannot render the conversation.
+        CorpusError: The chat template cannot render the conversation, ignores a field of it, or an assistant's turn
+            cannot be told from the rest; an InputError if the example has no source.
+        InputError: The tokenizer has no chat template.
     """
     if example.messages:
         return _encode_messages(example, tokenizer)
-    if not example.prompt:
-        before, learned = begin_ids(tokenizer), _ids(example.completion, tokenizer)
-    else:
-        before = begin_ids(tokenizer) + _ids(example.prompt, tokenizer)
-        learned = _following_ids(example.continuation, tokenizer)
-    learned = learned + end_ids(tokenizer)
+    before, learned = _ids(example.prompt, tokenizer), _ids(example.completion, tokenizer)
+    frame = _frame_of(example.prompt or example.completion, before or learned, tokenizer)
+    if example.prompt:
+        # what follows a token of the template is not joined to it by a space
+        text = example.completion if before and before[-1] in frame.control else example.continuation
+        learned = _following_ids(text, tokenizer)
+    if not before and learned[: len(frame.bos)] == frame.bos:
+        before, learned = learned[: len(frame.bos)], learned[len(frame.bos) :]
+    elif before[: len(frame.bos)] != frame.bos:
+        before = frame.bos + before
+    if not _ends(learned, frame.ends, tokenizer):
+        learned = learned + end_ids(tokenizer)
     return before + learned, [False] * len(before) + [True] * len(learned)
 
 
@@ -64,6 +75,56 @@ def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the end token, or an empty list if the tokenizer has none."""
     token: Any = tokenizer.eos_token_id
     return [] if token is None else [token]
+
+
+@dataclass(frozen=True)
+class _Frame:
+    """The tokens around a text."""
+
+    bos: list[int]  # before it
+    ends: set[int]  # any of them ends it
+    control: frozenset[int] = frozenset()  # special tokens of the chat template, if it rendered the text
+
+
+def _frame_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> _Frame:
+    """Return what belongs around a text: for one that the chat template rendered, what the template writes."""
+    bos, ends = begin_ids(tokenizer), set(end_ids(tokenizer))
+    special = set()
+    if not text[:1].isalnum():
+        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    if not ids or ids[0] not in special:
+        return _Frame(bos, ends)
+    rendered = _rendered_ids(tokenizer)
+    control = frozenset(token for turns in rendered for token in turns if token in special)
+    begin: Any = tokenizer.bos_token_id
+    if ids[0] == begin and ids[: len(bos)] != bos:
+        bos = [begin]
+    elif ids[0] != begin and ids[0] not in control:
+        return _Frame(bos, ends)
+    elif ids[0] != begin and any(turns[: len(bos)] != bos for turns in rendered):
+        bos = []
+    return _Frame(bos, ends | {turns[-1] for turns in rendered if turns[-1] in special}, control)
+
+
+def _rendered_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Return the tokens of small conversations as the chat template renders them, without white space at the end."""
+    talk = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
+    found = []
+    for turns in (talk, talk[1:]) if tokenizer.chat_template else ():
+        try:
+            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        except TEMPLATE_ERRORS:  # many know no system message
+            continue
+        found.append(_ids(text.rstrip(), tokenizer))
+    return found
+
+
+def _ends(ids: list[int], ends: set[Any], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether an end token is the last but for white space."""
+    for token in reversed(ids):
+        if token in ends or str(tokenizer.decode([token])).strip():
+            return token in ends
+    return False
 
 
 def pack_blocks(encoded: Iterable[Encoded], block: int, *, min_targets: int = MIN_TARGETS) -> Blocks:
@@ -151,58 +212,14 @@ def _following_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _encode_messages(example: Example, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    messages = [{"role": role, "content": content} for role, content in example.messages]
-    whole = _render(messages, tokenizer)
+    whole, spans = learned_spans(example, tokenizer)
     ids: list[int] = []
     is_target: list[bool] = []
     position = 0
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        start, end = _turn_span(messages, turn, whole, position, tokenizer)
+    for start, end in spans:
         for text, learned in ((whole[position:start], False), (whole[start:end], True)):
             piece = _following_ids(text, tokenizer) if ids else _ids(text, tokenizer)
             ids += piece
             is_target += [learned] * len(piece)
         position = end
     return ids, is_target
-
-
-def _turn_span(
-    messages: list[dict[str, str]], turn: int, whole: str, position: int, tokenizer: PreTrainedTokenizerBase
-) -> tuple[int, int]:
-    """Return start and end of an assistant turn in the rendered conversation, end token included.
-
-    Found by rendering the conversation up to the turn and including it. Some templates render a turn differently if
-    others follow (Qwen3 drops the thinking); then the content of the turn is searched for.
-    """
-    before = _render(messages[:turn], tokenizer, add_generation_prompt=True) if turn else None
-    through = _render(messages[: turn + 1], tokenizer)
-    begins = len(before) if before and whole.startswith(before) else None
-    if before and begins is not None and whole.startswith(through) and through.startswith(before):
-        return begins, len(through)
-    content = messages[turn]["content"].strip()
-    found = whole.find(content, position if begins is None else begins)
-    if found < 0:
-        raise InputError(
-            "The chat template leaves out an assistant turn.",
-            cause=f"not found in the rendered conversation: {content[:60]!r}",
-            fix="write the data as prompt and completion",
-        )
-    end_token = str(tokenizer.eos_token or "")
-    end = found + len(content)
-    return begins or found, end + len(end_token) * whole.startswith(end_token, end)
-
-
-def _render(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> str:
-    import jinja2
-
-    if not tokenizer.chat_template:
-        raise InputError(
-            "The tokenizer of the base model has no chat template, and the data has conversations.",
-            fix="write the data as prompt and completion, or use an instruct version of the base model",
-        )
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
-    except jinja2.TemplateError as error:
-        raise InputError("The chat template cannot render a conversation.", cause=str(error)) from error

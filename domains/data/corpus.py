@@ -37,7 +37,7 @@ class CorpusCounts:
     """Number of rows and bytes of a corpus."""
 
     rows: int
-    bytes: int  # UTF-8 bytes of prompts, completions and messages; choices are not counted
+    bytes: int  # UTF-8 bytes of prompts, completions and messages with all fields; choices are not counted
 
 
 def as_sources(data: Data) -> list[Source]:
@@ -137,7 +137,7 @@ def corpus_counts(examples: Iterable[Example]) -> CorpusCounts:
 
 
 def _size(example: Example) -> int:
-    texts = [example.prompt, example.completion, *(content for _, content in example.messages)]
+    texts = [example.prompt, example.completion, *(content for _, content in example.messages), example.more]
     return sum(len(text.encode()) for text in texts)
 
 

@@ -52,11 +52,22 @@ class RowList:
 def _to_line(example: Example) -> bytes:
     row: dict[str, Any] = {"id": example.id} if example.id else {}
     if example.messages:
-        row["messages"] = [{"role": role, "content": content} for role, content in example.messages]
+        row["messages"] = _to_messages(example)
     elif example.prompt or example.choices:
         row |= {"prompt": example.prompt, "completion": example.completion}
     else:
         row["text"] = example.completion
     if example.choices:
         row["choices"] = list(example.choices)
-    return json.dumps(row, ensure_ascii=False, sort_keys=True).encode() + b"\n"
+    if example.tools:
+        row["tools"] = example.tools
+    # only the outer keys are sorted: templates render tools and tool calls in the order of their keys
+    return json.dumps(dict(sorted(row.items())), ensure_ascii=False).encode() + b"\n"
+
+
+def _to_messages(example: Example) -> list[dict[str, Any]]:
+    learned, messages = set(example.learned_turns), example.turns
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant" and turn not in learned:
+            message["train"] = False
+    return [dict(sorted(message.items())) for message in messages]

@@ -3,15 +3,23 @@
     {"text": ...}
     {"prompt": ..., "completion": ..., "choices": [...]}                choices are optional
     {"messages": [{"role": "user", "content": ...}, ...]}
-    {"instruction": ..., "input": ..., "output": ...}                   Alpaca; input is optional
-    {"conversations": [{"from": "human", "value": ...}, ...]}           ShareGPT
+    {"prompt": [{"role": ...}, ...], "completion": [...]}               TRL: what to learn is in the completion
+    {"instruction": ..., "input": ..., "output": ...}                   Alpaca; input and system are optional
+    {"conversations": [{"from": "human", "value": ...}, ...]}           ShareGPT; system is optional
 
-The first form whose keys are all present and not empty is used, in this order; other keys are ignored. `id`, a string
-or an integer, is kept as a label. A null value counts as missing. Text is not changed; it must be UTF-8 without NUL.
+The first form whose keys are all present and not empty is used, in this order; other keys are ignored, except those
+that would change what is learned: they are used or refused. `id`, a string or an integer, is kept as a label. A null
+value counts as missing. Text is not changed; it must be UTF-8 without NUL.
+
+Messages may have `weight` 0 or 1 or `train` true or false; every other field (tool_calls, reasoning_content, name, ...)
+is given to the chat template, and the row is refused in tokenization if the template ignores it (chat.py). So are the
+`tools` of a row. Content is a string, a list of text parts, or null in a message that calls tools.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import CorpusError
@@ -27,7 +35,14 @@ _ROLES = {
     "chatgpt": "assistant",
     "bot": "assistant",
     "model": "assistant",
+    "tool": "tool",
 }
+# keys of a row that would change what is learned, by form
+_UNUSED_IN_CHAT = (
+    *("functions", "function_call", "tool_choice", "documents", "chat_template", "chat_template_kwargs"),
+    *("weight", "train", "images", "image", "videos", "video", "audios", "audio"),
+)
+_UNUSED_IN_TEXT = ("system", "tools", "functions", "history", "images", "image", "videos", "video", "audios", "audio")
 
 
 @dataclass(frozen=True)
@@ -49,7 +64,7 @@ def to_example(row: Row, source: str) -> Example:
         CorpusError: The row is not an object, has no known keys, or a value cannot be used.
     """
     try:
-        return _to_example(row.value)
+        return replace(_to_example(row.value), source=source, line=row.line)
     except BadRowError as error:
         raise CorpusError(source, str(error), line=row.line) from error
 
@@ -72,6 +87,9 @@ def _from_text(row: Mapping[str, Any], label: str) -> Example:
 
 
 def _from_prompt(row: Mapping[str, Any], label: str) -> Example:
+    if isinstance(row["prompt"], list | tuple) or isinstance(row["completion"], list | tuple):
+        return _from_prompt_messages(row, label)
+    _refuse_unused(row, _UNUSED_IN_TEXT, "a prompt with a completion", "write it into the prompt, or give messages")
     completion = _text(row, "completion")
     choices = _choices(row.get("choices"))
     if choices and completion not in choices:
@@ -79,19 +97,33 @@ def _from_prompt(row: Mapping[str, Any], label: str) -> Example:
     return Example(_text(row, "prompt", may_be_empty=True), completion, choices, label)
 
 
+def _from_prompt_messages(row: Mapping[str, Any], label: str) -> Example:
+    """Return the conversation of TRL's prompt and completion; the prompt is not learned."""
+    kinds = {key: _kind(row[key]) for key in ("prompt", "completion")}
+    if not all(isinstance(row[key], list | tuple) for key in kinds):
+        raise BadRowError(f"'prompt' is {kinds['prompt']} and 'completion' {kinds['completion']}, expected both alike")
+    if _is_given(row.get("choices")):
+        raise BadRowError("'choices' cannot be given with a list of messages")
+    prompt, completion = _messages(row, "prompt"), _messages(row, "completion")
+    return _conversation(row, [replace(turn, is_learned=False) for turn in prompt] + completion, label, "completion")
+
+
 def _from_alpaca(row: Mapping[str, Any], label: str) -> Example:
-    prompt = _text(row, "instruction") + "\n\n"
+    unused = tuple(key for key in _UNUSED_IN_TEXT if key != "system")
+    _refuse_unused(row, unused, "an instruction with an output", "give messages instead")
+    prompt = _text(row, "system") + "\n\n" if _is_given(row.get("system")) else ""
+    prompt += _text(row, "instruction") + "\n\n"
     if row.get("input", "") != "":
         prompt += _text(row, "input") + "\n\n"
     return Example(prompt, _text(row, "output"), id=label)
 
 
 def _from_messages(row: Mapping[str, Any], label: str) -> Example:
-    return Example(id=label, messages=_messages(row, "messages"))
+    return _conversation(row, _messages(row, "messages"), label, "messages")
 
 
 def _from_sharegpt(row: Mapping[str, Any], label: str) -> Example:
-    return Example(id=label, messages=_messages(row, "conversations"))
+    return _conversation(row, _messages(row, "conversations"), label, "conversations")
 
 
 _FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], Example]] = {
@@ -103,26 +135,155 @@ _FORMS: dict[tuple[str, ...], Callable[[Mapping[str, Any], str], Example]] = {
 }
 
 
-def _messages(row: Mapping[str, Any], key: str) -> tuple[tuple[str, str], ...]:
+@dataclass(frozen=True)
+class _Turn:
+    """One message; `fields` are those beside role and content."""
+
+    role: str
+    content: str
+    fields: Mapping[str, Any]
+    is_learned: bool
+
+
+def _conversation(row: Mapping[str, Any], turns: list[_Turn], label: str, key: str) -> Example:
+    _refuse_unused(row, _UNUSED_IN_CHAT, "a conversation", "remove it")
+    if not any(turn.role == "assistant" for turn in turns):
+        raise BadRowError(f"{key!r} has no assistant message, so there is nothing to learn")
+    if not any(turn.is_learned for turn in turns):
+        raise BadRowError(f"{key!r} has no assistant message that is to be learned")
+    if _is_given(row.get("system")):
+        if turns[0].role == "system":
+            raise BadRowError(f"has a key 'system', and {key!r} begins with a system message")
+        turns = [_Turn("system", _text(row, "system"), {}, is_learned=False), *turns]
+    more: dict[str, Any] = {}
+    if tools := _tools(row.get("tools")):
+        more["tools"] = tools
+    if any(turn.fields for turn in turns):
+        more["fields"] = [dict(sorted(turn.fields.items())) for turn in turns]
+    if untrained := [i for i, turn in enumerate(turns) if turn.role == "assistant" and not turn.is_learned]:
+        more["untrained"] = untrained
+    messages = tuple((turn.role, turn.content) for turn in turns)
+    return Example(id=label, messages=messages, more=_json(more) if more else "")
+
+
+def _messages(row: Mapping[str, Any], key: str) -> list[_Turn]:
     turns = row[key]
     if not isinstance(turns, list | tuple) or not turns:
         raise BadRowError(f"{key!r} is {_kind(turns)}, expected a list of messages that is not empty")
-    messages = tuple(_message(turn, f"{key}[{i}]") for i, turn in enumerate(turns))
-    if "assistant" not in {role for role, _ in messages}:
-        raise BadRowError(f"{key!r} has no assistant message, so there is nothing to learn")
-    return messages
+    return [_message(turn, f"{key}[{i}]") for i, turn in enumerate(turns)]
 
 
-def _message(turn: object, where: str) -> tuple[str, str]:
+def _message(turn: object, where: str) -> _Turn:
     if not isinstance(turn, Mapping):
         raise BadRowError(f"{where} is {_kind(turn)}, expected an object with 'role' and 'content'")
     role_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
-    if role_key not in turn or content_key not in turn:
+    fields = {str(key): value for key, value in turn.items() if _is_given(value)}
+    calls_tools = "tool_calls" in fields
+    if role_key not in turn or (content_key not in turn and not calls_tools):
         raise BadRowError(f"{where} has the keys {sorted(map(str, turn))}, expected 'role' and 'content'")
     role = turn[role_key]
     if not isinstance(role, str) or role not in _ROLES:
-        raise BadRowError(f"{where} has the unknown role {_shown(role)}; known are system, user, assistant")
-    return _ROLES[role], _checked(turn[content_key], f"{where}.{content_key}")
+        raise BadRowError(f"{where} has the unknown role {_shown(role)}; known are system, user, assistant, tool")
+    role = _ROLES[role]
+    if calls_tools and role != "assistant":
+        raise BadRowError(f"'{where}.tool_calls' is in a message of role {role!r}; only the assistant calls tools")
+    if calls_tools:
+        _check_calls(fields["tool_calls"], f"{where}.tool_calls")
+    is_learned = _is_learned(fields, role, where)
+    fields = {key: value for key, value in fields.items() if key not in (role_key, content_key, "weight", "train")}
+    content = turn.get(content_key)
+    if content is None and calls_tools:
+        return _Turn(role, "", fields | {"content": None}, is_learned)
+    may_be_empty = calls_tools or role == "tool"
+    return _Turn(role, _content(content, f"{where}.{content_key}", may_be_empty=may_be_empty), fields, is_learned)
+
+
+def _content(value: object, where: str, *, may_be_empty: bool) -> str:
+    if isinstance(value, list | tuple):
+        value = "".join(_part(part, f"{where}[{i}]") for i, part in enumerate(value))
+    return _checked(value, where, may_be_empty=may_be_empty)
+
+
+def _part(part: object, where: str) -> str:
+    if not isinstance(part, Mapping):
+        raise BadRowError(f"{where} is {_kind(part)}, expected a text part such as {{'type': 'text', 'text': ...}}")
+    given = {key: value for key, value in part.items() if value is not None}
+    if given.get("type") != "text" or given.keys() != {"type", "text"}:
+        found = ", ".join(f"{key!r}" for key in given)
+        raise BadRowError(
+            f"{where} is a part of type {_shown(given.get('type'))} with {found}; only text can be learned"
+        )
+    return _checked(given["text"], f"{where}.text", may_be_empty=True)
+
+
+def _check_calls(calls: object, where: str) -> None:
+    if not isinstance(calls, list | tuple):
+        raise BadRowError(f"'{where}' is {_kind(calls)}, expected a list of objects")
+    for i, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise BadRowError(f"'{where}[{i}]' has no function with a name")
+
+
+def _is_learned(fields: Mapping[str, Any], role: str, where: str) -> bool:
+    """Return what `weight` and `train` of a message say; by default the assistant's messages are learned."""
+    said: dict[str, bool] = {}
+    for key in ("weight", "train"):
+        value = fields.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            raise BadRowError(f"'{where}.{key}' is {_shown(value)}; a message is learned (1, true) or not (0, false)")
+        said[key] = bool(value)
+    if len(set(said.values())) > 1:
+        raise BadRowError(f"{where} has weight {fields['weight']} and train {_json(fields['train'])}")
+    is_learned = next(iter(said.values()), role == "assistant")
+    if is_learned and role != "assistant":
+        raise BadRowError(f"'{where}.{next(iter(said))}' is set for the role {role!r}; only the assistant is learned")
+    return is_learned
+
+
+def _tools(value: object) -> list[Any]:
+    """Return the tools of a row: a list of JSON schemas, or a string that holds one."""
+    if isinstance(value, str) and value:
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise BadRowError(f"'tools' holds bad JSON: {error}") from error
+    if not _is_given(value):
+        return []
+    if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
+        raise BadRowError(f"'tools' is {_kind(value)}, expected a list of objects")
+    return list(value)
+
+
+def _refuse_unused(row: Mapping[str, Any], keys: Sequence[str], form: str, fix: str) -> None:
+    """Refuse keys that this form of a row ignores, although they say what is to be learned."""
+    for key in keys:
+        if _is_given(row.get(key)) and not (key in ("weight", "train") and row[key] in (1, True)):
+            raise BadRowError(f"has a key {key!r}, which {form} cannot use; {fix}")
+
+
+def _is_given(value: object) -> bool:
+    """Return whether a value says anything: null and empty strings, lists and objects do not."""
+    return value is not None and not (isinstance(value, str | list | tuple | Mapping) and not value)
+
+
+def _json(value: object) -> str:
+    """Return JSON with the keys in their order, as templates render them."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadRowError(f"a field cannot be represented in JSON: {error}") from error
+    if re.search(r"(?<!\\)(?:\\\\)*\\u0000", text):
+        raise BadRowError("a field has a NUL character")
+    return _checked(text, "a field")
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"found {_kind(value)}")
 
 
 def _choices(value: object) -> tuple[str, ...]:

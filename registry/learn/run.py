@@ -203,6 +203,7 @@ class TrainingRun:
         Raises:
             InputError: The base model has no room for such experts or blocks, or they would precede the layer whose
                 input the router reads.
+            CorpusError: The chat template cannot place a turn of a row, or ignores a field of it.
         """
         if self.preservation is not None:
             _ = self.others  # refuses domains of another base model before anything is measured
@@ -214,6 +215,8 @@ class TrainingRun:
             if new_experts and self.preservation is not None:
                 self._check_first_layer(self.bank_config, self.preservation)
         tokenizer = self.base.tokenizer
+        for example in self.data.held_out:  # a row that cannot be measured is refused before training, not after
+            encode(example, tokenizer)
         self.blocks = pack_blocks([encode(example, tokenizer) for example in self.data.train], self.training.block)
         statistics, means = measure_statistics(
             self.base.model,

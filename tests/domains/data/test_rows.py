@@ -64,7 +64,7 @@ def test_known_keys_become_an_example(value, example):
         ({"messages": []}, "'messages' is a list of 0"),
         ({"messages": ["hi"]}, "messages[0] is a string, expected an object with 'role' and 'content'"),
         ({"messages": [{"role": "user"}]}, "messages[0] has the keys ['role']"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0] has the unknown role 'tool'"),
+        ({"messages": [{"role": "poet", "content": "x"}]}, "messages[0] has the unknown role 'poet'"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no assistant message"),
         ({"messages": [{"role": "assistant", "content": ""}]}, "'messages[0].content' is empty"),
     ],

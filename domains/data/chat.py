@@ -1,0 +1,554 @@
+"""Render a conversation by the chat template, and find the text in it that is to be learned.
+
+Templates move, trim, drop and add text, so no turn is searched for by its content. A template that has
+`{% generation %}` blocks says itself what the assistant wrote. For the others the conversation is rendered twice, once
+with a marker in place of every content, and the two renderings are aligned: the text between the markers is the
+template's, and what stands in place of a marker is that content, exactly or without white space around it. A template
+whose own text depends on the contents (Qwen3 takes thoughts out of them) is asked turn by turn: the prompt before a
+turn and the conversation up to it must be where they are in the whole.
+
+A turn begins where generation begins, after the generation prompt or its header, and ends with its end token. A row is
+refused if a turn cannot be placed, a content is missing or cut, a field makes no difference, or text of others would be
+learned.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import CorpusError, InputError
+from .example import Example
+
+Turn = dict[str, Any]
+Span = tuple[int, int]  # start and end in the rendered text
+
+_GENERATION: Final = re.compile(r"\{%-?\s*generation\s*-?%\}")  # what makes transformers track generation blocks
+# what templates raise on values that they do not expect
+TEMPLATE_ERRORS: Final = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
+)
+_AS_PROMPT: Final = "write the row as prompt and completion"
+_RENDERINGS: Final = 3  # of a template that writes the time, until the clock does not change in between
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A content, or another text of a message, that the template is expected to render."""
+
+    turn: int
+    key: str  # content, another field, or `tool_calls[0].function.name`
+    text: str
+    marker: str
+
+    @property
+    def is_call(self) -> bool:
+        """Whether it is the name of a tool that is called; its arguments follow."""
+        return self.key.startswith("tool_calls")
+
+    @property
+    def is_name(self) -> bool:
+        """Whether it names the speaker, which a template writes before a turn."""
+        return self.key == "name"
+
+
+@dataclass(frozen=True)
+class _Region:
+    """A part, and where it is in the rendered text."""
+
+    part: _Part
+    start: int
+    end: int
+
+
+class _RefusedError(Exception):
+    """What is wrong with a row; converted to an error that names file and line."""
+
+    def __init__(self, problem: str, cause: str | None = None, fix: str = _AS_PROMPT):
+        super().__init__(problem)
+        self.problem, self.cause, self.fix = problem, cause, fix
+
+
+def learned_spans(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+    """Return the rendered conversation, and the spans of it that are to be learned, in order.
+
+    Raises:
+        CorpusError: The template cannot render the row, ignores a field of it, or a turn cannot be placed; an
+            InputError if the example has no source.
+        InputError: The tokenizer has no chat template.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            "The tokenizer of the base model has no chat template, and the data has conversations.",
+            fix="write the data as prompt and completion, or use an instruct version of the base model",
+        )
+    for tried in range(1, _RENDERINGS + 1):
+        chat = None
+        try:
+            chat = _Chat(example, tokenizer)
+            return chat.whole, _learned_spans(chat)
+        except _RefusedError as refused:
+            if chat is None or tried == _RENDERINGS or not chat.has_changed():
+                raise _to_error(example, refused) from refused
+    raise AssertionError
+
+
+def _to_error(example: Example, refused: _RefusedError) -> InputError:
+    problem, cause, fix = refused.problem, refused.cause, refused.fix
+    if example.source:
+        return CorpusError(example.source, problem, line=example.line, cause=cause, fix=fix)
+    return InputError(f"{problem[0].upper()}{problem[1:]}.", cause=cause, fix=fix)
+
+
+def _learned_spans(chat: "_Chat") -> list[Span]:
+    _check_fields(chat)
+    regions = chat.regions()
+    if chat.has_generation_blocks:
+        found = _spans_of_blocks(chat, chat.turns, regions)
+    elif regions is not None:
+        found = {turn: [_span_around(chat, regions, turn)] for turn in chat.assistant_turns}
+    else:
+        found = _spans_by_prompt(chat, chat.turns, chat.whole)
+    if regions is None:
+        _check_nothing_is_cut(chat, found)
+        _check_nothing_leaks(chat)
+    else:
+        _check_regions(chat, regions, found)
+    spans = [span for turn in chat.assistant_turns for span in found[turn]]
+    if any(start < end for (_, end), (start, _) in zip(spans, spans[1:], strict=False)):
+        raise _RefusedError("the chat template renders assistant turns out of their order")
+    return [span for turn in chat.assistant_turns if turn in chat.learned for span in found[turn]]
+
+
+class _Chat:
+    """A conversation, and the template that renders it.
+
+    Attributes:
+        turns: The messages; the arguments of tool calls have the form that the template shows.
+        whole: The rendered conversation.
+        implied: Fields that the template may leave out, because the order of the messages says the same.
+    """
+
+    def __init__(self, example: Example, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer: Any = tokenizer
+        self.tools: Any = example.tools
+        self.learned = set(example.learned_turns)
+        self.implied: set[tuple[int, str]] = set()
+        try:
+            self.template = str(self.tokenizer.get_chat_template(None, self.tools))
+            self.turns, self.whole = self._render_calls(example.turns)
+        except TEMPLATE_ERRORS as error:
+            raise _RefusedError("the chat template cannot render the conversation", str(error)) from error
+        self.assistant_turns = [i for i, turn in enumerate(self.turns) if turn["role"] == "assistant"]
+        self.has_generation_blocks = _GENERATION.search(self.template) is not None
+
+    def has_changed(self) -> bool:
+        """Return whether the template renders the same conversation differently by now."""
+        return self.render(self.turns) != self.whole
+
+    def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False, tools: bool = True) -> str | None:
+        """Render other turns; None if the template refuses them."""
+        try:
+            return self._render(turns, generation_prompt=generation_prompt, tools=tools)
+        except TEMPLATE_ERRORS:
+            return None
+
+    def before(self, turns: Sequence[Turn], turn: int) -> str | None:
+        """Render the prompt that the assistant answers with a turn; None for the first turn."""
+        return self.render(turns[:turn], generation_prompt=True) or None if turn else None
+
+    def through(self, turns: Sequence[Turn], turn: int) -> str | None:
+        """Render the conversation up to a turn, with it."""
+        return self.whole if len(turns) == turn + 1 and turns is self.turns else self.render(turns[: turn + 1])
+
+    def blocks(self, turns: Sequence[Turn]) -> tuple[str, list[Span]]:
+        """Render with the spans of the template's generation blocks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
+        try:
+            rendered: Any = render_jinja_template(
+                [given],
+                tools=self.tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except TEMPLATE_ERRORS as error:
+            raise _RefusedError("the chat template cannot render the conversation", str(error)) from error
+        (text,), (spans,) = rendered
+        return text, [(start, end) for start, end in spans if start < end]
+
+    @cached_property
+    def parts(self) -> list[_Part]:
+        """The texts of all turns, each with a marker that occurs nowhere else."""
+        found = [(i, key, text) for i, turn in enumerate(self.turns) for key, text in _texts(turn)]
+        salt = 0
+        while f"Qx{salt}x" in self.whole:
+            salt += 1
+        parts = [_Part(*item, marker=f"Qx{salt}x{number:05}xQ") for number, item in enumerate(found)]
+        return [part for part in parts if (part.turn, part.key) not in self.implied]
+
+    def marked(self, *, keep: Sequence[int] = ()) -> list[Turn]:
+        """Return the turns with markers in place of their texts, except the turns in `keep`."""
+        turns = list(self.turns)
+        for part in self.parts:
+            if part.turn not in keep:
+                turns[part.turn] = _with_text(turns[part.turn], part.key, part.marker)
+        return turns
+
+    @cached_property
+    def all_marked(self) -> list[Turn]:
+        """The turns with markers in place of all their texts."""
+        return self.marked()
+
+    def regions(self) -> list[_Region] | None:
+        """Return where every part is, or None if the template's own text depends on the contents.
+
+        Raises:
+            _RefusedError: The template leaves out a part.
+        """
+        marked = self.render(self.all_marked)
+        if marked is None:
+            return None
+        by_marker = {part.marker: part for part in self.parts}
+        pieces = re.split(f"({'|'.join(by_marker)})", marked)
+        shown = [by_marker[marker] for marker in pieces[1::2]]
+        for part in self.parts:
+            if part not in shown:
+                raise _left_out(self, part)
+        spans = _align(self.whole, pieces[0::2], [part.text for part in shown])
+        if spans is None:
+            return None
+        return [_Region(part, start, end) for part, (start, end) in zip(shown, spans, strict=True)]
+
+    def _render(self, turns: Sequence[Turn], *, generation_prompt: bool = False, tools: bool = True) -> str:
+        options: Any = {"tools": self.tools if tools else None, "add_generation_prompt": generation_prompt}
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, chat_template=self.template, **options))
+
+    def _render_calls(self, turns: list[Turn]) -> tuple[list[Turn], str]:
+        """Render the arguments of tool calls as objects, or as JSON texts if the template shows those only."""
+        calling = next((i for i, turn in enumerate(turns) if turn.get("tool_calls")), None)
+        if calling is None:
+            return turns, self._render(turns)
+        as_objects, as_texts = ([_with_arguments(turn, as_text=flag) for turn in turns] for flag in (False, True))
+        for form, as_json in ((as_objects, True), (as_texts, True), (as_objects, False)):
+            rendered = self.render(form)
+            if rendered is not None and _shows_arguments(form, rendered, as_json=as_json):
+                return form, rendered
+        self._render(as_objects)
+        raise _RefusedError(f"the chat template does not show messages[{calling}].tool_calls with all arguments")
+
+
+# --- the fields of a row ---
+
+
+def _check_fields(chat: _Chat) -> None:
+    """Raise if a field makes no difference to what the template renders.
+
+    Raises:
+        _RefusedError: Names the field.
+    """
+    if chat.tools and chat.render(chat.turns, tools=False) == chat.whole:
+        raise _RefusedError("the chat template ignores the tools of the row", fix="remove the key 'tools'")
+    for i, turn in enumerate(chat.turns):
+        for key in turn.keys() - {"role", "content"}:
+            without = {name: value for name, value in turn.items() if name != key}
+            if chat.render([*chat.turns[:i], without, *chat.turns[i + 1 :]]) != chat.whole:
+                continue
+            if not _is_implied(chat.turns, i, key):
+                problem = f"the chat template ignores messages[{i}].{key} ({turn['role']})"
+                raise _RefusedError(problem, fix=f"remove the key {key!r}")
+            chat.implied.add((i, key))
+
+
+def _is_implied(turns: Sequence[Turn], i: int, key: str) -> bool:
+    """Return whether a tool's message follows the call that it names, so that the order says the same."""
+    if turns[i]["role"] != "tool" or key not in ("tool_call_id", "name"):
+        return False
+    calling = max((j for j in range(i) if turns[j]["role"] != "tool"), default=0)
+    calls = turns[calling].get("tool_calls") or []
+    number = i - calling - 1
+    if number >= len(calls):
+        return False
+    return turns[i][key] == (calls[number].get("id") if key == "tool_call_id" else _function(calls[number]).get("name"))
+
+
+def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    return call.get("function", call)
+
+
+def _texts(turn: Turn) -> Iterator[tuple[str, str]]:
+    """Yield the texts of a turn that a template is expected to render as they are."""
+    for key, value in turn.items():
+        if key != "role" and isinstance(value, str) and value.strip():
+            yield key, value
+    for number, call in enumerate(turn.get("tool_calls") or ()):
+        yield f"tool_calls[{number}].function.name", _function(call)["name"]
+
+
+def _with_text(turn: Turn, key: str, text: str) -> Turn:
+    if not key.startswith("tool_calls["):
+        return turn | {key: text}
+    number, calls = int(key[len("tool_calls[") :].partition("]")[0]), list(turn["tool_calls"])
+    calls[number] = _with_function(calls[number], name=text)
+    return turn | {"tool_calls": calls}
+
+
+def _with_function(call: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    return {**call, "function": {**call["function"], **changes}} if "function" in call else {**call, **changes}
+
+
+def _with_arguments(turn: Turn, *, as_text: bool) -> Turn:
+    if not turn.get("tool_calls"):
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        found = _function(call).get("arguments")
+        value = _from_json(found)
+        if as_text and isinstance(found, Mapping):
+            call = _with_function(call, arguments=json.dumps(found, ensure_ascii=False))
+        elif not as_text and isinstance(found, str) and isinstance(value, Mapping):
+            call = _with_function(call, arguments=value)
+        calls.append(call)
+    return turn | {"tool_calls": calls}
+
+
+def _from_json(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
+
+
+def _shows_arguments(turns: Sequence[Turn], rendered: str, *, as_json: bool) -> bool:
+    """Return whether all arguments of tool calls are in the rendered text, as JSON or one by one."""
+    text = _squashed(rendered)
+    for turn in turns:
+        for call in turn.get("tool_calls") or ():
+            value = _from_json(_function(call).get("arguments"))
+            if not value:
+                continue
+            if any(_squashed(json.dumps(value, ensure_ascii=flag)) in text for flag in (False, True)):
+                continue
+            if as_json or repr(value) in rendered or not all(_is_shown(leaf, text) for leaf in _leaves(value)):
+                return False
+    return True
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else None
+    if items is None:
+        yield value
+    else:
+        for item in items:
+            yield from _leaves(item)
+
+
+def _is_shown(leaf: Any, squashed: str) -> bool:
+    return any(_squashed(form) in squashed for form in (str(leaf), json.dumps(leaf, ensure_ascii=False)))
+
+
+# --- where the turns are ---
+
+
+def _align(whole: str, literals: Sequence[str], texts: Sequence[str]) -> list[Span] | None:
+    """Return where each text is, if `whole` is the literals with the texts in between, as they are or trimmed."""
+    if not whole.startswith(literals[0]):
+        return None
+    # for each number of texts: where the literal after them may end, and how it is reached
+    reached: list[dict[int, Span]] = [{len(literals[0]): (0, 0)}]
+    for text, literal in zip(texts, literals[1:], strict=True):
+        ends: dict[int, Span] = {}
+        for start in reached[-1]:
+            for form in (text, text.strip(), text.rstrip(), text.lstrip()):
+                end = start + len(form)
+                if whole.startswith(form, start) and whole.startswith(literal, end):
+                    ends.setdefault(end + len(literal), (start, end))
+        reached.append(ends)
+    position, spans = len(whole), []
+    if position not in reached[-1]:
+        return None
+    for ends in reached[:0:-1]:
+        spans.append(ends[position])
+        position = ends[position][0]
+    return spans[::-1]
+
+
+def _span_around(chat: _Chat, regions: Sequence[_Region], turn: int) -> Span:
+    """Return the span of an assistant turn around its parts, from the end of its prompt through its end token."""
+    whole = chat.whole
+    own = [region for region in regions if region.part.turn == turn and not region.part.is_name]
+    if not own:
+        raise _not_placed(chat, turn)
+    first, last = own[0], own[-1]
+    bounds = [edge for region in regions if region.part.turn != turn for edge in (region.start, region.end)]
+    earliest = max((edge for edge in bounds if edge <= first.start), default=0)
+    latest = min((edge for edge in bounds if edge >= last.end), default=len(whole))
+    before, through = chat.before(chat.turns, turn) or "", chat.through(chat.turns, turn) or ""
+    follows = before != "" and whole.startswith(before) and earliest <= len(before) <= first.start
+    # without a generation prompt, what is between the earlier turns and this one is its header
+    has_header = not first.part.is_call and before == chat.render(chat.turns[:turn])
+    if follows and has_header and whole[len(before) : first.start].strip():
+        before = whole[: first.start]
+    ends = through.startswith(before) and whole.startswith(through) and last.end <= len(through) <= latest
+    if follows and ends:
+        return len(before), len(through)
+    # what is between the prompt and the turn, and after the turn, if the conversation ends there
+    prompt, ending = chat.before(chat.all_marked, turn) or "", chat.through(chat.all_marked, turn) or ""
+    gap, tail = None, ""
+    if ending.startswith(prompt) and first.part.marker in ending and last.part.marker in ending:
+        gap = ending[len(prompt) : ending.index(first.part.marker)] if prompt else None
+        tail = ending[ending.index(last.part.marker) + len(last.part.marker) :]
+    if follows:
+        start = len(before)
+    elif gap is not None and whole.endswith(gap, earliest, first.start) and not (has_header and gap.strip()):
+        start = first.start - len(gap)
+    elif first.part.is_call:
+        raise _not_placed(chat, turn)
+    else:
+        start = first.start
+    if last.part.is_call:
+        if not tail or not whole.startswith(tail, last.end):
+            raise _not_placed(chat, turn)
+        return start, last.end + len(tail)
+    return start, last.end + _length_of_end(chat, whole[last.end : latest], tail)
+
+
+def _length_of_end(chat: _Chat, rest: str, tail: str) -> int:
+    """Return how much of the text after a turn ends it: the end token, or what ends the last turn."""
+    eos = str(chat.tokenizer.eos_token or "")
+    if eos and rest.startswith(eos):
+        return len(eos)
+    if tail and rest.startswith(tail):
+        return len(tail)
+    special = [token.content for token in chat.tokenizer.added_tokens_decoder.values() if token.special]
+    return max((len(token) for token in special if rest.startswith(token)), default=0)
+
+
+def _spans_by_prompt(chat: _Chat, turns: list[Turn], whole: str) -> dict[int, list[Span]]:
+    """Return the span of each assistant turn of a template whose own text depends on the contents."""
+    return {turn: [_span_by_prompt(chat, turns, whole, turn)] for turn in chat.assistant_turns}
+
+
+def _span_by_prompt(chat: _Chat, turns: list[Turn], whole: str, turn: int) -> Span:
+    before, through = chat.before(turns, turn), chat.through(turns, turn)
+    if before and through and whole.startswith(through) and through.startswith(before):
+        return len(before), len(through)
+    own = [part for part in chat.parts if part.turn == turn and not part.is_name]
+    marked = chat.render([*turns[:turn], chat.all_marked[turn], *turns[turn + 1 :]]) if own else None
+    if marked is None or any(marked.count(part.marker) != 1 for part in own) or own[-1].is_call:
+        raise _not_placed(chat, turn)
+    start = marked.index(own[0].marker)
+    rest = marked[marked.index(own[-1].marker) + len(own[-1].marker) :]
+    end = len(whole) - len(rest)
+    if start > end or not whole.startswith(marked[:start]) or not whole.endswith(rest):
+        raise _not_placed(chat, turn)
+    if before and len(before) <= start and whole.startswith(before):
+        start = len(before)
+    return start, end + _length_of_end(chat, rest, "")
+
+
+def _spans_of_blocks(chat: _Chat, turns: list[Turn], regions: Sequence[_Region] | None) -> dict[int, list[Span]]:
+    """Return the template's own generation blocks, by turn."""
+    text, blocks = chat.blocks(turns)
+    found: dict[int, list[Span]] = {turn: [] for turn in chat.assistant_turns}
+    if regions is None:
+        if len(blocks) != len(found):
+            cause = f"{len(found)} assistant turns, {len(blocks)} generation blocks"
+            raise _RefusedError("the generation blocks of the chat template cannot be told apart", cause)
+        return {turn: [block] for turn, block in zip(found, blocks, strict=True)}
+    if text != chat.whole:
+        raise _RefusedError("the chat template renders a conversation differently each time")
+    for start, end in blocks:
+        after = next((region for region in regions if region.end > start), None)
+        turn = after.part.turn if after and after.part.turn in found else None
+        if turn is None or (after and after.start >= end):  # the block has no part: it belongs to what is next to it
+            earlier = [region.part.turn for region in regions if region.end <= start]
+            turn = turn if turn is not None else (earlier or [-1])[-1]
+        if turn not in found:
+            raise _RefusedError("the chat template marks text as the assistant's that belongs to no assistant turn")
+        found[turn].append((start, end))
+    return found
+
+
+# --- that nothing is missing, cut, or learned from others ---
+
+
+def _check_regions(chat: _Chat, regions: Sequence[_Region], found: Mapping[int, Sequence[Span]]) -> None:
+    """Raise if a part of an assistant turn is not in its spans, or a part of another turn is.
+
+    A template with generation blocks decides itself whether a reasoning is learned.
+    """
+    for region in regions:
+        part = region.part
+        own = found.get(part.turn, ())
+        is_inside = any(start <= region.start and region.end <= end for start, end in own)
+        may_be_outside = part.is_name or (chat.has_generation_blocks and part.key != "content" and not part.is_call)
+        if part.turn in found and not is_inside and not may_be_outside:
+            raise _not_placed(chat, part.turn, part.key)
+        for turn, spans in found.items():
+            if turn != part.turn and any(start < region.end and region.start < end for start, end in spans):
+                raise _RefusedError(
+                    f"the chat template renders messages[{part.turn}] inside of messages[{turn}] (assistant)",
+                    f"the text {_short(part.text)} would be learned",
+                )
+
+
+def _check_nothing_is_cut(chat: _Chat, found: Mapping[int, Sequence[Span]]) -> None:
+    """Raise if a text of the conversation is not in what the template rendered, but for white space."""
+    whole = _squashed(chat.whole)
+    for part in chat.parts:
+        is_learned = part.turn in found and not part.is_name
+        spans = found[part.turn] if is_learned else ()
+        if _squashed(part.text) not in (_squashed("".join(chat.whole[a:b] for a, b in spans)) if is_learned else whole):
+            raise _left_out(chat, part)
+
+
+def _check_nothing_leaks(chat: _Chat) -> None:
+    """Raise if what is learned of the assistant's turns would include text of others: their markers."""
+    turns = chat.marked(keep=chat.assistant_turns)
+    if chat.has_generation_blocks:
+        whole, _ = chat.blocks(turns)
+        found = _spans_of_blocks(chat, turns, None)
+    else:
+        whole = chat.render(turns)
+        if whole is None:
+            raise _not_placed(chat, chat.assistant_turns[0])
+        found = _spans_by_prompt(chat, turns, whole)
+    learned = "".join(whole[start:end] for spans in found.values() for start, end in spans)
+    for part in chat.parts:
+        if part.marker in learned:
+            raise _RefusedError(
+                f"the chat template renders messages[{part.turn}] inside of an assistant turn",
+                f"the text {_short(part.text)} would be learned",
+            )
+
+
+def _left_out(chat: _Chat, part: _Part) -> _RefusedError:
+    what = f"messages[{part.turn}]" + ("" if part.key == "content" else f".{part.key}")
+    role = chat.turns[part.turn]["role"]
+    return _RefusedError(
+        f"the chat template leaves out {what} ({role}), or a part of it", f"the text {_short(part.text)}"
+    )
+
+
+def _not_placed(chat: _Chat, turn: int, key: str = "content") -> _RefusedError:
+    what = f"messages[{turn}]" + ("" if key == "content" else f".{key}")
+    text = str(chat.turns[turn].get("content") or "")
+    return _RefusedError(
+        f"it cannot be told where the chat template renders {what} (assistant)", f"the text {_short(text)}"
+    )
+
+
+def _squashed(text: str) -> str:
+    return "".join(text.split())
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
