@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..domains.base_model import ModelLayout, linear_shape
+from ..domains.base_model import ModelLayout
+from ..domains.linear import linear_shape
 from ..domains.target_modules import Targets, find_targets
 from .allocation import allocate
 from .config import BankConfig, lora_scale

@@ -1,5 +1,6 @@
 """Open the registry that a command works on, and silence the libraries."""
 
+import logging
 import os
 import shlex
 import sys
@@ -32,9 +33,10 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if "transformers" in sys.modules:
-        from transformers.utils import logging
+        from transformers.utils.logging import disable_progress_bar
 
-        logging.disable_progress_bar()
+        disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports every product whose input it casts
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
 

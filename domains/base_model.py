@@ -20,6 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from .errors import IncompatibleError, InputError
+from .linear import linear_modules, settle
+from .quantisation import cannot_load, quantisation_of
 
 DECODER_ONLY = "choose a decoder-only language model; docs/models.md lists the kinds that work"
 
@@ -54,15 +56,31 @@ def load_base_model(
 
     Raises:
         InputError: `device` is not a device name.
-        IncompatibleError: This machine has no such device, or the model is no causal language model.
+        IncompatibleError: This machine has no such device or lacks what the quantisation needs, or the model is no
+            causal language model.
     """
     check_device(device)
     check_causal_lm(source, revision=revision)
     wanted = torch.float32 if dtype == "auto" and device == "cpu" else dtype
     options: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
-    model = model.to(device).eval().requires_grad_(False)
+    config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    quantisation = quantisation_of(config)
+    if quantisation is None:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
+        model = model.to(device)
+    else:
+        model = _load_quantised(source, quantisation, dtype=wanted, device_map={"": device}, **options)
+    model = model.eval().requires_grad_(False)
     return model, AutoTokenizer.from_pretrained(source, **options)
+
+
+def _load_quantised(source: str | Path, quantisation: str, **arguments: Any) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **arguments)
+    except (ImportError, RuntimeError, ValueError) as error:  # a missing library or GPU, in transformers' words
+        raise cannot_load(quantisation, error) from error
+    settle(model)
+    return model
 
 
 def check_device(device: str) -> None:
@@ -146,19 +164,6 @@ def _common_parent(first: str, second: str) -> str:
     """Return the path of the innermost module that holds two modules."""
     parents = zip(first.split(".")[:-1], second.split(".")[:-1], strict=False)
     return ".".join(a for a, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], parents))
-
-
-def linear_modules(module: nn.Module) -> list[str]:
-    """Return the paths of the linear modules in `module`, in order."""
-    return [path for path, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)]
-
-
-def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """Return (d_in, d_out) of a Linear, or of GPT-2's Conv1D, whose weight is stored transposed."""
-    if isinstance(module, Conv1D):
-        return module.weight.shape[0], module.nf
-    assert isinstance(module, nn.Linear)
-    return module.in_features, module.out_features
 
 
 def hidden_states_at(model: PreTrainedModel, layout: ModelLayout, layer: int, **inputs: Tensor) -> Tensor:

@@ -26,8 +26,9 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .base_model import DECODER_ONLY, ModelLayout, first_tensor, linear_modules
+from .base_model import DECODER_ONLY, ModelLayout, first_tensor
 from .errors import IncompatibleError, InputError
+from .linear import linear_modules
 
 PROBE_TOKENS = 6  # of each of the two texts
 

@@ -11,7 +11,6 @@ Opening, listing and showing read manifests only; torch is imported when a model
 import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,6 +26,7 @@ from .compose.plan import Plan, plan_composition
 from .compose.saved import is_saved_composition, open_plan, save_composition
 from .store.manifest import BaseRecord, PackManifest
 from .store.store import Store, locate_store
+from .store.strict_json import record_to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,7 +106,7 @@ class Registry:
         record = fingerprint(folder, source=base, revision=revision, trust_remote_code=trust_remote_code)
         settings: dict[str, Any] = {
             "source": base if base == POCKET or not Path(base).is_dir() else str(folder),
-            "base": {key: value for key, value in asdict(record).items() if key != "extra"},
+            "base": record_to_json(record),
         }
         if trust_remote_code:
             settings["trust_remote_code"] = True

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ...domains.base_model import find_layout
 from ...domains.errors import InputError
+from ...domains.linear import hidden_tensors, is_quantised
 from ..bank import ExpertBank, LayerExperts
 from ..router.router import DomainRouter
 from .active import SLOT_THRESHOLD
@@ -113,8 +114,10 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def copy_sharing_parameters(base: PreTrainedModel) -> PreTrainedModel:
-    """Return a deep copy of a model that shares its parameters; buffers and modules are copied."""
-    return copy.deepcopy(base, {id(parameter): parameter for parameter in base.parameters()})
+    """Return a deep copy of a model that shares its parameters and quantised weights; other buffers are copied."""
+    shared = list(base.parameters())
+    shared += [tensor for module in base.modules() if is_quantised(module) for tensor in hidden_tensors(module)]
+    return copy.deepcopy(base, {id(tensor): tensor for tensor in shared})
 
 
 def trained_bank(model: PreTrainedModel) -> ExpertBank:

@@ -22,8 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...domains.base_model import linear_shape
 from ...domains.errors import IncompatibleError, InputError
+from ...domains.linear import linear_shape
 from ..kernels.dispatch import choose_kernels
 from ..kernels.group import GroupWeights
 from .forward_state import Gates, OpenGates, SiblingOutputs, running_state

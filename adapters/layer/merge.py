@@ -7,20 +7,25 @@ never written to: each merged module is a new module with its own weight, as lar
 kept, so that unmerging restores it bit for bit.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ...domains.errors import InputError
+from ...domains.errors import IncompatibleError, InputError
+from ...domains.linear import is_quantised
 from .attach import set_hooks
 from .fused import FusedLinear
 from .routing import routing_of
+
+_PROBED_SIZES = (1e-3, 1.0, 30.0)  # of the vectors on which an unknown linear module is tried
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,8 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
     Router and gates are inactive until `unmerge_experts`. Slot gates set by `fixed_slots` are used if it is open.
 
     Raises:
-        InputError: If the gates depend on the text, the model is merged already, or a module cannot be merged.
+        InputError: If the gates depend on the text, or the model is merged already.
+        IncompatibleError: If a module of the base model is not W x + b with an ordinary W.
     """
     routing = routing_of(model)
     if getattr(model, "merged", None) is not None:
@@ -58,14 +64,17 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
         )
     found = {path: module for path, module in model.named_modules() if isinstance(module, FusedLinear)}
     for path, module in found.items():
-        if type(module.base) not in (nn.Linear, Conv1D):
-            raise InputError(f"{path} cannot be merged.", cause=f"it is a {type(module.base).__name__}")
+        _check_mergeable(module.base, path)
+    merged: dict[str, nn.Module] = {}
     for index in routing.stack.layers:
         layer: Any = model.get_submodule(f"{routing.layout.layers}.{index}")
         gate = layer.expert_gates.constant_gate(fixed)
         for group in layer.expert_groups:
             for path, module in zip(*_members_in(found, group.members), strict=True):
-                model.set_submodule(path, _merged_module(module, group, gate))
+                merged[path] = _merged_module(module, group, gate)
+                _check_mergeable(merged[path], path)
+    for path, module in merged.items():
+        model.set_submodule(path, module)
     set_hooks(model, active=False)
     model.merged = Merged(found, fixed)  # type: ignore[assignment]
     return model
@@ -95,19 +104,55 @@ def _members_in(
 
 
 def _merged_module(module: FusedLinear, group: Any, gate: Float[Tensor, " rank"]) -> nn.Module:
-    """Return a module of the base's class with the merged weight; the bias is shared."""
+    """Return a copy of the base's module with the merged weight; the bias is shared."""
     base: Any = module.base
     weights = group.weights((module.place,), base.weight.dtype)
     by_column = gate if weights.columns is None else gate[weights.columns]
     weight = merged_weight(base.weight, weights.A, weights.Bt[0], by_column, transposed=isinstance(base, Conv1D))
-    with torch.device("meta"):
-        if isinstance(base, Conv1D):
-            merged: Any = Conv1D(base.nf, base.nx)
-        else:
-            merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None)
+    merged: Any = copy.copy(base)
+    merged._parameters = dict(base._parameters)
+    merged.__dict__.pop("forward", None)  # bound to the base's module
     merged.weight = nn.Parameter(weight, requires_grad=False)
-    merged.bias = base.bias
-    return merged.train(base.training)
+    return merged
+
+
+def _check_mergeable(module: nn.Module, path: str) -> None:
+    """Raise unless a module computes W x + b: by its class, or on vectors of several sizes.
+
+    Subclasses of nn.Linear may do the same in another order (Falcon's), or something else (clamp, return a tuple).
+
+    Raises:
+        IncompatibleError: It computes something else, or its weight is quantised.
+    """
+    if is_quantised(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        cause = f"it is a {type(module).__name__} with a quantised weight, which a sum would round once more"
+        raise _not_mergeable(path, cause)
+    if type(module) in (nn.Linear, Conv1D) and not _is_changed(module):
+        return
+    if not _is_affine(module):
+        raise _not_mergeable(path, f"it is a {type(module).__name__}, which computes other outputs than W x + b")
+
+
+def _is_affine(linear: Any) -> bool:
+    """Return whether a module gives W x + b, up to rounding, for vectors of several sizes."""
+    weight, bias = linear.weight.t() if isinstance(linear, Conv1D) else linear.weight, linear.bias
+    x = torch.randn(len(_PROBED_SIZES), weight.shape[1], generator=torch.Generator().manual_seed(0))
+    x = (x * torch.tensor(_PROBED_SIZES)[:, None]).to(weight)
+    found, expected = linear(x), F.linear(x, weight, bias)
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    size = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+    return bool(((found - expected).abs() <= 4 * torch.finfo(weight.dtype).eps * size).all())
+
+
+def _is_changed(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks) or "forward" in module.__dict__
+
+
+def _not_mergeable(path: str, cause: str) -> IncompatibleError:
+    return IncompatibleError(
+        f"{path} cannot be merged.", cause=cause, fix="leave the experts beside it, or export with --to peft"
+    )
 
 
 def merged_weight(

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -31,7 +31,8 @@ from transformers import (
 )
 
 from ...domains.data.blocks import Blocks
-from ...domains.errors import IntegrityError
+from ...domains.errors import IncompatibleError, IntegrityError
+from ...domains.linear import is_quantised, linear_shape
 from ...domains.progress import OnProgress, Progress
 from ..config import TrainingConfig
 from ..layer.routing import recording_expert_use
@@ -83,6 +84,7 @@ def train_bank(
         Figures of the run: steps, tokens, the loss of every step, the step resumed from, seconds.
 
     Raises:
+        IncompatibleError: The base model is quantised in a way that no gradient passes.
         IntegrityError: The loss became NaN or infinite.
     """
     steps = config.planned_steps(len(blocks.input_ids))
@@ -118,13 +120,14 @@ def train_bank(
     resumed_from = 0 if checkpoint is None else _step_of(checkpoint)
     began = time.monotonic()
     with _preserved_random_state(model.device):
-        trainer = BankTrainer(
-            model=model,
-            args=arguments,
-            train_dataset=BlockDataset(blocks),
-            callbacks=[progress],
-            balance=config.balance,
-        )
+        with _beside_quantised_weights(model):
+            trainer = BankTrainer(
+                model=model,
+                args=arguments,
+                train_dataset=BlockDataset(blocks),
+                callbacks=[progress],
+                balance=config.balance,
+            )
         trainer.remove_callback(PrinterCallback)  # what Trainer adds where tqdm is disabled
         if checkpoint is not None and resumed_from >= steps:
             trainer.load_finished(checkpoint)
@@ -266,6 +269,42 @@ def discard_checkpoints(run: Path) -> None:
 
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
+
+
+@contextmanager
+def _beside_quantised_weights(model: PreTrainedModel) -> Iterator[None]:
+    """Let Trainer accept a quantised base model, as it does with PEFT's adapters: the experts are what is trained.
+
+    Raises:
+        IncompatibleError: transformers says that the quantisation cannot be trained beside, or no gradient passes it.
+    """
+    quantised = [module for module in model.modules() if is_quantised(module)]
+    if not quantised:
+        yield
+        return
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    one_of_each = {type(module): module for module in quantised}.values()
+    if not getattr(quantizer, "is_trainable", True) or not all(
+        _passes_gradients(part, model.dtype) for part in one_of_each
+    ):
+        kinds = ", ".join(sorted({type(module).__name__ for module in quantised}))
+        raise IncompatibleError(
+            "Experts cannot be trained beside this base model.",
+            cause=f"no gradient passes its quantised modules ({kinds})",
+            fix="train on bitsandbytes (nf4, int8), torchao int8 or GPTQ weights, or on the base in full precision",
+        )
+    model._hf_peft_config_loaded = True  # what Trainer asks for; read when it is built
+    try:
+        yield
+    finally:
+        del model._hf_peft_config_loaded
+
+
+def _passes_gradients(module: nn.Module, dtype: torch.dtype) -> bool:
+    device = next(iter([*module.parameters(), *module.buffers()])).device
+    with torch.enable_grad():
+        x = torch.zeros(1, linear_shape(module)[0], dtype=dtype, device=device, requires_grad=True)
+        return module(x).requires_grad
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...domains.errors import IncompatibleError, NotFoundError
+from ...domains.quantisation import quantisation_of
 from ..store.blobs import sha256_of, sha256_of_file
 from ..store.files import write_atomic
 from ..store.manifest import BaseRecord
@@ -70,6 +71,7 @@ def fingerprint(
         tokenizer=_tokenizer_digest(folder),
         chat_template=_template_digest(folder),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        quantization=quantisation_of(config),
     )
 
 

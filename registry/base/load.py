@@ -8,15 +8,9 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...domains.base_model import (
-    ModelLayout,
-    check_device,
-    find_layout,
-    linear_modules,
-    linear_shape,
-    load_base_model,
-)
+from ...domains.base_model import ModelLayout, check_device, find_layout, load_base_model
 from ...domains.errors import IntegrityError
+from ...domains.linear import linear_modules, linear_shape
 from ...domains.target_modules import Targets, find_targets, reasons_in_code
 from ..pack.pack import DomainPack
 from ..store.manifest import BaseRecord, check_same_base

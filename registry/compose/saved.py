@@ -7,7 +7,7 @@ It opens without the registry that it came from, is verified like a store, and g
 """
 
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...adapters.composition import Composition
@@ -19,7 +19,15 @@ from ..store.blobs import sha256_of
 from ..store.files import make_folder, write_atomic
 from ..store.manifest import MANIFEST_FILE, BaseRecord, PackManifest, check_same_base
 from ..store.store import Store
-from ..store.strict_json import MAX_BYTES, JsonObject, canonical_json, minor_of, parse_json, record_from_json
+from ..store.strict_json import (
+    MAX_BYTES,
+    JsonObject,
+    canonical_json,
+    minor_of,
+    parse_json,
+    record_from_json,
+    record_to_json,
+)
 from .plan import Plan, Slot
 
 SCHEMA = "lorary.composition/1"
@@ -89,7 +97,7 @@ def save_composition(store: Store, plan: Plan, out: Path) -> Path:
         "pinned": plan.pinned,
         "static": plan.static,
         "slots": slots,
-        "base": {key: value for key, value in asdict(plan.slots[0].manifest.base).items() if key != "extra"},
+        "base": record_to_json(plan.slots[0].manifest.base),
     }
     write_atomic(out / COMPOSITION_FILE, canonical_json(document))
     return out

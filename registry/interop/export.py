@@ -129,9 +129,17 @@ def export_merged(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Pa
     renamed to `out`.
 
     Raises:
+        IncompatibleError: The base model is quantised, or has a module that cannot be merged.
         IntegrityError: The logits differ; nothing is written.
         ConflictError: `out` exists.
     """
+    record = plan.slots[0].manifest.base
+    if record.quantization:
+        raise IncompatibleError(
+            f"{plan.composition} cannot be merged.",
+            cause=f"the base model is quantised ({record.quantization}), and merged weights would be rounded once more",
+            fix=f"keep the experts beside it: registry export {plan.composition} --static --to peft --out DIR",
+        )
     composed = compose_packs(plan, packs, base)
     texts = [encode(example, base.tokenizer)[0][:CHECKED_TOKENS] for example in general_examples()[:CHECKED_TEXTS]]
     ids = [torch.tensor([text], device=base.model.device) for text in texts]

@@ -15,8 +15,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...adapters.bank import Expert, ExpertBank, LayerExperts
-from ...domains.base_model import ModelLayout, linear_modules, linear_shape
+from ...domains.base_model import ModelLayout
 from ...domains.errors import IncompatibleError, IntegrityError
+from ...domains.linear import linear_modules, linear_shape
 from .peft_reader import AdapterConfig, TargetMatcher
 
 PREFIX: Final = "base_model.model."

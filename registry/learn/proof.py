@@ -7,7 +7,7 @@ hashed unless it was hashed since it was last written to (see registry/store/has
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -35,14 +35,11 @@ def frozen_digests(base: PreTrainedModel, composed: PreTrainedModel, store: Stor
     Raises:
         IntegrityError: A file of a version that is not removed differs from its digest.
     """
-    base_tensors = dict(base.state_dict(keep_vars=True))
+    base_tensors = dict(_stored_tensors(base.state_dict(keep_vars=True).items()))
     own = {tensor.data_ptr() for tensor in base_tensors.values()}
     trainable = {id(p) for p in trainable_parameters(composed)}
-    attached = {
-        name: tensor
-        for name, tensor in [*composed.named_parameters(), *composed.named_buffers()]
-        if id(tensor) not in trainable and tensor.data_ptr() not in own
-    }
+    frozen = [(n, t) for n, t in [*composed.named_parameters(), *composed.named_buffers()] if id(t) not in trainable]
+    attached = {name: tensor for name, tensor in _stored_tensors(frozen) if tensor.data_ptr() not in own}
     manifests = [manifest for name in store.domains(removed=True) for manifest in store.history(name)]
     check_files(store, manifests)
     return FrozenDigests(
@@ -96,6 +93,16 @@ def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:
         total.update(f"{name} {plain.dtype} {tuple(plain.shape)}\n".encode())
         total.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
     return f"sha256:{total.hexdigest()}"
+
+
+def _stored_tensors(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors, and in place of a quantised one (a subclass of Tensor) those that it is made of."""
+    for name, tensor in named:
+        if hasattr(tensor, "__tensor_flatten__"):
+            parts, _ = tensor.__tensor_flatten__()  # type: ignore[operator]
+            yield from _stored_tensors((f"{name}.{part}", getattr(tensor, part)) for part in parts)
+        else:
+            yield name, tensor
 
 
 def _compare(what: str, before: str, after: str) -> None:

@@ -146,6 +146,7 @@ def _check_texts(manifest: PackManifest) -> None:
         "base.revision": base.revision or "-",
         "base.architecture": base.architecture,
         "base.dtype": base.dtype,
+        "base.quantization": base.quantization or "-",
     }
     for key, text in texts.items():
         if len(text) > MAX_TEXT or (not text.strip() and key not in ("description", "license")):

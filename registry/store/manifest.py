@@ -26,6 +26,7 @@ from .strict_json import (
     later,
     minor_of,
     parse_json,
+    rare,
     record_from_json,
     record_to_json,
 )
@@ -69,6 +70,7 @@ class BaseRecord:
     tokenizer: str  # digest
     chat_template: str | None  # digest; None where the tokenizer has no template
     dtype: str  # such as bfloat16
+    quantization: str | None = rare(None)  # such as "bitsandbytes nf4"; missing for ordinary weights
     extra: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -264,8 +266,16 @@ def check_same_base(*, wanted: BaseRecord, found: BaseRecord, what: str) -> None
     """Raise IncompatibleError if experts belong to another base model.
 
     Raises:
-        IncompatibleError: Architecture, weights, tokenizer or chat template differ; the message has both values.
+        IncompatibleError: Quantisation, architecture, weights, tokenizer or chat template differ; the message has both
+            values.
     """
+    if wanted.quantization != found.quantization:
+        raise IncompatibleError(
+            f"{what} belongs to a base model in another quantisation.",
+            cause=f"expected {wanted.id!r}, {wanted.quantization or 'not quantised'};"
+            f" found {found.id!r}, {found.quantization or 'not quantised'}",
+            fix=f"use the base model it was trained on: {wanted.id}",
+        )
     for part in ("architecture", "weights", "tokenizer", "chat_template"):
         expected, actual = getattr(wanted, part), getattr(found, part)
         if expected != actual:

@@ -6,9 +6,10 @@ digest of the bytes is a digest of the value. Round trip, for every value it acc
     parse_json(canonical_json(value), source="...") == value
 
 A record is a frozen dataclass whose fields are exactly the keys of the JSON object. A field declared with `later` was
-added to its schema after the first files were written: if its key is missing, it takes its default. Field types may be
-str, int, float, dict, another record, a tuple of these, or one of them `| None`. A record class with a field `extra`
-keeps unknown keys of a newer minor schema there, and writes them back.
+added to its schema after the first files were written: if its key is missing, it takes its default. One declared with
+`rare` is also left out where it has its default, so that older files keep their bytes. Field types may be str, int,
+float, dict, another record, a tuple of these, or one of them `| None`. A record class with a field `extra` keeps
+unknown keys of a newer minor schema there, and writes them back.
 """
 
 import json
@@ -30,6 +31,7 @@ MAX_INTEGER: Final = (1 << 64) - 1
 EXTRA: Final = "extra"
 _MAX_INTEGER_LENGTH: Final = 20  # characters, with the sign
 _LATER: Final = "later"
+_RARE: Final = "rare"
 
 
 def canonical_json(value: object) -> bytes:
@@ -71,9 +73,16 @@ def later(default: Any) -> Any:
     return field(default=default, metadata={_LATER: True})
 
 
+def rare(default: Any) -> Any:
+    """Declare a field whose key is missing where it has its default."""
+    return field(default=default, metadata={_LATER: True, _RARE: True})
+
+
 def record_to_json(record: Any) -> JsonObject:
     """Return the record as JSON values, with its `extra` keys beside its own."""
-    values = {name: _to_json(getattr(record, name)) for name in field_names(type(record))}
+    left_out = {f.name for f in fields(record) if _RARE in f.metadata and getattr(record, f.name) == f.default}
+    names = [name for name in field_names(type(record)) if name not in left_out]
+    values = {name: _to_json(getattr(record, name)) for name in names}
     return {**getattr(record, EXTRA, {}), **values}
 
 

@@ -19,7 +19,8 @@ from lorary.adapters.layer.gates import LayerGates
 from lorary.adapters.layer.routing import recording_routes
 from lorary.adapters.layer.stack import Stack
 from lorary.adapters.router.router import DomainRouter, Temperatures
-from lorary.domains.base_model import find_layout, linear_shape
+from lorary.domains.base_model import find_layout
+from lorary.domains.linear import linear_shape
 from lorary.domains.statistics.statistics import PAIR_BUCKETS, DomainStatistics, pair_buckets
 from lorary.domains.target_modules import find_targets
 

@@ -19,10 +19,10 @@ from torch import nn
 
 from lorary.adapters.config import BankConfig, TrainingConfig
 from lorary.adapters.training.train import train_bank
-from lorary.domains.base_model import linear_shape
 from lorary.domains.data.blocks import encode, pack_blocks
 from lorary.domains.data.corpus import corpus_digest
 from lorary.domains.data.example import Example
+from lorary.domains.linear import linear_shape
 from lorary.registry.base.load import LoadedBase
 
 BANK = BankConfig(experts=1.5)  # lorary's bank: 12 experts of rank 4 over the 8 layers of the pocket base

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lorary.domains.base_model import (
     ModelLayout,
@@ -16,7 +15,6 @@ from lorary.domains.base_model import (
     find_layout,
     first_tensor,
     hidden_states_at,
-    linear_shape,
     load_base_model,
     max_positions,
 )
@@ -120,11 +118,6 @@ def test_layers_of_an_encoder_are_found(model_of: Any) -> None:
     model = BertModel(BertConfig(vocab_size=64, **small))
 
     assert find_layout(model) == ModelLayout(decoder="", layers="encoder.layer", count=2, width=32)
-
-
-def test_the_shape_of_a_linear_module_is_d_in_and_d_out() -> None:
-    assert linear_shape(nn.Linear(3, 5)) == (3, 5)
-    assert linear_shape(Conv1D(5, 3)) == (3, 5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "phi"])

@@ -1,16 +1,18 @@
 """Soft merging: the same function without the experts' cost, on weights of its own, and back again bit for bit."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lorary.adapters.layer.attach import attach, detach
 from lorary.adapters.layer.fused import FusedLinear
 from lorary.adapters.layer.merge import merge_experts, merged_weight, unmerge_experts
 from lorary.adapters.layer.routing import fixed_slots, routing_of
-from lorary.domains.errors import InputError
+from lorary.domains.errors import IncompatibleError, InputError
 
 FIXED = torch.tensor([0.2, 0.3, 0.5])
 
@@ -124,24 +126,113 @@ def test_merging_twice_and_unmerging_what_is_not_merged_are_refused(base: Any, s
         merge_experts(composed)
 
 
-def test_a_module_of_another_kind_is_refused_before_anything_changes(
-    base: Any, static: Any, some_ids: Any, logits: Any
-) -> None:
-    class Quantised(nn.Linear):
-        pass
+class Reordered(nn.Linear):
+    """Falcon's: the bias is added after the product is rounded."""
 
+    def forward(self, input: Tensor) -> Tensor:
+        product = input @ self.weight.T
+        return product if self.bias is None else product + self.bias
+
+
+class Clamped(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).clamp(-1, 1)
+
+
+class Paired(nn.Linear):
+    def forward(self, input: Tensor) -> Any:
+        return super().forward(input), None
+
+
+def as_another_class(module: Any, kind: type[nn.Linear], *, bias: bool = False) -> nn.Linear:
+    changed = kind(module.in_features, module.out_features, bias=bias, dtype=module.weight.dtype)
+    changed.weight = module.weight
+    return changed.requires_grad_(False)
+
+
+def in_eight_bits(module: Any) -> nn.Linear:
+    changed = as_another_class(module, nn.Linear)
+    changed.weight = nn.Parameter((module.weight * 100).to(torch.int8), requires_grad=False)
+    return changed
+
+
+def with_a_hook(module: Any) -> nn.Linear:
+    module.register_forward_hook(lambda _module, _args, output: output * 2)
+    return module
+
+
+def with_a_pre_hook(module: Any) -> nn.Linear:
+    module.register_forward_pre_hook(lambda _module, args: (args[0] + 1,))
+    return module
+
+
+def with_another_forward(module: Any) -> nn.Linear:
+    changed = as_another_class(module, nn.Linear)
+    changed.forward = lambda input: F.linear(input, changed.weight).relu()
+    return changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: as_another_class(module, Clamped),
+        lambda module: as_another_class(module, Paired),
+        in_eight_bits,
+        with_a_hook,
+        with_a_pre_hook,
+        with_another_forward,
+    ],
+)
+def test_a_module_of_another_kind_is_refused_before_anything_changes(
+    change: Callable[[Any], nn.Linear], base: Any, static: Any, some_ids: Any, logits: Any
+) -> None:
     composed = static(base)
     expected = logits(composed, input_ids=some_ids())
-    fused = next(module for module in composed.modules() if isinstance(module, FusedLinear))
+    fused = [module for module in composed.modules() if isinstance(module, FusedLinear)][-1]
     plain: Any = fused.base
-    fused.base = Quantised(plain.in_features, plain.out_features, bias=False)
+    fused.base = change(plain)
 
-    with pytest.raises(InputError, match="it is a Quantised"):
+    with pytest.raises(IncompatibleError, match="cannot be merged") as refusal:
         merge_experts(composed)
 
+    assert type(fused.base).__name__ in str(refusal.value.cause)
     fused.base = plain
+    plain._forward_hooks.clear()
+    plain._forward_pre_hooks.clear()
     assert torch.equal(logits(composed, input_ids=some_ids()), expected)
     assert routing_of(composed).stack.static
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_subclass_that_computes_the_same_in_another_order_is_merged(
+    bias: bool, dtype: torch.dtype, make_base: Any, static: Any, some_ids: Any, logits: Any
+) -> None:
+    base = make_base("llama", dtype=dtype)
+    for path, module in list(base.named_modules()):
+        if path.endswith(("down_proj", "q_proj")):
+            base.set_submodule(path, as_another_class(module, Reordered, bias=bias))
+    composed = static(base)
+    expected = logits(composed, input_ids=some_ids())
+
+    merge_experts(composed)
+
+    assert sum(isinstance(module, Reordered) for module in composed.modules()) == 8
+    close = {torch.float32: 1e-5, torch.bfloat16: 0.1}[dtype]
+    assert (logits(composed, input_ids=some_ids()) - expected).abs().max() < close * expected.abs().max()
+
+
+def test_an_observing_hook_is_kept_and_called_by_the_merged_module(base: Any, static: Any, some_ids: Any) -> None:
+    composed = static(base)
+    fused: Any = next(module for module in composed.modules() if isinstance(module, FusedLinear))
+    seen: list[int] = []
+    fused.base.register_forward_hook(lambda *_: seen.append(1))
+
+    merge_experts(composed)
+
+    seen.clear()
+    composed(input_ids=some_ids())
+    assert seen == [1]
 
 
 def test_a_merged_model_is_detached_to_its_base(any_base: Any, static: Any, some_ids: Any, logits: Any) -> None:

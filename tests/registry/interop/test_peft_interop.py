@@ -14,7 +14,8 @@ from lorary.adapters.bank import Expert, ExpertBank, LayerExperts
 from lorary.adapters.layer.attach import attach
 from lorary.adapters.layer.stack import Stack
 from lorary.adapters.router.router import Temperatures
-from lorary.domains.base_model import find_layout, linear_shape
+from lorary.domains.base_model import find_layout
+from lorary.domains.linear import linear_shape
 from lorary.domains.statistics.statistics import PAIR_BUCKETS, DomainStatistics
 from lorary.domains.target_modules import find_targets
 from lorary.registry import Registry
