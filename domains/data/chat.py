@@ -37,6 +37,9 @@ _AS_PROMPT: Final = "write the row as prompt and completion"
 _RENDERINGS: Final = 3  # of a template that writes the time, until the clock does not change in between
 
 
+_OTHER: Final = str.maketrans("Qx0123456789", "Kvabcdefghij")  # makes a second marker, alike in no position
+
+
 @dataclass(frozen=True)
 class _Part:
     """A content, or another text of a message, that the template is expected to render."""
@@ -45,6 +48,11 @@ class _Part:
     key: str  # content, another field, or `tool_calls[0].function.name`
     text: str
     marker: str
+
+    @property
+    def other_marker(self) -> str:
+        """A second marker: a template that shows pieces of contents shows other pieces of it."""
+        return self.marker.translate(_OTHER)
 
     @property
     def is_call(self) -> bool:
@@ -189,17 +197,18 @@ class _Chat:
         """The texts of all turns, each with a marker that occurs nowhere else."""
         found = [(i, key, text) for i, turn in enumerate(self.turns) for key, text in _texts(turn)]
         salt = 0
-        while f"Qx{salt}x" in self.whole:
+        while any(prefix in self.whole for prefix in (f"Qx{salt}x", f"Qx{salt}x".translate(_OTHER))):
             salt += 1
         parts = [_Part(*item, marker=f"Qx{salt}x{number:05}xQ") for number, item in enumerate(found)]
         return [part for part in parts if (part.turn, part.key) not in self.implied]
 
-    def marked(self, *, keep: Sequence[int] = ()) -> list[Turn]:
+    def marked(self, *, keep: Sequence[int] = (), other: bool = False) -> list[Turn]:
         """Return the turns with markers in place of their texts, except the turns in `keep`."""
         turns = list(self.turns)
         for part in self.parts:
             if part.turn not in keep:
-                turns[part.turn] = _with_text(turns[part.turn], part.key, part.marker)
+                marker = part.other_marker if other else part.marker
+                turns[part.turn] = _with_text(turns[part.turn], part.key, marker)
         return turns
 
     @cached_property
@@ -213,8 +222,8 @@ class _Chat:
         Raises:
             _RefusedError: The template leaves out a part.
         """
-        marked = self.render(self.all_marked)
-        if marked is None:
+        marked, others = self.render(self.all_marked), self.render(self.marked(other=True))
+        if marked is None or others is None:
             return None
         by_marker = {part.marker: part for part in self.parts}
         pieces = re.split(f"({'|'.join(by_marker)})", marked)
@@ -222,7 +231,10 @@ class _Chat:
         for part in self.parts:
             if part not in shown:
                 raise _left_out(self, part)
-        spans = _align(self.whole, pieces[0::2], [part.text for part in shown])
+        literals = pieces[0::2]
+        if literals != re.split("|".join(part.other_marker for part in self.parts), others):
+            return None
+        spans = _align(self.whole, literals, [part.text for part in shown])
         if spans is None:
             return None
         return [_Region(part, start, end) for part, (start, end) in zip(shown, spans, strict=True)]
@@ -511,8 +523,13 @@ def _check_nothing_is_cut(chat: _Chat, found: Mapping[int, Sequence[Span]]) -> N
 
 
 def _check_nothing_leaks(chat: _Chat) -> None:
-    """Raise if what is learned of the assistant's turns would include text of others: their markers."""
-    turns = chat.marked(keep=chat.assistant_turns)
+    """Raise if what is learned depends on the texts of others: it must be the same for any of them."""
+    first, second = (_learned_of(chat, chat.marked(keep=chat.assistant_turns, other=flag)) for flag in (False, True))
+    if first != second or any(part.marker in first for part in chat.parts):
+        raise _RefusedError("the chat template renders text of others inside of an assistant turn")
+
+
+def _learned_of(chat: _Chat, turns: list[Turn]) -> str:
     if chat.has_generation_blocks:
         whole, _ = chat.blocks(turns)
         found = _spans_of_blocks(chat, turns, None)
@@ -521,13 +538,7 @@ def _check_nothing_leaks(chat: _Chat) -> None:
         if whole is None:
             raise _not_placed(chat, chat.assistant_turns[0])
         found = _spans_by_prompt(chat, turns, whole)
-    learned = "".join(whole[start:end] for spans in found.values() for start, end in spans)
-    for part in chat.parts:
-        if part.marker in learned:
-            raise _RefusedError(
-                f"the chat template renders messages[{part.turn}] inside of an assistant turn",
-                f"the text {_short(part.text)} would be learned",
-            )
+    return "".join(whole[start:end] for spans in found.values() for start, end in spans)
 
 
 def _left_out(chat: _Chat, part: _Part) -> _RefusedError:
