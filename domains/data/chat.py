@@ -15,6 +15,7 @@ learned.
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -34,6 +35,7 @@ TEMPLATE_ERRORS: Final = (
     *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError),
 )
 _AS_PROMPT: Final = "write the row as prompt and completion"
+_PART: Final = "a part, not its text"  # shows that a template writes a part of a content as an object
 _RENDERINGS: Final = 3  # of a template that writes the time, until the clock does not change in between
 
 
@@ -95,15 +97,25 @@ def learned_spans(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple
             "The tokenizer of the base model has no chat template, and the data has conversations.",
             fix="write the data as prompt and completion, or use an instruct version of the base model",
         )
-    for tried in range(1, _RENDERINGS + 1):
-        chat = None
+    try:
+        return _rendered(example, tokenizer, as_parts=False)
+    except _RefusedError as refused:
+        # templates of models that see images read contents as lists of parts, some of them only so
+        with suppress(_RefusedError):
+            return _rendered(example, tokenizer, as_parts=True)
+        raise _to_error(example, refused) from refused
+
+
+def _rendered(example: Example, tokenizer: PreTrainedTokenizerBase, *, as_parts: bool) -> tuple[str, list[Span]]:
+    tried = 0
+    while True:
+        chat = _Chat(example, tokenizer, as_parts=as_parts)
         try:
-            chat = _Chat(example, tokenizer)
             return chat.whole, _learned_spans(chat)
-        except _RefusedError as refused:
-            if chat is None or tried == _RENDERINGS or not chat.has_changed():
-                raise _to_error(example, refused) from refused
-    raise AssertionError
+        except _RefusedError:
+            tried += 1
+            if tried == _RENDERINGS or not chat.has_changed():
+                raise
 
 
 def _to_error(example: Example, refused: _RefusedError) -> InputError:
@@ -142,8 +154,9 @@ class _Chat:
         implied: Fields that the template may leave out, because the order of the messages says the same.
     """
 
-    def __init__(self, example: Example, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, example: Example, tokenizer: PreTrainedTokenizerBase, *, as_parts: bool):
         self.tokenizer: Any = tokenizer
+        self.as_parts = as_parts
         self.tools: Any = example.tools
         self.learned = set(example.learned_turns)
         self.implied: set[tuple[int, str]] = set()
@@ -181,7 +194,7 @@ class _Chat:
         given = [{key: value for key, value in turn.items() if value is not None} for turn in turns]
         try:
             rendered: Any = render_jinja_template(
-                [given],
+                [self._given(given)],
                 tools=self.tools,
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,
@@ -241,7 +254,21 @@ class _Chat:
 
     def _render(self, turns: Sequence[Turn], *, generation_prompt: bool = False, tools: bool = True) -> str:
         options: Any = {"tools": self.tools if tools else None, "add_generation_prompt": generation_prompt}
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, chat_template=self.template, **options))
+        given = self._given(turns)
+        text = self.tokenizer.apply_chat_template(given, tokenize=False, chat_template=self.template, **options)
+        if _PART in text:
+            raise ValueError("the chat template renders a part of a content as an object")
+        return str(text)
+
+    def _given(self, turns: Sequence[Turn]) -> list[Turn]:
+        """Return the turns with contents in the form that the template reads."""
+        if not self.as_parts:
+            return list(turns)
+        contents = [turn.get("content") for turn in turns]
+        parts = [
+            [{"type": "text", "text": text, "part": _PART}] if isinstance(text, str) else text for text in contents
+        ]
+        return [turn | {"content": part} for turn, part in zip(turns, parts, strict=True)]
 
     def _render_calls(self, turns: list[Turn]) -> tuple[list[Turn], str]:
         """Render the arguments of tool calls as objects, or as JSON texts if the template shows those only."""
@@ -298,7 +325,7 @@ def _function(call: Mapping[str, Any]) -> Mapping[str, Any]:
 def _texts(turn: Turn) -> Iterator[tuple[str, str]]:
     """Yield the texts of a turn that a template is expected to render as they are."""
     for key, value in turn.items():
-        if key != "role" and isinstance(value, str) and value.strip():
+        if key not in ("role", "tool_call_id") and isinstance(value, str) and value.strip():
             yield key, value
     for number, call in enumerate(turn.get("tool_calls") or ()):
         yield f"tool_calls[{number}].function.name", _function(call)["name"]
@@ -411,12 +438,7 @@ def _span_around(chat: _Chat, regions: Sequence[_Region], turn: int) -> Span:
     ends = through.startswith(before) and whole.startswith(through) and last.end <= len(through) <= latest
     if follows and ends:
         return len(before), len(through)
-    # what is between the prompt and the turn, and after the turn, if the conversation ends there
-    prompt, ending = chat.before(chat.all_marked, turn) or "", chat.through(chat.all_marked, turn) or ""
-    gap, tail = None, ""
-    if ending.startswith(prompt) and first.part.marker in ending and last.part.marker in ending:
-        gap = ending[len(prompt) : ending.index(first.part.marker)] if prompt else None
-        tail = ending[ending.index(last.part.marker) + len(last.part.marker) :]
+    gap, tail = _surroundings(chat, first.part, last.part)
     if follows:
         start = len(before)
     elif gap is not None and whole.endswith(gap, earliest, first.start) and not (has_header and gap.strip()):
@@ -430,6 +452,21 @@ def _span_around(chat: _Chat, regions: Sequence[_Region], turn: int) -> Span:
             raise _not_placed(chat, turn)
         return start, last.end + len(tail)
     return start, last.end + _length_of_end(chat, whole[last.end : latest], tail)
+
+
+def _surroundings(chat: _Chat, first: _Part, last: _Part) -> tuple[str | None, str]:
+    """Return what a conversation has between prompt and answer, and after the answer if it ends there.
+
+    None stands for a prompt that is not the beginning of the conversation with the answer.
+    """
+    prompt = chat.before(chat.all_marked, first.turn) or ""
+    ending = chat.through(chat.all_marked, first.turn) or ""
+    gap, tail = None, ""
+    if prompt and ending.startswith(prompt) and first.marker in ending[len(prompt) :]:
+        gap = ending[len(prompt) : ending.index(first.marker, len(prompt))]
+    if last.marker in ending:
+        tail = ending[ending.rindex(last.marker) + len(last.marker) :]
+    return gap, tail
 
 
 def _length_of_end(chat: _Chat, rest: str, tail: str) -> int:

@@ -89,6 +89,13 @@ TEMPLATES: dict[str, tuple[str, Callable[[str], str], str]] = {
         str,
         END,
     ),
+    "contents in parts": (
+        "{% for m in messages %}" + HEADER + "{% for part in m['content'] %}{% if part['type'] == 'text' %}"
+        "{{ part['text'] }}{% endif %}{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>\n"
+        "{% endif %}",
+        str,
+        END,
+    ),
     "time": (
         "{{ strftime_now('%H:%M:%S') }}{% for m in messages %}" + HEADER + "{{ m['content'] }}<|end|>{% endfor %}",
         str,
@@ -178,7 +185,9 @@ def test_the_tokens_are_those_of_the_rendered_conversation_up_to_its_last_answer
 
     ids, _ = encode(Example(messages=messages), tokenizer)
 
-    turns = [{"role": role, "content": content} for role, content in messages]
+    turns: list[Any] = [{"role": role, "content": content} for role, content in messages]
+    if name == "contents in parts":
+        turns = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
     assert tokenizer.apply_chat_template(turns, tokenize=False).startswith(tokenizer.decode(ids))
 
 
