@@ -24,7 +24,7 @@ from .forward_state import StateCarrier
 from .fused import FusedLinear
 from .gated_mlp import GatedMLP, gated_mlps
 from .gates import LayerGates
-from .routing import LayerHook, RoutedForward, Routing, routing_of
+from .routing import LayerHook, Routing, restore_forwards, route_forwards, routing_of
 from .stack import Stack, build_gates, build_group
 from .stacked import StackedComposition, StackedLayer
 
@@ -74,18 +74,14 @@ def set_hooks(model: PreTrainedModel, *, active: bool) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
-    routed = decoder.__dict__.get("forward")
-    if isinstance(routed, RoutedForward):
-        del decoder.forward
-        if decoder.forward != routed.forward:  # an instance attribute, as accelerate sets
-            decoder.forward = routed.forward
+    restore_forwards(model)
     for module in decoder.modules():
         carrier = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(carrier, StateCarrier):
             module._gradient_checkpointing_func = carrier.function  # type: ignore[assignment]
     if not active:
         return
-    decoder.forward = RoutedForward(decoder, routing)
+    route_forwards(model, routing)
     for index in routing.stack.layers:
         layer: Any = model.get_submodule(f"{routing.layout.layers}.{index}")
         handles.append(layer.register_forward_pre_hook(LayerHook(routing, layer.expert_gates), with_kwargs=True))

@@ -6,8 +6,9 @@ nothing behind. The router's sums, which outlive a forward pass, are in the key-
 The current state is thread-local, because a forward pass runs in one thread from start to end.
 """
 
+import copy
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -61,6 +62,7 @@ class ForwardState:
         input_ids: Tensor | None = None,
         mask: Any = None,
         position_ids: Tensor | None = None,
+        cumulative_lengths: Tensor | None = None,
         past: int | Tensor = 0,
     ):
         """Store the arguments of the decoder's forward.
@@ -70,30 +72,31 @@ class ForwardState:
             input_ids: Token ids, if known.
             mask: The attention mask in any of its forms.
             position_ids: Positions inside each text.
+            cumulative_lengths: `cu_seq_lens_q` of flash attention, for packed rows.
             past: Positions in the key-value cache before this forward pass.
         """
         self.owner = owner
-        self.input_ids, self.mask, self.position_ids, self.past = input_ids, mask, position_ids, past
+        self.input_ids, self.mask, self.past = input_ids, mask, past
+        self.position_ids, self.cumulative_lengths = position_ids, cumulative_lengths
         self.slots = SlotGates()
         self.gates: dict[Hashable, Gates] = {}  # by LayerGates
         self.siblings: dict[Hashable, SiblingOutputs] = {}  # by ExpertGroup
 
     def for_layer(self, layer: Hashable = None, gates: Gates | None = None) -> "ForwardState":
         """Return a state of the same forward pass with no sibling outputs and at most the gates of one layer."""
-        state = ForwardState(
-            self.owner, input_ids=self.input_ids, mask=self.mask, position_ids=self.position_ids, past=self.past
-        )
-        state.slots = self.slots
+        state = copy.copy(self)
+        state.gates, state.siblings = {}, {}
         if gates is not None:
             state.gates[layer] = gates
         return state
 
 
 class _Running(threading.local):
-    """State of the innermost forward pass of each thread."""
+    """State of the innermost forward pass of each thread, and inputs of the modules around its decoder."""
 
     def __init__(self) -> None:
         self.state: ForwardState | None = None
+        self.outer: tuple[Any, Mapping[str, Any]] | None = None
 
 
 _running = _Running()
@@ -112,6 +115,26 @@ def run_with(state: ForwardState, function: Callable, *args: Any, **kwargs: Any)
         return function(*args, **kwargs)
     finally:
         _running.state = before
+
+
+def run_with_inputs(owner: Any, inputs: Mapping[str, Any], function: Callable, *args: Any, **kwargs: Any) -> Any:
+    """Call `function`, in which `outer_inputs(owner)` returns these inputs unless an enclosing call has given others.
+
+    A vision-language model gets token ids and calls its decoder with embeddings.
+    """
+    before = _running.outer
+    try:
+        if before is None or before[0] is not owner:
+            _running.outer = owner, inputs
+        return function(*args, **kwargs)
+    finally:
+        _running.outer = before
+
+
+def outer_inputs(owner: Any) -> Mapping[str, Any]:
+    """Return the arguments of the outermost module around the decoder that is running in this thread."""
+    outer = _running.outer
+    return outer[1] if outer is not None and outer[0] is owner else {}
 
 
 class StateCarrier:

@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from ...domains.errors import IncompatibleError, InputError
 from ...domains.linear import linear_shape
 from ..kernels.dispatch import choose_kernels
-from ..kernels.group import GroupWeights
+from ..kernels.group import GroupWeights, Linears
 from .forward_state import Gates, OpenGates, SiblingOutputs, running_state
 from .group_update import GroupUpdate
 
@@ -154,16 +154,19 @@ class ExpertGroup(nn.Module):
             member.place = place
         self.trainable = [0 if member.new_A is None else len(member.new_A) for member in members]
         self.misses = 0
-        self._fast: dict[tuple[int, ...], _FastPath] = {}  # by places
+        self.places = tuple(range(len(members)))  # of all members
+        # derived from members and buffers, by places
+        self._bases: dict[tuple[int, ...], _BaseModules] = {}
+        self._frozen: dict[tuple[tuple[int, ...], torch.dtype], SlotWeights] = {}
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "ExpertGroup":
         """Move or cast the buffers, and drop what was derived from them."""
-        self._fast = {}
+        self._bases, self._frozen = {}, {}
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude derived state from copies."""
-        return self.__dict__ | {"_fast": {}}
+        return self.__dict__ | {"_bases": {}, "_frozen": {}}
 
     def output(self, place: int, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
         """Return one member's output for x; the first member called computes the outputs of all."""
@@ -171,6 +174,8 @@ class ExpertGroup(nn.Module):
         gates = None if state is None else state.gates.get(self.layer)
         if state is None or gates is None:
             raise RuntimeError("FusedLinear ran outside the decoder layer that computes its gates.")
+        if len(self.members) == 1:
+            return self.outputs(x, gates, self.places)[0]
         siblings = state.siblings.get(self)
         if siblings is not None and place in siblings.outputs:
             if siblings.fit(x, gates):
@@ -180,7 +185,7 @@ class ExpertGroup(nn.Module):
             self.misses += 1
         if not self._shares_input():
             return self.outputs(x, gates, (place,))[0]
-        found = dict(enumerate(self.outputs(x, gates, tuple(range(len(self.members))))))
+        found = dict(enumerate(self.outputs(x, gates, self.places)))
         output = found.pop(place)
         state.siblings[self] = SiblingOutputs(x, gates, found)
         return output
@@ -190,28 +195,28 @@ class ExpertGroup(nn.Module):
 
         A pre-hook may replace a member's input or write to the shared one.
         """
-        if len(self.members) == 1 or self.misses >= MAX_MISSES:
-            return False
-        return not any(member._forward_pre_hooks for member in self.members)
+        return self.misses < MAX_MISSES and not any([member._forward_pre_hooks for member in self.members])
 
     def outputs(self, x: Tensor, gates: Gates, places: tuple[int, ...]) -> Sequence[Tensor]:
         """Return the outputs of these members for x."""
         self._check_positions(x, gates, places)
-        if torch.is_grad_enabled() and isinstance(gates, Tensor) and self._needs_gradient(x, gates, places):
-            return self._differentiable_outputs(x, gates, places)
         if isinstance(gates, Tensor):
+            if torch.is_grad_enabled() and self._needs_gradient(x, gates, places):
+                return self._differentiable_outputs(x, gates, places)
             by_position = gates.view(-1, gates.shape[-1])
             gates = (OpenGates(0, len(by_position), True, None, by_position),)
-        fast = self._fast_path(places)
-        if fast.serves(x):
-            flat = x.reshape(-1, x.shape[-1])
+        bases = self._bases.get(places)
+        if bases is None or not bases.are_current():
+            bases = self._bases[places] = _BaseModules([self.members[place] for place in places])
+        if bases.are_plain(x):
             # in two dimensions: the same product as the module's, with fewer views
-            found = self._linear_outputs(flat, gates, fast)
-            return [output.view(*x.shape[:-1], output.shape[-1]) for output in found]
+            flat, leading = x.reshape(-1, x.shape[-1]), x.shape[:-1]
+            found = self._linear_outputs(flat, gates, bases.linears, self._slot_weights(places, x.dtype))
+            return [output.view(*leading, output.shape[-1]) for output in found]
         outputs = [_owned_output(self.members[place].base, x) for place in places]
         flat = x.reshape(-1, x.shape[-1]).to(outputs[0].dtype)
-        weights = SlotWeights(self.weights(places, flat.dtype), self.slot_of_rank)
-        _update(flat, [output.view(-1, output.shape[-1]) for output in outputs], gates, weights)
+        flat_outputs = [output.view(-1, output.shape[-1]) for output in outputs]
+        _update(flat, flat_outputs, gates, self._slot_weights(places, flat.dtype))
         return outputs
 
     def _check_positions(self, x: Tensor, gates: Gates, places: tuple[int, ...]) -> None:
@@ -227,15 +232,28 @@ class ExpertGroup(nn.Module):
             )
 
     def _linear_outputs(
-        self, flat: Float[Tensor, "tokens d_in"], gates: tuple[OpenGates, ...], fast: "_FastPath"
+        self,
+        flat: Float[Tensor, "tokens d_in"],
+        gates: tuple[OpenGates, ...],
+        linears: Linears,
+        weights: "SlotWeights",
     ) -> Sequence[Float[Tensor, "tokens _"]]:
         """Return the outputs of plain Linears with their experts, in one kernel call if no slot is skipped."""
-        first, whole = gates[0], fast.weights.whole
+        first, whole = gates[0], weights.whole
         if first.slots is None and first.is_whole and len(whole.A):
-            return choose_kernels(flat.device).outputs(flat, fast.linears, first.gates, whole)[0]
-        outputs = [F.linear(flat, weight, bias) for weight, bias in fast.linears]
-        _update(flat, outputs, gates, fast.weights)
+            return choose_kernels(flat.device).outputs(flat, linears, first.gates, whole)[0]
+        outputs = [F.linear(flat, weight, bias) for weight, bias in linears]
+        _update(flat, outputs, gates, weights)
         return outputs
+
+    def _slot_weights(self, places: tuple[int, ...], dtype: torch.dtype) -> "SlotWeights":
+        """Return the weights of some members for calls without gradients, cached unless they train."""
+        found = self._frozen.get((places, dtype))
+        if found is None:
+            found = SlotWeights(self.weights(places, dtype), self.slot_of_rank)
+            if not any(self.trainable[place] for place in places):
+                self._frozen[places, dtype] = found
+        return found
 
     def weights(self, places: tuple[int, ...], dtype: torch.dtype) -> GroupWeights:
         """Return A and B of some members, trainable ranks included, in `dtype`."""
@@ -275,12 +293,6 @@ class ExpertGroup(nn.Module):
         else:
             outputs = [member.base(x) for member in members]
         return GroupUpdate.apply(self, places, x, gates, *outputs, *trained)
-
-    def _fast_path(self, places: tuple[int, ...]) -> "_FastPath":
-        fast = self._fast.get(places)
-        if fast is None or not fast.is_current():
-            fast = self._fast[places] = _FastPath(self, places)
-        return fast
 
 
 class SlotWeights:
@@ -329,30 +341,37 @@ class SlotWeights:
         return self.whole.columns.tolist()
 
 
-class _FastPath:
-    """Cached state of some members for calls without gradients."""
+class _BaseModules:
+    """Base modules of some members, and whether F.linear can replace calls of them.
 
-    def __init__(self, group: ExpertGroup, places: tuple[int, ...]):
-        self.bases: list[Any] = [group.members[place].base for place in places]
-        is_frozen = not any(group.trainable[place] for place in places)
-        self.is_plain = is_frozen and all(_is_linear(base) for base in self.bases)
-        self.linears: list[tuple[Tensor, Tensor | None]] = []
-        if self.is_plain:
-            self.dtype = self.bases[0].weight.dtype
-            self.hooks = [hooks for base in self.bases for hooks in (base._forward_hooks, base._forward_pre_hooks)]
-            self.linears = [(base.weight, base.bias) for base in self.bases]
-            self.weights = SlotWeights(group.weights(places, self.dtype), group.slot_of_rank)
-            self.device = self.weights.whole.A.device.type
+    Everything that this was found from is compared by identity before each use: a base module, weight, bias or forward
+    that somebody replaced is seen.
+    """
 
-    def is_current(self) -> bool:
-        """Return whether the base modules still hold the cached weights."""
-        pairs = zip(self.bases, self.linears, strict=False)
-        return all(base.weight is weight and base.bias is bias for base, (weight, bias) in pairs)
+    def __init__(self, members: Sequence[FusedLinear]):
+        bases: list[Any] = [member.base for member in members]
+        self.linears: Linears = [(base.weight, base.bias) for base in bases] if all(map(_is_linear, bases)) else []
+        self.dtype = self.linears[0][0].dtype if self.linears else None
+        # direct reads of the dictionaries: attributes of modules cost ten times as much
+        self._watched: list[tuple[dict[str, Any], str, Any]] = [(m._modules, "base", m.base) for m in members]
+        for base, (weight, bias) in zip(bases, self.linears, strict=False):
+            names = {"weight": weight, "bias": bias}
+            self._watched += [(base._parameters, name, value) for name, value in names.items()]
+            self._watched.append((base.__dict__, "forward", None))
+        self._hooks = [hooks for base in bases for hooks in (base._forward_hooks, base._forward_pre_hooks)]
 
-    def serves(self, x: Tensor) -> bool:
-        """Return whether the fast path applies: plain frozen Linears in the dtype of x, no hooks, no autocast."""
-        is_ordinary = self.is_plain and x.dtype == self.dtype
-        return is_ordinary and not any(self.hooks) and not torch.is_autocast_enabled(self.device)
+    def are_current(self) -> bool:
+        """Return whether the members still hold these modules, and these their weights and forward."""
+        for values, name, value in self._watched:  # noqa: SIM110  # a generator takes twice as long
+            if values.get(name) is not value:
+                return False
+        return True
+
+    def are_plain(self, x: Tensor) -> bool:
+        """Return whether all are ordinary Linears in the dtype of x, without hooks, outside autocast."""
+        if x.dtype is not self.dtype or any(self._hooks):
+            return False
+        return not torch.is_autocast_enabled(x.device.type)
 
 
 def _update(
@@ -377,8 +396,8 @@ def _update(
 
 
 def _is_linear(base: nn.Module) -> bool:
-    """Return whether a module is an nn.Linear with an ordinary weight; quantized weights have another class."""
-    return type(base) is nn.Linear and type(base.weight) is nn.Parameter
+    """Return whether a module is an nn.Linear with its own forward and a weight that is not quantized."""
+    return type(base) is nn.Linear and type(base.weight) is nn.Parameter and "forward" not in base.__dict__
 
 
 def _is_plain(base: nn.Module) -> bool:

@@ -18,9 +18,18 @@ from transformers import PreTrainedModel
 from ...domains.base_model import ModelLayout, bind_arguments, first_tensor
 from ...domains.errors import InputError
 from ..router.cache import find_cache, router_layer, seen_by_themselves
+from ..router.packed import restart, text_ends, text_starts
 from ..router.router import DomainRouter, last_tokens, whole_prompts
 from .active import Part, close_small_gates, plan_parts
-from .forward_state import ForwardState, OpenGates, StateCarrier, run_with, running_state
+from .forward_state import (
+    ForwardState,
+    OpenGates,
+    StateCarrier,
+    outer_inputs,
+    run_with,
+    run_with_inputs,
+    running_state,
+)
 from .gates import LayerGates
 from .settings import Settings, changed_settings, settings_of
 from .stack import Stack
@@ -70,15 +79,19 @@ class Routing:
         answer (measured in docs/log.md). Only a forward pass with an empty cache, or without one, reads a prompt; later
         positions are causal. The setting applies to forward passes of the thread or asyncio task that opened it.
 
-        Packed rows, whose `position_ids` restart, are not supported yet: a row counts as one prompt.
+        Each text of a packed row is a prompt.
 
         Args:
             lengths: Length of each row's prompt including left padding, or one number for all rows. None: all positions
-                of a forward pass with an empty cache. Required where `generate` passes more than the prompt: without a
-                cache, and in assisted decoding and prompt lookup.
+                of a forward pass with an empty cache; in `generate`, its input.
+
+        A forward pass that reads only a part of a prompt of given length raises an InputError, as in `generate` with
+        `prefill_chunk_size`.
         """
         given = torch.iinfo(torch.int64).max if lengths is None else lengths
-        return changed_settings(self, prompts=torch.tensor(given, dtype=torch.int64).reshape(-1))
+        prompts = torch.tensor(given, dtype=torch.int64).reshape(-1)
+        longest = None if lengths is None else int(prompts.max())
+        return changed_settings(self, prompts=prompts, longest_prompt=longest)
 
     def running(self) -> ForwardState:
         """Return the state of the forward pass of this model running in this thread.
@@ -120,30 +133,91 @@ class Routing:
                 cause="the model was called with inputs_embeds instead of input_ids",
                 fix="pass input_ids, or compose with --static",
             )
-        gates = self.router.slot_gates(self._sums(self.router, state, hidden, cache))
-        if settings.prompts is None or (isinstance(state.past, int) and state.past):
+        starts = _text_starts(state, hidden)
+        gates = self.router.slot_gates(self._sums(self.router, state, hidden, cache, starts))
+        if settings.prompts is None:
             return gates
-        if len(settings.prompts) not in (1, len(gates)):
-            raise InputError(
-                "The lengths of the prompts do not fit the batch.",
-                cause=f"there are {len(settings.prompts)} lengths for {len(gates)} rows",
-                fix="pass one length for left-padded prompts: reading_prompts(input_ids.shape[1])",
-            )
-        whole = whole_prompts(gates, settings.prompts.clamp(max=gates.shape[1]).expand(len(gates)))
+        _check_prompts(len(settings.prompts), settings.longest_prompt, state, gates, starts)
+        if isinstance(state.past, int) and state.past:
+            return gates
+        if starts is not None:
+            return whole_prompts(gates, text_ends(starts))
+        ends = settings.prompts.clamp(max=gates.shape[1]).expand(len(gates))[:, None] - 1
+        whole = whole_prompts(gates, ends)
         return torch.where(state.past == 0, whole, gates) if isinstance(state.past, Tensor) else whole
 
     def _sums(
-        self, router: DomainRouter, state: ForwardState, hidden: Tensor, cache: Any
+        self,
+        router: DomainRouter,
+        state: ForwardState,
+        hidden: Tensor,
+        cache: Any,
+        starts: Bool[Tensor, "batch seq"] | None,
     ) -> Float[Tensor, "batch seq sums"]:
         """Return the router's sums up to each new position, continuing from the cache if there is one."""
         ids = state.input_ids
         assert ids is not None
         is_real = _real_tokens(state, hidden, is_static=cache is not None and cache.is_compileable)
-        if cache is None:
-            return router.increments(ids, hidden, is_real).cumsum(1)
-        kept = router_layer(cache, past=state.past, layers=self.layout.count, sums=2 * router.slots + 1)
-        last = last_tokens(ids, is_real, kept.last_tokens())
-        return kept.append(router.increments(ids, hidden, is_real, last), last[:, 1:])
+        kept = before = None
+        if cache is not None:
+            kept = router_layer(cache, past=state.past, layers=self.layout.count, sums=2 * router.slots + 1)
+            before = kept.last_tokens()
+        last = last_tokens(ids, is_real, before)
+        if starts is not None:
+            last[:, :-1].masked_fill_(starts, -1)
+        increments = router.increments(ids, hidden, is_real, last)
+        if starts is not None:
+            increments = restart(increments, starts)
+        if kept is None:
+            return increments.cumsum(1).float()
+        return kept.append(increments.float(), last[:, 1:])
+
+
+def _text_starts(state: ForwardState, hidden: Tensor) -> Bool[Tensor, "batch seq"] | None:
+    """Return where the texts of packed rows start, under the conditions in which transformers separates them."""
+    is_continued = not isinstance(state.past, int) or state.past > 0
+    if hidden.shape[1] == 1 or is_continued:
+        return None
+    lengths = state.cumulative_lengths
+    if lengths is None and state.mask is not None:
+        return None
+    starts = text_starts(hidden.shape[:2], state.position_ids, lengths)
+    return None if starts is None else starts.to(hidden.device)
+
+
+def _check_prompts(
+    prompts: int,
+    longest: int | None,
+    state: ForwardState,
+    gates: Float[Tensor, "batch seq slots"],
+    starts: Bool[Tensor, "batch seq"] | None,
+) -> None:
+    """Raise InputError if this forward pass cannot read prompts of these lengths as a whole."""
+    batch, seq = gates.shape[:2]
+    if prompts not in (1, batch):
+        raise InputError(
+            "The lengths of the prompts do not fit the batch.",
+            cause=f"there are {prompts} lengths for {batch} rows",
+            fix="pass one length for left-padded prompts: reading_prompts(input_ids.shape[1])",
+        )
+    if longest is None:
+        return
+    if starts is not None:
+        raise InputError(
+            "Prompts of given lengths cannot be packed.",
+            cause="the position ids of a row start again",
+            fix="read each text of packed rows as a prompt: reading_prompts()",
+        )
+    # the length of a static cache is on its device: not read for a single token
+    if isinstance(state.past, Tensor) and (seq == 1 or torch.compiler.is_compiling()):
+        return
+    past = int(state.past)
+    if longest > past and (past > 0 or longest > seq):
+        raise InputError(
+            "A prompt that is read as a whole was passed in parts.",
+            cause=f"the prompt has {longest} tokens, and this forward pass reads {seq} after {past}",
+            fix="generate without prefill_chunk_size, or outside reading_prompts()",
+        )
 
 
 def _real_tokens(state: ForwardState, hidden: Tensor, *, is_static: bool) -> Bool[Tensor, "batch seq"]:
@@ -178,16 +252,68 @@ class RoutedForward:
         named = bind_arguments(self.module, args, kwargs)
         cache = find_cache(named.values())
         past = 0 if cache is None else cache.get_seq_length()
+        if named.get("input_ids") is None:
+            named = _with_outer_inputs(named, outer_inputs(self.routing))
         state = ForwardState(
             self.routing,
             input_ids=named.get("input_ids"),
             mask=named.get("attention_mask"),
             position_ids=named.get("position_ids"),
+            cumulative_lengths=named.get("cu_seq_lens_q"),
             past=past.clone() if isinstance(past, Tensor) else past,  # a static cache updates this tensor in place
         )
         if torch.is_grad_enabled() and self.module.training and not torch.compiler.is_compiling():
             carry_state(self.module)
         return run_with(state, self.forward, *args, **kwargs)
+
+
+class OuterForward:
+    """Replacement for the `forward` of a module around the decoder, which keeps its inputs for RoutedForward."""
+
+    def __init__(self, module: nn.Module, routing: Routing):
+        self.module, self.routing, self.forward = module, routing, module.forward
+        self.__signature__ = inspect.signature(module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module's own forward; its inputs are dropped even after an exception."""
+        return run_with_inputs(self.routing, bind_arguments(self.module, args, kwargs), self.forward, *args, **kwargs)
+
+
+def route_forwards(model: nn.Module, routing: Routing) -> None:
+    """Replace the `forward` of the decoder and of the modules around it that may call it with embeddings."""
+    decoder = routing.layout.decoder
+    decoder_module = model.get_submodule(decoder)
+    decoder_module.forward = RoutedForward(decoder_module, routing)
+    parents = decoder.split(".")[:-1]
+    # a decoder directly in the model gets the model's own arguments
+    for depth in range(len(parents) + 1 if parents else 0):
+        module = model.get_submodule(".".join(parents[:depth]))
+        module.forward = OuterForward(module, routing)
+
+
+def restore_forwards(model: nn.Module) -> None:
+    """Undo `route_forwards`."""
+    for module in model.modules():
+        routed = module.__dict__.get("forward")
+        if isinstance(routed, RoutedForward | OuterForward):
+            del module.forward
+            if module.forward != routed.forward:  # an instance attribute, as accelerate sets
+                module.forward = routed.forward
+
+
+def _with_outer_inputs(named: dict[str, Any], outer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the decoder's arguments with token ids, mask and positions of the module around it.
+
+    Only if the embeddings that the decoder got have the shape of the ids: one for each.
+    """
+    ids, embeddings = outer.get("input_ids"), named.get("inputs_embeds")
+    if ids is None or embeddings is None or outer.get("inputs_embeds") is not None:
+        return named
+    if ids.shape != embeddings.shape[:2]:
+        return named
+    known = {name: outer.get(name) for name in ("input_ids", "attention_mask")}
+    positions = named.get("position_ids")
+    return named | known | {"position_ids": outer.get("position_ids") if positions is None else positions}
 
 
 def carry_state(decoder: nn.Module) -> None:

@@ -22,6 +22,7 @@ class Settings:
     owner: Any = None  # the model's Routing
     outer: "Settings | None" = None  # enclosing settings of the same context, for this or another model
     prompts: Int64[Tensor, " rows"] | None = None  # length of each prompt that is read as a whole
+    longest_prompt: int | None = None  # the largest length; None: all that a forward pass with an empty cache reads
     fixed: Float[Tensor, " slots"] | None = None  # constant slot gates
     routes: list[Any] | None = None  # receives a Route for each forward pass
     expert_use: list[Tensor] | None = None  # receives the trainable experts' gates of each layer

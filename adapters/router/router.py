@@ -218,14 +218,14 @@ def _shares(counts: Int64[Tensor, " kinds"], like: Tensor) -> Float[Tensor, " ki
 
 
 def whole_prompts(
-    gates: Float[Tensor, "batch seq slots"], lengths: Int64[Tensor, " batch"]
+    gates: Float[Tensor, "batch seq slots"], ends: Int64[Tensor, "batch #seq"]
 ) -> Float[Tensor, "batch seq slots"]:
     """Return gates in which each position of a prompt has those of the prompt's last position.
 
     Args:
         gates: Causal gates.
-        lengths: Length of each prompt including left padding; at most `seq`.
+        ends: Last position of each prompt, left padding counted; one for each row, or for each position of packed rows.
     """
     positions = torch.arange(gates.shape[1], device=gates.device)
-    source = torch.maximum(positions, lengths.to(gates.device)[:, None] - 1)
+    source = torch.maximum(positions, ends.to(gates.device))
     return gates.gather(1, source[..., None].expand_as(gates))

@@ -1,0 +1,57 @@
+"""Texts of packed rows: where they start and end, and sums that start again."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorary.adapters.router.packed import restart, text_ends, text_starts
+
+LENGTHS = st.lists(st.integers(1, 5), min_size=1, max_size=5)
+
+
+def positions_of(lengths: list[int], first: int = 0) -> torch.Tensor:
+    return torch.cat([torch.arange(first, first + length) for length in lengths])[None]
+
+
+@given(LENGTHS, st.integers(0, 3))
+def test_texts_start_where_their_position_ids_do(lengths: list[int], first: int) -> None:
+    starts = text_starts(torch.Size([1, sum(lengths)]), positions_of(lengths, first))
+
+    found = [0] if starts is None else starts[0].nonzero().flatten().tolist()
+    assert found == [sum(lengths[:i]) for i in range(len(lengths))]
+
+
+@given(LENGTHS)
+def test_cumulative_lengths_say_the_same(lengths: list[int]) -> None:
+    shape, cumulative = torch.Size([1, sum(lengths)]), torch.tensor([0, *lengths]).cumsum(0)
+
+    found, expected = text_starts(shape, None, cumulative), text_starts(shape, positions_of(lengths))
+
+    assert (found is None and expected is None) or torch.equal(found, expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("positions", [None, torch.arange(6), torch.arange(3, 9)[None], torch.zeros(3, 1, 6)])
+def test_one_text_in_a_row_is_not_packed(positions: torch.Tensor | None) -> None:
+    assert text_starts(torch.Size([2, 6]), positions) is None
+
+
+def test_each_row_has_its_own_texts() -> None:
+    starts = text_starts(torch.Size([2, 4]), torch.tensor([[0, 1, 2, 3], [0, 0, 1, 0]]))
+
+    assert starts is not None
+    assert starts.tolist() == [[True, False, False, False], [True, True, False, True]]
+    assert text_ends(starts).tolist() == [[3, 3, 3, 3], [0, 2, 2, 3]]
+
+
+@given(LENGTHS, st.integers(0, 99))
+def test_restarted_sums_are_those_of_each_text_alone(lengths: list[int], seed: int) -> None:
+    increments = torch.randn(1, sum(lengths), 3, generator=torch.Generator().manual_seed(seed)) * 1000
+    starts = text_starts(increments.shape[:2], positions_of(lengths))
+    if starts is None:
+        starts = torch.zeros(1, sum(lengths), dtype=torch.bool)
+
+    found = restart(increments, starts).cumsum(1)
+
+    expected = torch.cat([text.cumsum(1) for text in increments.double().split(lengths, dim=1)], 1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
