@@ -115,6 +115,31 @@ class Routing:
         if settings.routes is not None:
             settings.routes.append(Route(slot_gate.detach().cpu(), int(state.past)))
 
+    def check_prompts(self, state: ForwardState) -> None:
+        """Raise InputError if a forward pass cannot read prompts of the lengths that were set as a whole.
+
+        Called before anything is computed, so that the cache stays as it was.
+        """
+        settings, ids = self.settings, state.input_ids
+        if settings.prompts is None or settings.longest_prompt is None or self.fixed_here is not None or ids is None:
+            return
+        (batch, seq), longest = ids.shape, settings.longest_prompt
+        if len(settings.prompts) not in (1, batch):
+            raise InputError(
+                "The lengths of the prompts do not fit the batch.",
+                cause=f"there are {len(settings.prompts)} lengths for {batch} rows",
+                fix="pass one length for left-padded prompts: reading_prompts(input_ids.shape[1])",
+            )
+        if isinstance(state.past, Tensor) and (state.past.is_cuda or torch.compiler.is_compiling()):
+            return  # reading it would synchronize, or break the graph; `generate` has no such prompts
+        past = int(state.past)
+        if longest > past and (past > 0 or longest > seq):
+            raise InputError(
+                "A prompt that is read as a whole was passed in parts.",
+                cause=f"the prompt has {longest} tokens, and this forward pass reads {seq} after {past}",
+                fix="generate without prefill_chunk_size, or outside reading_prompts()",
+            )
+
     def _plan(self, slot_gate: Float[Tensor, "batch seq slots"]) -> list[Part]:
         # reading values would synchronize a GPU and break a graph; there the kernels skip closed slots
         if not self.threshold or self.stack.trainable or slot_gate.is_cuda or torch.compiler.is_compiling():
@@ -137,7 +162,12 @@ class Routing:
         gates = self.router.slot_gates(self._sums(self.router, state, hidden, cache, starts))
         if settings.prompts is None:
             return gates
-        _check_prompts(len(settings.prompts), settings.longest_prompt, state, gates, starts)
+        if starts is not None and settings.longest_prompt is not None:
+            raise InputError(
+                "Prompts of given lengths cannot be packed.",
+                cause="the position ids of a row start again",
+                fix="read each text of packed rows as a prompt: reading_prompts()",
+            )
         if isinstance(state.past, int) and state.past:
             return gates
         if starts is not None:
@@ -185,41 +215,6 @@ def _text_starts(state: ForwardState, hidden: Tensor) -> Bool[Tensor, "batch seq
     return None if starts is None else starts.to(hidden.device)
 
 
-def _check_prompts(
-    prompts: int,
-    longest: int | None,
-    state: ForwardState,
-    gates: Float[Tensor, "batch seq slots"],
-    starts: Bool[Tensor, "batch seq"] | None,
-) -> None:
-    """Raise InputError if this forward pass cannot read prompts of these lengths as a whole."""
-    batch, seq = gates.shape[:2]
-    if prompts not in (1, batch):
-        raise InputError(
-            "The lengths of the prompts do not fit the batch.",
-            cause=f"there are {prompts} lengths for {batch} rows",
-            fix="pass one length for left-padded prompts: reading_prompts(input_ids.shape[1])",
-        )
-    if longest is None:
-        return
-    if starts is not None:
-        raise InputError(
-            "Prompts of given lengths cannot be packed.",
-            cause="the position ids of a row start again",
-            fix="read each text of packed rows as a prompt: reading_prompts()",
-        )
-    # the length of a static cache is on its device: not read for a single token
-    if isinstance(state.past, Tensor) and (seq == 1 or torch.compiler.is_compiling()):
-        return
-    past = int(state.past)
-    if longest > past and (past > 0 or longest > seq):
-        raise InputError(
-            "A prompt that is read as a whole was passed in parts.",
-            cause=f"the prompt has {longest} tokens, and this forward pass reads {seq} after {past}",
-            fix="generate without prefill_chunk_size, or outside reading_prompts()",
-        )
-
-
 def _real_tokens(state: ForwardState, hidden: Tensor, *, is_static: bool) -> Bool[Tensor, "batch seq"]:
     """Return a mask of the new positions, True for text and False for padding."""
     shape, mask = hidden.shape[:2], state.mask
@@ -262,6 +257,7 @@ class RoutedForward:
             cumulative_lengths=named.get("cu_seq_lens_q"),
             past=past.clone() if isinstance(past, Tensor) else past,  # a static cache updates this tensor in place
         )
+        self.routing.check_prompts(state)
         if torch.is_grad_enabled() and self.module.training and not torch.compiler.is_compiling():
             carry_state(self.module)
         return run_with(state, self.forward, *args, **kwargs)
