@@ -191,6 +191,8 @@ def _message(turn: object, where: str) -> _Turn:
         _check_calls(fields["tool_calls"], f"{where}.tool_calls")
     is_learned = _is_learned(fields, role, where)
     fields = {key: value for key, value in fields.items() if key not in (role_key, content_key, "weight", "train")}
+    if both := sorted(fields.keys() & {"role", "content"}):
+        raise BadRowError(f"{where} has {both[0]!r} beside {role_key!r} and {content_key!r}")
     content = turn.get(content_key)
     if content is None and calls_tools:
         return _Turn(role, "", fields | {"content": None}, is_learned)

@@ -155,6 +155,63 @@ def test_error_of_a_chat_template_is_the_cause(other_tokenizer):
         encode(CONVERSATION, other_tokenizer)
 
 
+TURNS = [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": "The one."}]
+
+
+@pytest.mark.parametrize("cut", ["", "<|begin|>"], ids=["whole", "without the begin token"])
+@pytest.mark.parametrize("more", ["", "\n", "\n\n "])
+def test_rendered_text_gets_no_second_begin_and_end(tiny_tokenizer, cut, more):
+    text = tiny_tokenizer.apply_chat_template(TURNS, tokenize=False)
+
+    ids, is_target = encode(Example(completion=text.removeprefix(cut) + more), tiny_tokenizer)
+
+    assert ids == plain(text + more, tiny_tokenizer)
+    assert is_target == [False] + [True] * (len(ids) - 1)
+
+
+@pytest.mark.parametrize("end", ["", "<|end|>", "<|end|>\n"])
+@pytest.mark.parametrize("begin", ["", "<|begin|>"])
+def test_rendered_prompt_and_completion_are_those_of_the_conversation(tiny_tokenizer, begin, end):
+    prompt = tiny_tokenizer.apply_chat_template(TURNS[:1], tokenize=False, add_generation_prompt=True)
+
+    encoded = encode(Example(begin + prompt.removeprefix("<|begin|>"), "The one." + end), tiny_tokenizer)
+
+    expected = encode(Example(messages=tuple((turn["role"], turn["content"]) for turn in TURNS)), tiny_tokenizer)
+    assert target_text(encoded, tiny_tokenizer) == "The one." + (end or "<|end|>")
+    assert encoded[0][: len(expected[0])] == expected[0]
+
+
+def test_rendered_text_of_a_template_without_begin_token_gets_none(other_tokenizer):
+    other_tokenizer.chat_template = other_tokenizer.chat_template.removeprefix("{{ bos_token }}")
+    text = other_tokenizer.apply_chat_template(TURNS, tokenize=False)
+
+    ids, _ = encode(Example(completion=text), other_tokenizer)
+
+    assert ids == plain(text, other_tokenizer)
+
+
+def test_rendered_text_may_end_with_the_end_of_a_turn(other_tokenizer):
+    other_tokenizer.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|pad|>\n{% endfor %}"
+    text = other_tokenizer.apply_chat_template(TURNS, tokenize=False)
+
+    assert encode(Example(completion=text), other_tokenizer)[0] == plain(text, other_tokenizer)
+    assert encode(Example(completion="So.<|pad|>"), other_tokenizer)[0][-1] == END
+
+
+def test_a_begin_token_is_written_once_by_a_tokenizer_without_chat_template(other_tokenizer):
+    other_tokenizer.chat_template = None
+
+    for text in ("The dog.", "<|begin|>The dog.", "The dog.<|end|>", "<|begin|>The dog.<|end|>"):
+        assert encode(Example(completion=text), other_tokenizer) == encode(
+            Example(completion="The dog."), other_tokenizer
+        )
+
+
+@pytest.mark.parametrize("text", ["<|end|> is written at the end.", "(<|begin|>)", "<|pad|>", "a<|end|>b"])
+def test_a_control_token_elsewhere_changes_nothing(tiny_tokenizer, text):
+    assert encode(Example(completion=text), tiny_tokenizer)[0] == [BEGIN, *plain(text, tiny_tokenizer), END]
+
+
 @st.composite
 def encodings(draw):
     """Encoded examples with unique tokens, so that each can be traced."""

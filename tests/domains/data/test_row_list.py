@@ -35,6 +35,34 @@ FORMS = st.one_of(
         lambda turns: {"conversations": [{"from": role, "value": content} for role, content in turns.items()]}
     ),
 )
+FIELDS = st.fixed_dictionaries(
+    {},
+    optional={
+        "reasoning_content": FILLED,
+        "train": st.booleans(),
+        "tool_calls": st.lists(
+            st.fixed_dictionaries(
+                {"name": FILLED, "arguments": st.dictionaries(TEXT, TEXT | st.integers() | st.none())}
+            ),
+            max_size=2,
+        ),
+    },
+)
+TOOLS = st.lists(st.dictionaries(FILLED, TEXT, min_size=1), max_size=2)
+FORMS |= st.builds(
+    lambda content, fields, tools: {
+        "messages": [
+            {"role": "user", "content": "Hi?", "name": content},
+            {"role": "assistant", "content": content, **fields},
+            {"role": "tool", "content": ""},
+            {"role": "assistant", "content": "So."},
+        ],
+        "tools": tools,
+    },
+    FILLED,
+    FIELDS,
+    TOOLS,
+)
 ROWS = st.lists(st.builds(lambda label, form: label | form, LABEL, FORMS), min_size=1, max_size=6)
 
 
