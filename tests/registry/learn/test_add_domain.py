@@ -12,6 +12,8 @@ import torch
 
 from lorary.adapters.config import BankConfig, TrainingConfig
 from lorary.domains.data.catalog import builtin_domains
+from lorary.domains.data.corpus import is_held_out
+from lorary.domains.data.rows import Row, to_example
 from lorary.domains.errors import (
     ConflictError,
     CorpusError,
@@ -23,8 +25,10 @@ from lorary.domains.errors import (
 )
 from lorary.domains.progress import Progress
 from lorary.registry import Registry
-from lorary.registry.measure.held_out import general_examples, read_domain_data, stored_held_out
+from lorary.registry.measure.held_out import HELD_OUT, general_examples, read_domain_data, stored_held_out
 from lorary.registry.pack.pack import read_pack
+
+ANSWER = {"role": "assistant", "content": "The mast."}
 
 
 @pytest.fixture
@@ -101,6 +105,28 @@ def test_bad_data_is_named_by_file_and_line(
     assert caught.value.exit_code == 2
     assert says in caught.value.message
     assert state_of(registry.store) == before
+
+
+@pytest.mark.parametrize("held_out", [False, True], ids=["trained on", "held out"])
+def test_a_conversation_that_the_template_cannot_show_is_refused_before_training(
+    held_out: bool, registry: Registry, jsonl: Any, state_of: Any
+) -> None:
+    asked = ({"messages": [{"role": "user", "content": f"{i}?", "name": "Ann"}, ANSWER]} for i in range(99))
+    row = next(row for row in asked if is_held_out(to_example(Row(1, row), ""), HELD_OUT) == held_out)
+    texts = [json.dumps({"text": f"mast and keel {i} " * 20}) for i in range(9)]
+    before, stages = state_of(registry.store), set()
+
+    with pytest.raises(CorpusError, match=r"rows.jsonl:10: the chat template ignores messages\[0\].name") as caught:
+        registry.add_domain(
+            "sailing",
+            data=[jsonl(*texts, json.dumps(row))],
+            bank=BankConfig(expert_free=0.25),
+            on_progress=lambda progress: stages.add(progress.stage),
+        )
+
+    assert caught.value.exit_code == 2
+    assert state_of(registry.store) == before
+    assert not stages
 
 
 def test_of_many_bad_rows_the_number_is_told(registry: Registry, jsonl: Any) -> None:
