@@ -8,12 +8,14 @@ from ..errors import InputError, NotFoundError, RemoteError
 from .rows import Row
 from .spec import HubData
 
+MIN_MAJOR = 4  # earlier versions of `datasets` run the Python script of a data set
+
 
 def read_parquet(path: Path) -> Iterator[Row]:
     """Yield the rows of a Parquet file, numbered from 1.
 
     Raises:
-        InputError: `datasets` is not installed, or the file is not Parquet.
+        InputError: `datasets` is not installed or too old, or the file is not Parquet.
     """
     datasets = _datasets(f"{path} is a Parquet file")
     try:
@@ -28,7 +30,7 @@ def read_hub(data: HubData) -> Iterator[Row]:
 
     Raises:
         NotFoundError: The data set does not exist.
-        InputError: `datasets` is not installed, or the data set has no such config, split or column.
+        InputError: `datasets` is not installed or too old, or the data set has no such config, split or column.
         RemoteError: The Hub cannot be reached.
     """
     datasets = _datasets(f"{data} is a data set of the Hub")
@@ -58,4 +60,10 @@ def _datasets(why: str) -> Any:
     except ImportError as error:
         fix = "pip install 'lorary[data]'"
         raise InputError(f"{why}, and the package 'datasets' is not installed.", fix=fix) from error
+    if int(datasets.__version__.partition(".")[0]) < MIN_MAJOR:
+        raise InputError(
+            f"{why}, and the installed version of the package 'datasets' can execute code of a data set.",
+            cause=f"expected {MIN_MAJOR}.0 or later, found {datasets.__version__}",
+            fix=f"pip install 'datasets>={MIN_MAJOR}'",
+        )
     return datasets

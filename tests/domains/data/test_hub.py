@@ -24,8 +24,20 @@ def hub(monkeypatch):
             raise hub.error
         return iter(hub.rows)
 
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
+    hub.module = SimpleNamespace(load_dataset=load_dataset, __version__="4.0.0")
+    monkeypatch.setitem(sys.modules, "datasets", hub.module)
     return hub
+
+
+@pytest.mark.parametrize("version", ["2.14.5", "3.6.0"])
+def test_a_version_that_runs_scripts_of_data_sets_is_refused(hub, version):
+    hub.module.__version__ = version
+
+    with pytest.raises(InputError, match="execute code") as raised:
+        list(read_examples(["hf:a/b"]))
+
+    assert version in raised.value.cause
+    assert not hub.calls
 
 
 @pytest.mark.parametrize("name", ["hf:a/b", "rows.parquet"])
