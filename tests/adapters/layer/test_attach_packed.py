@@ -32,6 +32,11 @@ def packed(texts: list[Tensor], *, sign: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.own_failure(
+    "packed rows whose position ids start again",
+    before="the second text off by 4 to 20",
+    now="each text as if it were alone",
+)
 @pytest.mark.parametrize("sign", ["positions", "lengths"])
 @pytest.mark.parametrize("is_prompt", [False, True], ids=["causal", "prompts"])
 def test_packed_texts_are_computed_as_if_alone(
@@ -74,6 +79,11 @@ def test_packed_prompts_of_given_lengths_are_refused(base: Any, compose: Any, te
 # --- prompts in parts ---
 
 
+@pytest.mark.own_failure(
+    "a prompt read as a whole that arrives in chunks",
+    before="the first chunk alone was read as a whole: off by 1.3",
+    now="refused, exit 2",
+)
 @pytest.mark.parametrize("chunk", [1, 3, 4, 11])
 @pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 def test_a_prompt_in_chunks_is_refused_where_it_is_read_as_a_whole(
@@ -120,6 +130,11 @@ def wrapped() -> Any:
     return AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
 
+@pytest.mark.own_failure(
+    "text on a vision-language base",
+    before="refused with advice that could not be followed",
+    now="routed by the ids that the outer model gets",
+)
 def test_the_ids_of_a_model_around_the_decoder_are_routed(
     wrapped: Any, compose: Any, prompts: Any, padded: Any, logits: Any, slot_gates: Any
 ) -> None:
@@ -160,6 +175,11 @@ def test_embeddings_of_the_caller_are_refused(wrapped: Any, compose: Any, some_i
 # --- gradient checkpointing ---
 
 
+@pytest.mark.own_failure(
+    "two forward passes before one backward pass, with gradient checkpointing",
+    before="gradients off by 33 %",
+    now="those of one after the other",
+)
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated:FutureWarning")  # renamed in 5.23
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_two_forwards_before_one_backward_have_the_gradients_of_one_after_the_other(

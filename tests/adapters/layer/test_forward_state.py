@@ -59,6 +59,11 @@ def test_forwards_in_threads_are_bit_equal_to_forwards_alone(compositions: Any, 
     assert wrong_forwards(compositions, some_ids, logits, rounds=15) == 0
 
 
+@pytest.mark.own_failure(
+    "two threads on one composed model",
+    before="85 to 107 of 120 answers off by up to 5.5; later ones, too",
+    now="each answer bit-equal to the one alone",
+)
 @pytest.mark.slow
 def test_ten_thousand_forwards_in_threads_are_bit_equal(compositions: Any, some_ids: Any, logits: Any) -> None:
     assert wrong_forwards(compositions, some_ids, logits, rounds=10_000 // THREADS) == 0
@@ -106,6 +111,11 @@ def calls_of(model: Any, ids: Tensor) -> int:
     return len(called)
 
 
+@pytest.mark.own_failure(
+    "an exception in the middle of a forward pass",
+    before="the model could stay wrong for good",
+    now="nothing of it is left",
+)
 def test_an_exception_at_any_point_of_a_forward_leaves_nothing_behind(
     base: Any, compose: Any, some_ids: Any, logits: Any
 ) -> None:
@@ -140,6 +150,11 @@ def test_exceptions_in_one_thread_change_nothing_in_others(base: Any, compose: A
     assert together([fail, work, work, fail]) == [0, 0, 0, 0]
 
 
+@pytest.mark.own_failure(
+    "modules of one group computed one by one",
+    before="k and v got the experts of q: off by 2.44",
+    now="each has its own",
+)
 def test_a_module_alone_with_any_open_slots_after_any_exception_adds_its_own_experts(
     base: Any, random_stack: Any, some_ids: Any, logits: Any
 ) -> None:
@@ -275,6 +290,11 @@ def bytes_held() -> int:
     return sum(storages.values())
 
 
+@pytest.mark.own_failure(
+    "decoding text that changes its domains",
+    before="weights copied for 16 sets of slots: 959 MB for a composition of 169 MB",
+    now="views: no copy",
+)
 def test_decoding_under_changing_slots_holds_no_more_memory_than_before(
     base: Any, random_stack: Any, some_ids: Any, logits: Any
 ) -> None:
