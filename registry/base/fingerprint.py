@@ -47,7 +47,7 @@ def fingerprint(
     config = _read_config(folder)
     code = check_custom_code(folder, source=source, trusted=trust_remote_code)
     weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
+    if not weights or _reads_pickle(folder):
         raise IncompatibleError(
             f"{folder} has no safetensors weights.",
             cause="other formats can execute code when they are read",
@@ -73,6 +73,12 @@ def fingerprint(
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         quantization=quantisation_of(config),
     )
+
+
+def _reads_pickle(folder: Path) -> bool:
+    """Return whether transformers would read pickled weights, since no safetensors file has the name that it reads."""
+    names = [f"{name}{index}" for name in ("model.safetensors", "pytorch_model.bin") for index in ("", ".index.json")]
+    return next((name.startswith("pytorch") for name in names if (folder / name).is_file()), False)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -348,6 +348,31 @@ def test_thoughts_in_the_last_answer_are_learned_and_earlier_ones_are_not_cut_in
     assert "messages[1]" in refused(tiny_tokenizer, THOUGHTS, earlier)
 
 
+def pieces(*words: str) -> st.SearchStrategy[str]:
+    return st.lists(st.sampled_from(words), min_size=1, max_size=5).map("".join).filter(str.strip)
+
+
+QUESTIONS, ANSWERS = pieces("X", "Y ", "<t>", "</t>"), pieces("a", "b ", "\n", "<t>", "</t>")
+
+
+@given(talks=st.lists(st.tuples(QUESTIONS, ANSWERS), min_size=1, max_size=3))
+@settings(max_examples=100)
+def test_a_template_that_reads_contents_learns_whole_answers_or_refuses(talks: Any, tiny_tokenizer: Any) -> None:
+    tokenizer = with_template(tiny_tokenizer, THOUGHTS)
+    messages = tuple(turn for asked, said in talks for turn in (("user", asked), ("assistant", said)))
+
+    try:
+        found = learned(encode(Example(messages=messages), tokenizer), tokenizer)
+    except InputError:
+        assert any("t>" in said for _, said in talks)
+        return
+    assert not {"X", "Y"} & set(found)
+    assert found.count(END) == len(talks)
+    for (_, said), shown in zip(talks, "".join(found.split()).split(END), strict=False):
+        assert "".join(said.split()) in shown
+        assert set(shown) <= set("ab<t>/")
+
+
 @pytest.mark.parametrize(
     ("template", "problem"),
     [

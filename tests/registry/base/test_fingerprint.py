@@ -168,6 +168,16 @@ def test_pickled_weights_are_refused(folder: Path) -> None:
         record_of(folder)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model.bin.index.json"])
+def test_pickled_weights_beside_safetensors_of_another_name_are_refused(name: str, folder: Path) -> None:
+    (folder / name).write_bytes(b"")
+    assert record_of(folder)
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+
+    with pytest.raises(IncompatibleError, match="safetensors"):
+        record_of(folder)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null"])
 def test_an_invalid_config_is_refused(text: str, folder: Path) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")
