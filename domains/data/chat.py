@@ -107,15 +107,19 @@ def learned_spans(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple
 
 
 def _rendered(example: Example, tokenizer: PreTrainedTokenizerBase, *, as_parts: bool) -> tuple[str, list[Span]]:
-    tried = 0
-    while True:
+    for _ in range(_RENDERINGS):
         chat = _Chat(example, tokenizer, as_parts=as_parts)
+        refused, spans = None, []
         try:
-            return chat.whole, _learned_spans(chat)
-        except _RefusedError:
-            tried += 1
-            if tried == _RENDERINGS or not chat.has_changed():
-                raise
+            spans = _learned_spans(chat)
+        except _RefusedError as error:
+            refused = error
+        if chat.has_changed():  # the clock went on between two renderings
+            continue
+        if refused is not None:
+            raise refused
+        return chat.whole, spans
+    raise _RefusedError("the chat template renders a conversation differently each time")
 
 
 def _to_error(example: Example, refused: _RefusedError) -> InputError:
@@ -169,8 +173,8 @@ class _Chat:
         self.has_generation_blocks = _GENERATION.search(self.template) is not None
 
     def has_changed(self) -> bool:
-        """Return whether the template renders the same conversation differently by now."""
-        return self.render(self.turns) != self.whole
+        """Return whether the template writes the time, and renders the same conversation differently by now."""
+        return "strftime_now" in self.template and self.render(self.turns) != self.whole
 
     def render(self, turns: Sequence[Turn], *, generation_prompt: bool = False, tools: bool = True) -> str | None:
         """Render other turns; None if the template refuses them."""
@@ -429,24 +433,13 @@ def _span_around(chat: _Chat, regions: Sequence[_Region], turn: int) -> Span:
     bounds = [edge for region in regions if region.part.turn != turn for edge in (region.start, region.end)]
     earliest = max((edge for edge in bounds if edge <= first.start), default=0)
     latest = min((edge for edge in bounds if edge >= last.end), default=len(whole))
-    before, through = chat.before(chat.turns, turn) or "", chat.through(chat.turns, turn) or ""
-    follows = before != "" and whole.startswith(before) and earliest <= len(before) <= first.start
-    # without a generation prompt, what is between the earlier turns and this one is its header
-    has_header = not first.part.is_call and before == chat.render(chat.turns[:turn])
-    if follows and has_header and whole[len(before) : first.start].strip():
-        before = whole[: first.start]
-    ends = through.startswith(before) and whole.startswith(through) and last.end <= len(through) <= latest
-    if follows and ends:
-        return len(before), len(through)
-    gap, tail = _surroundings(chat, first.part, last.part)
-    if follows:
-        start = len(before)
-    elif gap is not None and whole.endswith(gap, earliest, first.start) and not (has_header and gap.strip()):
-        start = first.start - len(gap)
-    elif first.part.is_call:
-        raise _not_placed(chat, turn)
-    else:
-        start = first.start
+    start = _start_after_prompt(chat, chat.turns, whole, first, earliest=earliest)
+    through = chat.through(chat.turns, turn) or ""
+    if start is not None and whole.startswith(through) and last.end <= len(through) <= latest:
+        return start, len(through)
+    gap, tail = _surroundings(chat, chat.all_marked, first.part, last.part)
+    if start is None:
+        start = _start_after_gap(chat, chat.turns, whole, first, earliest=earliest, gap=gap)
     if last.part.is_call:
         if not tail or not whole.startswith(tail, last.end):
             raise _not_placed(chat, turn)
@@ -454,13 +447,50 @@ def _span_around(chat: _Chat, regions: Sequence[_Region], turn: int) -> Span:
     return start, last.end + _length_of_end(chat, whole[last.end : latest], tail)
 
 
-def _surroundings(chat: _Chat, first: _Part, last: _Part) -> tuple[str | None, str]:
+def _start_after_prompt(
+    chat: _Chat, turns: Sequence[Turn], whole: str, first: _Region, *, earliest: int = 0
+) -> int | None:
+    """Return where the prompt before an assistant turn ends; None if the rendered text does not begin with it.
+
+    Args:
+        first: The first part of the turn.
+        earliest: Where the turn before it ends, if that is known.
+    """
+    before = chat.before(turns, first.part.turn)
+    if before is None or not whole.startswith(before) or not earliest <= len(before) <= first.start:
+        return None
+    has_header = bool(whole[len(before) : first.start].strip()) and _has_header(chat, turns, first.part, before)
+    return first.start if has_header else len(before)
+
+
+def _start_after_gap(
+    chat: _Chat, turns: Sequence[Turn], whole: str, first: _Region, *, earliest: int = 0, gap: str | None
+) -> int:
+    """Return where an assistant turn begins if the rendered text does not begin with its prompt.
+
+    Args:
+        gap: What a conversation that ends with the turn has between prompt and turn.
+    """
+    if gap is not None and whole.endswith(gap, earliest, first.start):
+        has_header = gap.strip() and _has_header(chat, turns, first.part, chat.before(turns, first.part.turn))
+        return first.start if has_header else first.start - len(gap)
+    if first.part.is_call:
+        raise _not_placed(chat, first.part.turn)
+    return first.start
+
+
+def _has_header(chat: _Chat, turns: Sequence[Turn], first: _Part, before: str | None) -> bool:
+    """Return whether what is between the earlier turns and an answer is its header: there is no generation prompt."""
+    return not first.is_call and before == chat.render(turns[: first.turn])
+
+
+def _surroundings(chat: _Chat, turns: Sequence[Turn], first: _Part, last: _Part) -> tuple[str | None, str]:
     """Return what a conversation has between prompt and answer, and after the answer if it ends there.
 
     None stands for a prompt that is not the beginning of the conversation with the answer.
     """
-    prompt = chat.before(chat.all_marked, first.turn) or ""
-    ending = chat.through(chat.all_marked, first.turn) or ""
+    prompt = chat.before(turns, first.turn) or ""
+    ending = chat.render([*turns[: first.turn], chat.all_marked[first.turn]]) or ""
     gap, tail = None, ""
     if prompt and ending.startswith(prompt) and first.marker in ending[len(prompt) :]:
         gap = ending[len(prompt) : ending.index(first.marker, len(prompt))]
@@ -498,9 +528,11 @@ def _span_by_prompt(chat: _Chat, turns: list[Turn], whole: str, turn: int) -> Sp
     end = len(whole) - len(rest)
     if start > end or not whole.startswith(marked[:start]) or not whole.endswith(rest):
         raise _not_placed(chat, turn)
-    if before and len(before) <= start and whole.startswith(before):
-        start = len(before)
-    return start, end + _length_of_end(chat, rest, "")
+    gap, tail = _surroundings(chat, turns, own[0], own[-1])
+    first = _Region(own[0], start, end)
+    found = _start_after_prompt(chat, turns, whole, first)
+    start = _start_after_gap(chat, turns, whole, first, gap=gap) if found is None else found
+    return start, end + _length_of_end(chat, rest, tail)
 
 
 def _spans_of_blocks(chat: _Chat, turns: list[Turn], regions: Sequence[_Region] | None) -> dict[int, list[Span]]:

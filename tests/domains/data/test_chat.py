@@ -383,6 +383,7 @@ def test_a_template_that_reads_contents_learns_whole_answers_or_refuses(talks: A
         ("{% for m in messages %}{{ m['content'] | upper }}<|end|>{% endfor %}", "leaves out messages[0]"),
         ("{% for m in messages %}{{ m['content'] | replace('mg', 'g') }}<|end|>{% endfor %}", "messages[1]"),
         ("{{ messages[0]['content'] }}", "leaves out messages[1]"),
+        ("{{ strftime_now('%f') }}{% for m in messages %}{{ m['content'] }}{% endfor %}", "differently each time"),
         ("{% for m in messages | reverse %}{{ m['content'] }}{% endfor %}" * 2, "messages[1]"),
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}{% generation %}{% endgeneration %}", "messages[1]"),
         (
