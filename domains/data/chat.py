@@ -1,11 +1,11 @@
 """Render a conversation by the chat template, and find the text in it that is to be learned.
 
 Templates move, trim, drop and add text, so no turn is searched for by its content. A template that has
-`{% generation %}` blocks says itself what the assistant wrote. For the others the conversation is rendered twice, once
-with a marker in place of every content, and the two renderings are aligned: the text between the markers is the
-template's, and what stands in place of a marker is that content, exactly or without white space around it. A template
-whose own text depends on the contents (Qwen3 takes thoughts out of them) is asked turn by turn: the prompt before a
-turn and the conversation up to it must be where they are in the whole.
+`{% generation %}` blocks says itself what the assistant wrote. For the others the conversation is rendered again with a
+marker in place of every content, and the renderings are aligned: the text between the markers is the template's, if it
+is the same with other markers, and what stands in place of a marker is that content, exactly or without white space
+around it. A template whose own text depends on the contents (Qwen3 takes thoughts out of them) is asked turn by turn:
+the prompt before a turn and the conversation up to it must be where they are in the whole.
 
 A turn begins where generation begins, after the generation prompt or its header, and ends with its end token. A row is
 refused if a turn cannot be placed, a content is missing or cut, a field makes no difference, or text of others would be
