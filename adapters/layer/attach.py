@@ -1,10 +1,11 @@
 """Attach a stack of banks to a base model, and detach it.
 
-`attach` returns a new model object that shares all parameters of the base. The base is never written to, several
+`attach` returns a new model object that shares the memory of the base's weights. The base is never written to, several
 composed models can share one base, and several threads can call one composed model. The result is an ordinary
-transformers model: `generate`, beam search, padding on either side, the key-value cache and Trainer work.
+transformers model: `generate`, beam search, padding on either side, the key-value cache and `Trainer.evaluate` work.
 
-Because parameters are shared, move or cast the base before composing: `composed.to(...)` would move the base too.
+The parameters are objects of their own, so `composed.to(...)` leaves the base and other compositions as they are, at
+the cost of a copy of the weights; to share them, move or cast the base before composing.
 """
 
 import copy
@@ -20,6 +21,8 @@ from ...domains.linear import hidden_tensors, is_quantised
 from ..bank import ExpertBank, LayerExperts
 from ..router.router import DomainRouter
 from .active import SLOT_THRESHOLD
+from .base_check import BaseCheck, check_placement
+from .composed_model import ComposedModel, composed_class
 from .forward_state import StateCarrier
 from .fused import FusedLinear
 from .gated_mlp import GatedMLP, gated_mlps
@@ -47,11 +50,18 @@ def attach(
         threshold: Slot gates below it are set to zero and the slot is skipped at that position; 0 skips nothing.
 
     Raises:
-        InputError: If there are neither a router nor fixed slot gates.
+        InputError: If there are neither a router nor fixed slot gates, or `base` is composed already.
+        IncompatibleError: If the weights of the base are not on one device.
     """
     if router is None and fixed is None:
         raise InputError("A composed model needs a router or fixed slot gates.")
+    if isinstance(base, ComposedModel):
+        raise InputError("The base model is a composed model.", fix="compose all domains at once: a+b")
+    check_placement(base)
     model = copy_sharing_parameters(base)
+    model.__class__ = composed_class(type(base))
+    if not stack.trainable:
+        _freeze(model, base)
     layout = find_layout(model)
     device = next(base.parameters()).device
     routing = Routing(stack, layout, None if router is None else router.to(device), fixed, threshold)
@@ -61,9 +71,27 @@ def attach(
         layer = model.get_submodule(f"{layout.layers}.{index}")
         _extend_layer(layer, stack.layer(index, base.dtype))
         layer.to(device)
+    _check_calls(model, base)
     model.routing_handles = []  # type: ignore[assignment]
     set_hooks(model, active=True)
     return model
+
+
+def _freeze(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    theirs = {id(parameter) for parameter in base.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in theirs:
+            parameter.requires_grad_(False)
+
+
+def _check_calls(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Install the check of every forward pass."""
+    routing = routing_of(model)
+    check = BaseCheck(base, model, is_frozen=not routing.stack.trainable)
+    check.expect_modules(model, [path for path, part in model.named_modules() if isinstance(part, FusedLinear)])
+    model.base_check = check  # type: ignore[assignment]
+    decoder = model.get_submodule(routing.layout.decoder)
+    model.base_check_handle = decoder.register_forward_pre_hook(check)  # type: ignore[assignment]
 
 
 def set_hooks(model: PreTrainedModel, *, active: bool) -> None:
@@ -91,6 +119,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """Remove all experts and hooks from a composed model, in place, leaving an ordinary copy of its base."""
     routing = routing_of(model)
     set_hooks(model, active=False)
+    handle: Any = model.base_check_handle
+    handle.remove()
     merged: Any = getattr(model, "merged", None)
     if merged is not None:
         for path, module in merged.modules.items():
@@ -105,15 +135,27 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(module, GatedMLP):
                 layer.set_submodule(path, module.original.train(module.training))
         del layer.expert_gates, layer.expert_groups
-    del model.routing, model.routing_handles, model.reading_prompts
+    del model.routing, model.routing_handles, model.reading_prompts, model.base_check, model.base_check_handle
+    model.__class__ = type(model).__mro__[2]  # that of the base
     return model
 
 
 def copy_sharing_parameters(base: PreTrainedModel) -> PreTrainedModel:
-    """Return a deep copy of a model that shares its parameters and quantised weights; other buffers are copied."""
-    shared = list(base.parameters())
-    shared += [tensor for module in base.modules() if is_quantised(module) for tensor in hidden_tensors(module)]
-    return copy.deepcopy(base, {id(tensor): tensor for tensor in shared})
+    """Return a deep copy of a model whose parameters are new objects over the same memory; buffers are copied.
+
+    Quantised weights, whose state is more than one tensor, are the same objects.
+    """
+    quantised = [module for module in base.modules() if is_quantised(module)]
+    shared: list[Tensor] = [parameter for module in quantised for parameter in module.parameters(recurse=False)]
+    shared += [tensor for module in quantised for tensor in hidden_tensors(module)]
+    others: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+        for parameter in base.parameters()
+        if type(parameter) is nn.Parameter
+    }
+    return copy.deepcopy(
+        base, {id(p): p for p in base.parameters()} | others | {id(tensor): tensor for tensor in shared}
+    )
 
 
 def trained_bank(model: PreTrainedModel) -> ExpertBank:

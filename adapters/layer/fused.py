@@ -27,6 +27,7 @@ from ...domains.linear import linear_shape
 from ..kernels.dispatch import choose_kernels
 from ..kernels.group import GroupWeights, Linears
 from .forward_state import Gates, OpenGates, SiblingOutputs, running_state
+from .gates import device_only
 from .group_update import GroupUpdate
 
 DESCRIPTIONS = {  # attributes and methods of a weight that say nothing of its values
@@ -64,6 +65,12 @@ class FusedLinear(nn.Module):
         self.register_buffer("new_scale", new_scale, persistent=False)
         self.new_A = None if new_A is None else nn.Parameter(new_A)
         self.new_B = None if new_B is None else nn.Parameter(new_B)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "FusedLinear":
+        """Move or cast the base module; experts in training stay float32."""
+        self.base._apply(fn, recurse)
+        super()._apply(device_only(fn), recurse=False)
+        return self
 
     def forward(self, x: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
         """Return the base module's output plus every expert's gated update."""

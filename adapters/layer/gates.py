@@ -84,9 +84,9 @@ class LayerGates(nn.Module):
         return self.__dict__ | {"_whole": None, "_open": {}}
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "LayerGates":
-        """Move or cast the buffers, and drop what was derived from them."""
+        """Move the buffers, which stay float32, and drop what was derived from them."""
         self._whole, self._open = None, {}
-        return super()._apply(fn, recurse)
+        return super()._apply(device_only(fn), recurse)
 
     def forward(
         self,
@@ -181,6 +181,16 @@ class LayerGates(nn.Module):
             missing = len(self.slot_of_expert) + len(self.expert_of_rank) - len(self.rows) - len(new_experts)
             new_ranks = self.rows.new_zeros(missing, self.rows.shape[1])
         return torch.cat([frozen[0], new_experts, frozen[1], new_ranks])
+
+
+def device_only(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Return a conversion of `Module._apply` without its change of dtype."""
+
+    def move(tensor: Tensor) -> Tensor:
+        found = fn(tensor)
+        return found if found.dtype == tensor.dtype else tensor.to(found.device)
+
+    return move
 
 
 def _expert_rows(gate: Float[Tensor, "experts width"]) -> Float[Tensor, "experts width"]:

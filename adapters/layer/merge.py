@@ -77,6 +77,9 @@ def merge_experts(model: PreTrainedModel) -> PreTrainedModel:
         model.set_submodule(path, module)
     set_hooks(model, active=False)
     model.merged = Merged(found, fixed)  # type: ignore[assignment]
+    check: Any = model.base_check
+    bases: list[Any] = [module.base for module in found.values()]
+    check.expect_modules(model, found, merged=[base.weight for base in bases])
     return model
 
 
@@ -91,6 +94,8 @@ def unmerge_experts(model: PreTrainedModel) -> PreTrainedModel:
         raise InputError("The experts of this model are not merged.")
     for path, module in merged.modules.items():
         model.set_submodule(path, module)
+    check: Any = model.base_check
+    check.expect_modules(model, merged.modules)
     del model.merged
     set_hooks(model, active=True)
     return model

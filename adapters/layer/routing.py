@@ -328,8 +328,17 @@ class LayerHook:
         self.gates = gates
 
     def __call__(self, _layer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Store the gates of the layer in the running state, computed in float32 also under autocast."""
+        hidden = first_tensor(args, kwargs)
+        if torch.is_autocast_enabled(hidden.device.type):
+            with torch.autocast(hidden.device.type, enabled=False):
+                self._store_gates(hidden, args, kwargs)
+        else:
+            self._store_gates(hidden, args, kwargs)
+
+    def _store_gates(self, hidden: Tensor, args: tuple, kwargs: dict) -> None:
         """Store the gates of the layer in the running state; by rectangle if gradients are disabled."""
-        state, hidden = self.routing.running(), first_tensor(args, kwargs)
+        state = self.routing.running()
         slots = state.slots
         if slots.gates is None:
             self.routing.find_slot_gates(state, hidden, find_cache([*args, *kwargs.values()]))

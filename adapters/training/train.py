@@ -112,6 +112,7 @@ def train_bank(
         dataloader_pin_memory=False,
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # Trainer would wrap the model in nn.DataParallel
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     tokens_per_step = config.batch * config.accumulation * blocks.input_ids.shape[1]
