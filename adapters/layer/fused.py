@@ -219,7 +219,7 @@ class ExpertGroup(nn.Module):
             # in two dimensions: the same product as the module's, with fewer views
             flat, leading = x.reshape(-1, x.shape[-1]), x.shape[:-1]
             found = self._linear_outputs(flat, gates, bases.linears, self._slot_weights(places, x.dtype))
-            return [output.view(*leading, output.shape[-1]) for output in found]
+            return [output.view(*leading, -1) for output in found]
         outputs = [_owned_output(self.members[place].base, x) for place in places]
         flat = x.reshape(-1, x.shape[-1]).to(outputs[0].dtype)
         flat_outputs = [output.view(-1, output.shape[-1]) for output in outputs]
