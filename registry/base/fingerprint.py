@@ -42,8 +42,14 @@ def fingerprint(
 
     Raises:
         NotFoundError: The folder has no config or no tokenizer.
-        IncompatibleError: The weights are not safetensors, or the model brings code that is not trusted.
+        IncompatibleError: The weights are not safetensors, an adapter is beside them, or there is code that is not trusted.
     """
+    if (folder / "adapter_config.json").is_file():
+        raise IncompatibleError(
+            f"{folder} is not a base model alone.",
+            cause="it has an adapter_config.json, whose adapter transformers would attach to the weights",
+            fix=f"registry import NAME {folder} adds a PEFT adapter to a registry as a domain",
+        )
     config = _read_config(folder)
     code = check_custom_code(folder, source=source, trusted=trust_remote_code)
     weights = sorted(folder.glob("*.safetensors"))

@@ -148,6 +148,11 @@ def talk(*turns: Any) -> list[dict[str, Any]]:
     return [{"role": role, "content": content, **(more[0] if more else {})} for role, content, *more in turns]
 
 
+@pytest.mark.own_failure(
+    "a one-letter answer that stands in the question",
+    before="found there: a part of the question was learned, the rest of the row cut",
+    now="placed by markers, or refused by file and line",
+)
 @pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "thought in the last turn"])
 @settings(max_examples=40)
 @given(data=st.data())
@@ -262,6 +267,11 @@ def test_reasoning_is_learned_where_the_template_shows_it(tiny_tokenizer: Any) -
     assert row(tiny_tokenizer, AS_OBJECTS, value)[1] == "<t>As written.</t>Five mg." + END
 
 
+@pytest.mark.own_failure(
+    "fields of a message that the chat template ignores",
+    before="dropped",
+    now="refused by name, exit 2",
+)
 @pytest.mark.parametrize(
     ("field", "change"),
     [
@@ -292,6 +302,11 @@ def test_a_message_that_the_template_leaves_out_is_refused(role: str, tiny_token
     assert f"leaves out messages[0] ({role})" in problem
 
 
+@pytest.mark.own_failure(
+    "turns with weight 0",
+    before="learned",
+    now="read, not learned",
+)
 @pytest.mark.parametrize("said", [{"weight": 0}, {"train": False}, {"weight": 0.0, "train": False}])
 def test_turns_without_weight_are_read_and_not_learned(said: dict[str, Any], tiny_tokenizer: Any) -> None:
     value = {"messages": talk(ASKED[0], (*ASKED[1], said), ("user", "Sure?"), ("assistant", "Six mg.", {"weight": 1}))}

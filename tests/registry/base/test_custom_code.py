@@ -121,6 +121,11 @@ def test_trust_changes_no_record_of_a_model_without_code(folder: Path) -> None:
     assert fingerprint(folder, source=str(folder), trust_remote_code=True) == fingerprint(folder, source=str(folder))
 
 
+@pytest.mark.own_failure(
+    "a base model that brings Python code, and yes on the standard input",
+    before="the code ran",
+    now="refused, exit 6; nothing asks",
+)
 def test_code_is_not_executed_whatever_is_answered(coded: Path, ran: Path, tmp_path: Path) -> None:
     with pytest.raises(IncompatibleError, match="brings Python code"):
         Registry.init(tmp_path / "store", base=str(coded))

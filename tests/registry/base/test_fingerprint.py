@@ -219,3 +219,18 @@ def test_a_damaged_cache_is_ignored(text: str, folder: Path, tmp_path: Path) -> 
     cache.write_text(text, encoding="utf-8")
 
     assert record_of(folder, cache) == record_of(folder)
+
+
+@pytest.mark.own_failure(
+    "a folder with an adapter beside the weights of the base model",
+    before="transformers attached the adapter, which no fingerprint covered",
+    now="refused, exit 6",
+)
+def test_an_adapter_beside_the_weights_is_refused(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+
+    with pytest.raises(IncompatibleError, match="not a base model alone") as caught:
+        record_of(folder)
+
+    assert caught.value.fix is not None
+    assert caught.value.fix.startswith(f"registry import NAME {folder}")
