@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
 
 from ...adapters.layer.merge import Merged
 from ...adapters.layer.routing import Route, recording_routes, routing_of
@@ -18,6 +29,14 @@ from ...domains.errors import InputError
 from .notebook import html_table
 
 SHOWN_CHARACTERS = 80  # of the text, in `repr`
+# what a generation_config may say otherwise; `_Sampler` samples
+ONE_GREEDY_TEXT = {
+    "do_sample": False,
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "return_dict_in_generate": False,
+    **dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +74,7 @@ def generate(
     seed: int = 0,
     chat: bool = False,
 ) -> Answer:
-    """Continue a prompt.
+    """Continue a prompt until an end token of the tokenizer or of the model's generation_config.
 
     Args:
         model: A composed model.
@@ -63,7 +82,7 @@ def generate(
         prompt: Plain text.
         max_new_tokens: Maximum number of new tokens.
         temperature: 0 decodes greedily; a higher value samples.
-        seed: Random seed of sampling.
+        seed: Random seed of sampling, which has a generator of its own: threads do not change each other's answers.
         chat: Apply the tokenizer's chat template to the prompt as a user's turn.
 
     Raises:
@@ -86,16 +105,17 @@ def generate(
             fix="shorten it, or lower --max-new-tokens",
         )
     generator: Any = model
-    with recording_routes(model) as routes, generator.reading_prompts(length), torch.random.fork_rng():
-        torch.manual_seed(seed)
+    sampler = [_Sampler(model, temperature=temperature, seed=seed)] if temperature > 0 else []
+    with recording_routes(model) as routes, generator.reading_prompts(length):
         output = generator.generate(
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature if temperature > 0 else None,
-            top_k=None,
+            logits_processor=LogitsProcessorList(sampler),
+            eos_token_id=_end_tokens(model, tokenizer) or None,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            tokenizer=tokenizer,  # generation_config may have stop_strings
+            **ONE_GREEDY_TEXT,
         )[0]
     gates = _gates_of(model, routes, len(output) - 1)
     new = output[length:]
@@ -112,6 +132,41 @@ def generate(
         route=dict(zip(names, mean, strict=True)),
         tokens=tuple((piece, tuple(gate)) for piece, gate in zip(pieces, gates.tolist(), strict=True)),
     )
+
+
+class _Sampler(LogitsProcessor):
+    """Draw the next token with a random generator of this call, and leave no other; greedy decoding then takes it.
+
+    transformers samples from torch's global generator, which all threads share.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, temperature: float, seed: int):
+        self.generator = torch.Generator(model.device).manual_seed(seed)
+        self.warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+        config: Any = model.generation_config
+        if config.top_p is not None and config.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(config.top_p))
+        if config.min_p is not None:
+            self.warpers.append(MinPLogitsWarper(config.min_p))
+        if config.typical_p is not None and config.typical_p < 1:
+            self.warpers.append(TypicalLogitsWarper(config.typical_p))
+        if config.epsilon_cutoff is not None and 0 < config.epsilon_cutoff < 1:
+            self.warpers.append(EpsilonLogitsWarper(config.epsilon_cutoff))
+        if config.eta_cutoff is not None and 0 < config.eta_cutoff < 1:
+            self.warpers.append(EtaLogitsWarper(config.eta_cutoff, device=str(model.device)))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return scores that leave one token."""
+        shares = torch.softmax(self.warpers(input_ids, scores), dim=-1)  # type: ignore[arg-type]
+        drawn = torch.multinomial(shares, 1, generator=self.generator)
+        return torch.full_like(scores, -math.inf).scatter(1, drawn, 0.0)
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a text: those of the tokenizer and of the model's generation_config."""
+    config: Any = model.generation_config
+    found: Any = config.eos_token_id
+    return sorted({*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id} - {None})
 
 
 def _gates_of(model: PreTrainedModel, routes: Sequence[Route], tokens: int) -> Float[Tensor, "tokens slots"]:

@@ -1,6 +1,7 @@
 """Generation with composed models: the text, and the slot gates of every token."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -91,6 +92,82 @@ def test_the_global_random_state_is_not_changed(whole: Registry, model: Any) -> 
     whole.generate(model, "keel", max_new_tokens=2, temperature=1.0)
 
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_seeds_in_threads_give_the_answers_that_they_give_alone(whole: Registry, model: Any) -> None:
+    def text(seed: int) -> str:
+        return whole.generate(model, "keel", max_new_tokens=8, temperature=1.5, seed=seed).text
+
+    seeds = [0, 1, 2, 3] * 4
+    expected = [text(seed) for seed in seeds]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(text, seeds)) == expected
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.7}, {"min_p": 0.05, "repetition_penalty": 1.3}])
+def test_sampling_is_that_of_transformers(whole: Registry, settings: dict[str, float]) -> None:
+    model: Any = whole.compose("cooking+sailing")
+    model.generation_config.update(**settings)
+    inputs = whole.tokenizer("keel", return_tensors="pt")
+    with model.reading_prompts(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        expected = model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            **({"max_new_tokens": 12, "do_sample": True, "temperature": 1.5, "top_k": None} | settings),
+        )[0, inputs["input_ids"].shape[1] :]
+
+    found = whole.generate(model, "keel", max_new_tokens=12, temperature=1.5, seed=3)
+
+    assert found.text == whole.tokenizer.decode(expected, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("where", ["tokenizer", "generation_config", "both", "list"])
+def test_an_end_token_of_tokenizer_or_generation_config_ends_the_text(whole: Registry, where: str) -> None:
+    model: Any = whole.compose("cooking+sailing")
+    tokenizer = copy.deepcopy(whole.tokenizer)
+    model.generation_config.eos_token_id, tokenizer.eos_token = None, None
+    ids = whole.tokenizer("mast and flour", return_tensors="pt")
+    with model.reading_prompts():
+        free = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids["input_ids"].shape[1] :].tolist()
+    end = free[2]
+    if where in ("tokenizer", "both"):
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    if where != "tokenizer":
+        model.generation_config.eos_token_id = {"generation_config": end, "both": 5, "list": [5, end]}[where]
+
+    answer = generate(model, tokenizer, "mast and flour", max_new_tokens=6)
+
+    assert answer.new_tokens == free.index(end) + 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_cache": False},
+        {"use_cache": None},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"do_sample": True, "temperature": 0.7, "top_k": 5, "top_p": 0.5},
+    ],
+)
+@pytest.mark.parametrize("static", [False, True])
+def test_what_a_generation_config_says_otherwise_changes_no_greedy_answer(
+    whole: Registry, settings: dict[str, Any], static: bool
+) -> None:
+    model: Any = whole.compose("cooking+sailing", static=static)
+    expected = whole.generate(model, "mast and flour", max_new_tokens=5)
+
+    model.config.use_cache = settings.get("use_cache") is not False
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    found = whole.generate(model, "mast and flour", max_new_tokens=5)
+
+    assert found.text == expected.text
+    assert len(found.tokens) == found.prompt_tokens + found.new_tokens
+    for name, gate in expected.route.items():
+        assert found.route[name] == pytest.approx(gate, abs=1e-4)
 
 
 def test_a_chat_uses_the_template(whole: Registry, model: Any) -> None:
