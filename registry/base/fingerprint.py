@@ -42,7 +42,7 @@ def fingerprint(
 
     Raises:
         NotFoundError: The folder has no config or no tokenizer.
-        IncompatibleError: The weights are not safetensors, an adapter is beside them, or there is code that is not trusted.
+        IncompatibleError: The weights are not safetensors, an adapter is beside them, or code that is not trusted.
     """
     if (folder / "adapter_config.json").is_file():
         raise IncompatibleError(
