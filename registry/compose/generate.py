@@ -165,8 +165,8 @@ class _Sampler(LogitsProcessor):
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that end a text: those of the tokenizer and of the model's generation_config."""
     config: Any = model.generation_config
-    found: Any = config.eos_token_id
-    return sorted({*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id} - {None})
+    found: list[Any] = [config.eos_token_id, tokenizer.eos_token_id]
+    return sorted({token for ids in found for token in (ids if isinstance(ids, list) else [ids])} - {None})
 
 
 def _gates_of(model: PreTrainedModel, routes: Sequence[Route], tokens: int) -> Float[Tensor, "tokens slots"]:
