@@ -160,6 +160,48 @@ class ComposedModel(_Base):
             fix="use one GPU (CUDA_VISIBLE_DEVICES=0), or one process for each (torchrun)",
         )
 
+    # --- generation ---
+
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate; inside `reading_prompts()`, the input is the prompt, however it is passed to forward passes.
+
+        Raises:
+            InputError: The prompt is read as a whole, and `prefill_chunk_size` would cut it.
+        """
+        ids = kwargs.get("input_ids") if inputs is None else inputs
+        settings, cache = routing_of(self).settings, kwargs.get("past_key_values")
+        is_whole = getattr(self, "merged", None) is None and settings.prompts is not None
+        if not is_whole or ids is None or (cache is not None and cache.get_seq_length() > 0):
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        config = self.generation_config if generation_config is None else generation_config
+        chunk = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
+        if chunk is not None and chunk < ids.shape[1]:
+            raise InputError(
+                "A prompt that is read as a whole cannot be prefilled in chunks.",
+                cause=f"it has {ids.shape[1]} tokens, and prefill_chunk_size is {chunk}",
+                fix="generate without prefill_chunk_size, or outside reading_prompts()",
+            )
+        if settings.longest_prompt is not None:
+            return super().generate(inputs, generation_config, *args, **kwargs)
+        with routing_of(self).reading_prompts(ids.shape[1]):
+            return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the manager of continuous batching, for a merged composition.
+
+        Raises:
+            InputError: The experts are not merged.
+        """
+        if getattr(self, "merged", None) is None:
+            text = self._composition()
+            raise InputError(
+                "A composed model cannot run continuous batching.",
+                cause="its paged cache has no place for the router's sums",
+                fix=f"call generate, or merge_experts on a static composition; registry export {text} --to vllm writes "
+                "adapters for a server",
+            )
+        return super().init_continuous_batching(*args, **kwargs)
+
     # --- changes of the architecture ---
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:

@@ -245,6 +245,12 @@ class RoutedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's own forward; its state is dropped even after an exception."""
         named = bind_arguments(self.module, args, kwargs)
+        if named.get("read_index") is not None:
+            raise InputError(
+                "A composed model cannot run continuous batching.",
+                cause="its paged cache has no place for the router's sums",
+                fix="call generate, or merge_experts on a static composition",
+            )
         cache = find_cache(named.values())
         past = 0 if cache is None else cache.get_seq_length()
         if named.get("input_ids") is None:

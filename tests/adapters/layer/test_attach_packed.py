@@ -85,18 +85,43 @@ def test_packed_prompts_of_given_lengths_are_refused(base: Any, compose: Any, te
     now="refused, exit 2",
 )
 @pytest.mark.parametrize("chunk", [1, 3, 4, 11])
+@pytest.mark.parametrize("length", [None, 12])
 @pytest.mark.parametrize("how", [{}, {"cache_implementation": "static"}], ids=["dynamic", "static"])
 def test_a_prompt_in_chunks_is_refused_where_it_is_read_as_a_whole(
-    base: Any, compose: Any, some_ids: Any, generated: Any, chunk: int, how: dict[str, Any]
+    base: Any, compose: Any, some_ids: Any, generated: Any, chunk: int, length: int | None, how: dict[str, Any]
 ) -> None:
     composed, ids = compose(base), some_ids(2, 12)
     expected = generated(composed, input_ids=ids)
 
-    with composed.reading_prompts(12), pytest.raises(InputError, match="passed in parts") as caught:
+    with composed.reading_prompts(length), pytest.raises(InputError, match="in chunks") as caught:
         generated(composed, input_ids=ids, prefill_chunk_size=chunk, **how)
 
-    assert caught.value.cause == f"the prompt has 12 tokens, and this forward pass reads {chunk} after 0"
+    assert caught.value.cause == f"it has 12 tokens, and prefill_chunk_size is {chunk}"
     assert torch.equal(generated(composed, input_ids=ids, prefill_chunk_size=chunk, **how), expected)
+
+
+def test_a_chunk_size_of_the_models_config_counts(base: Any, compose: Any, some_ids: Any, generated: Any) -> None:
+    composed, ids = compose(base), some_ids(1, 12)
+    composed.generation_config.prefill_chunk_size = 5
+
+    with composed.reading_prompts(), pytest.raises(InputError, match="in chunks"):
+        generated(composed, input_ids=ids)
+
+
+@pytest.mark.own_failure(
+    "continuous batching of transformers 5 (`generate_batch`)", before="empty answers", now="refused, exit 2"
+)
+def test_continuous_batching_is_refused_at_the_call(base: Any, compose: Any, some_ids: Any) -> None:
+    composed, ids = compose(base), some_ids(1, 5)
+
+    with pytest.raises(InputError, match="continuous batching"):
+        composed.generate_batch(inputs=ids.tolist())
+    with pytest.raises(InputError, match="continuous batching"):
+        composed.init_continuous_batching()
+    with pytest.raises(InputError, match="continuous batching"):
+        composed.generate(ids, cache_implementation="paged")
+    with pytest.raises(InputError, match="continuous batching"):
+        composed(input_ids=ids, read_index=[torch.arange(5)])
 
 
 def test_the_rest_of_a_prompt_is_refused_too(base: Any, compose: Any, some_ids: Any) -> None:

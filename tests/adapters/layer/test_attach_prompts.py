@@ -70,18 +70,20 @@ def test_padding_changes_nothing(base: Any, compose: Any, left: bool, prompts: A
     "how", [{"use_cache": False}, {"prompt_lookup_num_tokens": 3}], ids=["no-cache", "prompt-lookup"]
 )
 def test_a_prompt_of_known_length_ends_there_however_text_is_generated(
-    base: Any, compose: Any, how: dict[str, Any], some_ids: Any, generated: Any
+    base: Any, compose: Any, how: dict[str, Any], some_ids: Any, generated: Any, logits: Any
 ) -> None:
     composed, ids = compose(base, seed=1), some_ids(1, 4, seed=1).repeat(1, 3)
     with composed.reading_prompts():
         expected = generated(composed, input_ids=ids)
         of_unknown_length = generated(composed, input_ids=ids, **how)
+        first = logits(composed, input_ids=expected[:, :13])
 
     with composed.reading_prompts(12):
         found = generated(composed, input_ids=ids, **how)
+        assert not torch.allclose(logits(composed, input_ids=expected[:, :13]), first)  # so the length does matter
 
     assert torch.equal(found, expected)
-    assert not torch.equal(of_unknown_length, expected)  # so the length does matter here
+    assert torch.equal(of_unknown_length, expected)
 
 
 def test_a_length_serves_every_beam(base: Any, compose: Any, some_ids: Any, generated: Any) -> None:
