@@ -6,6 +6,7 @@ the command that does what was meant; what would be silently wrong is checked in
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -165,26 +166,23 @@ class ComposedModel(_Base):
     def generate(self, inputs: Tensor | None = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Generate; inside `reading_prompts()`, the input is the prompt, however it is passed to forward passes.
 
-        Raises:
-            InputError: The prompt is read as a whole, and `prefill_chunk_size` would cut it.
+        Its gates depend on its end, so it is read at once, with a warning if `prefill_chunk_size` would cut it.
         """
         ids = kwargs.get("input_ids") if inputs is None else inputs
         settings, cache = routing_of(self).settings, kwargs.get("past_key_values")
         is_whole = getattr(self, "merged", None) is None and settings.prompts is not None
-        if not is_whole or ids is None or (cache is not None and cache.get_seq_length() > 0):
-            return super().generate(inputs, generation_config, *args, **kwargs)
-        config = self.generation_config if generation_config is None else generation_config
-        chunk = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
-        if chunk is not None and chunk < ids.shape[1]:
-            raise InputError(
-                "A prompt that is read as a whole cannot be prefilled in chunks.",
-                cause=f"it has {ids.shape[1]} tokens, and prefill_chunk_size is {chunk}",
-                fix="generate without prefill_chunk_size, or outside reading_prompts()",
-            )
-        if settings.longest_prompt is not None:
-            return super().generate(inputs, generation_config, *args, **kwargs)
-        with routing_of(self).reading_prompts(ids.shape[1]):
-            return super().generate(inputs, generation_config, *args, **kwargs)
+        if is_whole and ids is not None and (cache is None or cache.get_seq_length() == 0):
+            if settings.longest_prompt is None:
+                with routing_of(self).reading_prompts(ids.shape[1]):
+                    return self.generate(inputs, generation_config, *args, **kwargs)
+            config = self.generation_config if generation_config is None else generation_config
+            chunk = kwargs.get("prefill_chunk_size", config.prefill_chunk_size)
+            if chunk is not None and chunk < ids.shape[1]:
+                warnings.warn(f"The prompt is read as a whole: prefill_chunk_size={chunk} is ignored.", stacklevel=2)
+                # larger than any prompt; None would be replaced by the value of the model's own config
+                kwargs["prefill_chunk_size"] = ids.shape[1]
+        base: Any = super()
+        return base.generate(inputs, generation_config, *args, **kwargs)
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Return the manager of continuous batching, for a merged composition.
@@ -200,7 +198,8 @@ class ComposedModel(_Base):
                 fix=f"call generate, or merge_experts on a static composition; registry export {text} --to vllm writes "
                 "adapters for a server",
             )
-        return super().init_continuous_batching(*args, **kwargs)
+        base: Any = super()
+        return base.init_continuous_batching(*args, **kwargs)
 
     # --- changes of the architecture ---
 

@@ -85,8 +85,8 @@ class Routing:
             lengths: Length of each row's prompt including left padding, or one number for all rows. None: all positions
                 of a forward pass with an empty cache; in `generate`, its input.
 
-        A forward pass that reads only a part of a prompt of given length raises an InputError, as in `generate` with
-        `prefill_chunk_size`.
+        A forward pass that reads only a part of a prompt of given length raises an InputError. `generate` reads it at
+        once, and warns that it ignores `prefill_chunk_size`.
         """
         given = torch.iinfo(torch.int64).max if lengths is None else lengths
         prompts = torch.tensor(given, dtype=torch.int64).reshape(-1)
@@ -131,13 +131,13 @@ class Routing:
                 fix="pass one length for left-padded prompts: reading_prompts(input_ids.shape[1])",
             )
         if isinstance(state.past, Tensor) and (state.past.is_cuda or torch.compiler.is_compiling()):
-            return  # reading it would synchronize, or break the graph; `generate` has no such prompts
+            return  # reading it would synchronize, or break the graph; `generate` passes prompts at once
         past = int(state.past)
         if longest > past and (past > 0 or longest > seq):
             raise InputError(
                 "A prompt that is read as a whole was passed in parts.",
                 cause=f"the prompt has {longest} tokens, and this forward pass reads {seq} after {past}",
-                fix="generate without prefill_chunk_size, or outside reading_prompts()",
+                fix="pass it at once, or outside reading_prompts()",
             )
 
     def _plan(self, slot_gate: Float[Tensor, "batch seq slots"]) -> list[Part]:
