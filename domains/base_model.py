@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,15 @@ def check_causal_lm(source: str | Path, *, revision: str | None = None) -> None:
         IncompatibleError: It is an encoder, an encoder-decoder, or of a kind that AutoModelForCausalLM does not know.
     """
     values, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    check_kind(values)
+
+
+def check_kind(values: Mapping[str, Any]) -> None:
+    """Raise an error if the values of a config.json are those of no causal language model.
+
+    Raises:
+        IncompatibleError: See `check_causal_lm`.
+    """
     kind = str(values.get("model_type"))
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         if "auto_map" in values:  # a model with code of its own
@@ -137,17 +147,20 @@ def find_layout(model: PreTrainedModel) -> ModelLayout:
         IncompatibleError: The model has no such list.
     """
     config = model.config.get_text_config(decoder=True)
-    # a decoder taken out of an encoder-decoder: num_hidden_layers counts the encoder's
-    count = getattr(config, "decoder_layers", None) or config.num_hidden_layers
+    # num_hidden_layers counts the encoder's layers in a decoder taken out of an encoder-decoder, and those of the cache
+    # where one decoder layer has two of them
+    counts = {getattr(config, name, None) for name in ("decoder_layers", "num_layers", "num_hidden_layers")}
     embedding = _path_of(model, model.get_input_embeddings())
     found = {
         path: _common_parent(path, embedding)
         for path, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == count and any(linear_modules(layer) for layer in module)
+        if isinstance(module, nn.ModuleList)
+        and len(module) in counts
+        and any(linear_modules(layer) for layer in module)
     }
     if not found:
         raise IncompatibleError(
-            f"{type(model).__name__} has no list of {count} decoder layers with linear modules.",
+            f"{type(model).__name__} has no list of {config.num_hidden_layers} decoder layers with linear modules.",
             fix=DECODER_ONLY,
         )
     path = max(found, key=lambda path: (len(found[path].split(".")) if found[path] else 0, -len(path.split("."))))

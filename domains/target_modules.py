@@ -239,7 +239,7 @@ class _Observer:
         if self.steps > 1 and self.positions < PROBE_TOKENS and not _has_cache(args, kwargs):
             raise IncompatibleError(
                 f"{type(self.model).__name__} cannot be composed.",
-                cause="it keeps what it read in another form than a transformers Cache, where routing has no place",
+                cause="it keeps what it read in another form than the layers of a Cache, where routing has no place",
                 fix=DECODER_ONLY,
             )
 
@@ -285,7 +285,8 @@ class _Observer:
 
 
 def _has_cache(args: tuple, kwargs: dict) -> bool:
-    return any(isinstance(value, Cache) for value in [*args, *kwargs.values()])
+    """Return whether there is a Cache among the arguments, one that keeps nothing beside its layers."""
+    return any(isinstance(value, Cache) and type(value).__len__ is Cache.__len__ for value in [*args, *kwargs.values()])
 
 
 def _leaks(x: Float[Tensor, "2 tokens width"]) -> bool:

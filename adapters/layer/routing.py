@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ...domains.base_model import ModelLayout, bind_arguments, first_tensor
 from ...domains.errors import InputError
-from ..router.cache import find_cache, router_layer, seen_by_themselves
+from ..router.cache import find_cache, positions_in, router_layer, seen_by_themselves
 from ..router.packed import restart, text_ends, text_starts
 from ..router.router import DomainRouter, last_tokens, whole_prompts
 from .active import Part, close_small_gates, plan_parts
@@ -252,7 +252,7 @@ class RoutedForward:
                 fix="call generate, or merge_experts on a static composition",
             )
         cache = find_cache(named.values())
-        past = 0 if cache is None else cache.get_seq_length()
+        past = 0 if cache is None else positions_in(cache)
         if named.get("input_ids") is None:
             named = _with_outer_inputs(named, outer_inputs(self.routing))
         state = ForwardState(

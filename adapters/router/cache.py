@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
 from ...domains.errors import InputError
 
@@ -104,6 +104,24 @@ def router_layer(cache: Cache, *, past: int | Tensor, layers: int, sums: int) ->
     if layer.is_initialized and layer.keys is not None and layer.keys.numel() and layer.keys.shape[-1] != sums:
         raise InputError("The key-value cache was filled by another composition.")
     return layer
+
+
+def positions_in(cache: Cache) -> int | Tensor:
+    """Return the number of positions in a cache; in one of state-space layers alone, that of the router's layer.
+
+    Raises:
+        InputError: If the cache holds state of a model without a router, which does not count positions.
+    """
+    if not cache.layers or any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
+        return cache.get_seq_length()
+    states = (layer for layer in cache.layers if isinstance(layer, LinearAttentionCacheLayerMixin))
+    if any(value for layer in states for value in layer.has_previous_state.values()):
+        raise InputError(
+            "The key-value cache was filled by another model.",
+            cause="it holds state, and no routing state",
+            fix="start with an empty cache, or omit past_key_values",
+        )
+    return 0
 
 
 def seen_by_themselves(
