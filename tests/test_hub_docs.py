@@ -35,6 +35,7 @@ def shell(local_hub, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_page_work(shell, tiny_llama, tiny_tokenizer, tmp_path, local_hub):
     tiny_llama(vocab_size=len(tiny_tokenizer)).save_pretrained(tmp_path / "base")
     tiny_tokenizer.save_pretrained(tmp_path / "base")

@@ -245,7 +245,7 @@ class RoutedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's own forward; its state is dropped even after an exception."""
         named = bind_arguments(self.module, args, kwargs)
-        if named.get("read_index") is not None:
+        if named.get("write_index") is not None:
             raise InputError(
                 "A composed model cannot run continuous batching.",
                 cause="its paged cache has no place for the router's sums",

@@ -37,6 +37,9 @@ from .export_plan import ExportResult, check_static
 
 # maximum difference between the logits of the merged and the composed model, relative to the largest logit
 TOLERANCES: Final = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+# names that PEFT converts where it loads an adapter (_MOE_TARGET_MODULE_MAPPING of version 0.21), and what they become
+CONVERTED_TARGETS: Final = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+FUSED_PARAMETERS: Final = ("gate_up_proj", "down_proj")
 CHECKED_TEXTS: Final = 4
 CHECKED_TOKENS: Final = 128  # per text
 
@@ -73,7 +76,7 @@ def export_peft(plan: Plan, packs: list[DomainPack], base: LoadedBase, out: Path
     """
     record = plan.slots[0].manifest.base
     bank = fold_banks(packs, [slot.prior for slot in plan.slots])
-    _write_folder(out, peft_files(bank, base.layout, base_id=record.id, revision=record.revision))
+    _write_folder(out, adapter_files(bank, base, base_id=record.id, revision=record.revision))
     rank = max(layer.rank for layer in bank.layers.values())
     command = f"PeftModel.from_pretrained(base_model, {str(out.resolve())!r})"
     return ExportResult(out=out, pinned=_pinned(plan), command=command, facts={"rank": rank})
@@ -186,6 +189,43 @@ def peft_files(bank: ExpertBank, layout: ModelLayout, *, base_id: str, revision:
     return {
         ADAPTER_CONFIG: canonical_json(config),
         ADAPTER_TENSORS: save_tensors(merged_tensors(bank, layout)),
+    }
+
+
+def adapter_files(bank: ExpertBank, base: LoadedBase, *, base_id: str, revision: str | None) -> dict[str, bytes]:
+    """Return the two files of an adapter that PEFT loads over this base model, by name."""
+    if has_fused_experts(base):
+        bank = pad_to_max_rank(bank)  # PEFT warns of a rank_pattern for parameters, though it follows it
+    files = peft_files(bank, base.layout, base_id=base_id, revision=revision)
+    if has_fused_experts(base):
+        config = bank_config(bank, layout=base.layout, base_id=base_id, revision=revision)
+        files[ADAPTER_CONFIG] = canonical_json(targeting_parameters(config, bank, base.layout))
+    return files
+
+
+def has_fused_experts(base: LoadedBase) -> bool:
+    """Return whether a layer of the base model keeps its routed experts in one parameter, as in transformers 5."""
+    layers = base.model.get_submodule(base.layout.layers)
+    return any(
+        parameter.ndim == 3 and name.rpartition(".")[2] in FUSED_PARAMETERS
+        for name, parameter in layers.named_parameters()
+    )
+
+
+def targeting_parameters(config: dict[str, Any], bank: ExpertBank, layout: ModelLayout) -> dict[str, Any]:
+    """Return the config of an adapter for a base model with fused experts, which PEFT reads as it is.
+
+    PEFT takes target modules named like a projection of a routed expert for the fused parameters, also where they name
+    a dense or shared MLP. `target_parameters` is not converted, and adapts a linear module's weight in the same way.
+    All layers of the bank must have the same rank.
+    """
+    layers = sorted(bank.layers.items())
+    paths = [f"{layout.layers}.{index}.{target}" for index, layer in layers for target in sorted(layer.A)]
+    as_parameters = [path for path in paths if path.rpartition(".")[2] in CONVERTED_TARGETS]
+    kept = {key: value for key, value in config.items() if key not in ("layers_to_transform", "layers_pattern")}
+    return kept | {
+        "target_modules": [path for path in paths if path not in as_parameters],
+        "target_parameters": [f"{path}.weight" for path in as_parameters],
     }
 
 

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ...adapters.bank import ExpertBank
 from ...adapters.config import TrainingConfig
+from ...domains.errors import IncompatibleError
 from ...domains.progress import OnProgress
 from ...domains.statistics.prototypes import Neighbour
 from ..base.load import LoadedBase
@@ -16,7 +18,7 @@ from ..compose.drift import Drift
 from ..learn.run import TrainingRun
 from ..measure.evaluate import DomainScores, score_new_domain
 from ..measure.held_out import general_examples
-from ..pack.tensor_file import load_tensors
+from ..pack.tensor_file import ADAPTER_TYPES, load_tensors
 from ..store.manifest import ADAPTER_TENSORS, BaseRecord, PackManifest
 from ..store.store import Store
 from ..store.strict_json import canonical_json
@@ -40,13 +42,15 @@ def import_adapter(
     """Convert an adapter into the bank of a new domain, evaluate it, and store version 1.
 
     Raises:
-        IncompatibleError: The adapter does not fit the base model, or is not plain LoRA on linear modules.
+        IncompatibleError: The adapter does not fit the base model, is not plain LoRA on linear modules, or has numbers
+            that float32 does not hold.
         IntegrityError: Its tensors are damaged or do not match its config.
         ConflictError: Another process added a domain of this name in the meantime.
     """
     files, data = plan.files, plan.data
-    tensors = load_tensors(files.tensors, source=f"{files.source}: {ADAPTER_TENSORS}")
+    tensors = load_tensors(files.tensors, source=f"{files.source}: {ADAPTER_TENSORS}", types=ADAPTER_TYPES)
     bank = convert_adapter(tensors, plan.config, base.model, base.layout, source=files.source)
+    _check_targets(bank, base, files.source)
     run = TrainingRun(
         store,
         base,
@@ -68,6 +72,16 @@ def import_adapter(
         scores, train={"imported": _import_record(plan)}, schedule="imported", proof={"drift": asdict(drift)}
     )
     return ImportResult(manifest=manifest, scores=scores, drift=drift, neighbours=run.neighbours())
+
+
+def _check_targets(bank: ExpertBank, base: LoadedBase, source: str) -> None:
+    """Raise if the adapter extends a module that experts cannot extend."""
+    for index, layer in bank.layers.items():
+        for target in layer.A:
+            if target not in base.targets.by_layer[index]:
+                reason = base.targets.excluded.get(target, "experts cannot extend it")
+                cause = f"it targets {target} of layer {index}: {reason}"
+                raise IncompatibleError(f"{source}: this adapter cannot be imported.", cause=cause)
 
 
 def _import_record(plan: ImportPlan) -> dict[str, Any]:

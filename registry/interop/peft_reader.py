@@ -33,7 +33,7 @@ _READ_KEYS: Final = frozenset(
     {
         *("alpha_pattern", "base_model_name_or_path", "bias", "exclude_modules", "fan_in_fan_out", "init_lora_weights"),
         *("layers_pattern", "layers_to_transform", "lora_alpha", "peft_type", "r", "rank_pattern", "revision"),
-        *("target_modules", "task_type", "use_rslora"),
+        *("target_modules", "target_parameters", "task_type", "use_rslora"),
     }
 )
 # keys that, if set, make the adapter compute more than B A
@@ -46,7 +46,6 @@ _UNSUPPORTED_KEYS: Final = {
     "megatron_config": "it adapts Megatron's parallel layers",
     "modules_to_save": "it contains full copies of base model modules, which would replace the shared ones",
     "monteclora_config": "MonteCLoRA samples its matrices; B A would be one sample",
-    "target_parameters": "it targets parameters that are not linear modules",
     "trainable_token_indices": "it contains trained embedding rows, which would replace the shared ones",
     "use_bdlora": "BD-LoRA saves blocks of B and A",
     "use_dora": "DoRA rescales the base model's weights by a saved magnitude, which is not part of B A",
@@ -69,6 +68,7 @@ class AdapterConfig:
     alpha: float
     is_rslora: bool
     targets: str | tuple[str, ...]  # a pattern, or suffixes of module paths
+    parameters: tuple[str, ...]  # suffixes of paths of weights, each a module's
     excluded: str | tuple[str, ...]
     layers: frozenset[int]  # layers_to_transform; empty for all
     layers_patterns: tuple[str, ...]
@@ -102,6 +102,7 @@ def read_config(data: bytes, *, source: str) -> AdapterConfig:
         alpha=values.number(found.get("lora_alpha"), "lora_alpha"),
         is_rslora=bool(found.get("use_rslora")),
         targets=_targets(values, source),
+        parameters=_parameters(values, source),
         excluded=values.names("exclude_modules"),
         layers=values.layers(),
         layers_patterns=_to_tuple(values.names("layers_pattern")),
@@ -127,12 +128,20 @@ class TargetMatcher:
         """
         config = self._config
         if isinstance(config.targets, str) and config.targets.lower() == ALL_LINEAR:
-            return [path for path in linear if not self._is_excluded(path)]
-        return [path for path in modules if not self._is_excluded(path) and self._is_target(path)]
+            return [path for path in linear if not self._is_excluded(path) or self.has_target_weight(path)]
+        return [
+            path
+            for path in modules
+            if (not self._is_excluded(path) and self._is_target(path)) or self.has_target_weight(path)
+        ]
 
     def rank(self, path: str) -> int:
         """Return the rank of a module, from the first matching pattern."""
         return next(iter(self._fitting(self._config.rank_pattern, path)), self._config.rank)
+
+    def has_target_weight(self, path: str) -> bool:
+        """Return whether `target_parameters` names the weight of the module."""
+        return _matches_suffix(self._config.parameters, f"{path}.weight")
 
     def alpha(self, path: str) -> float:
         """Return the alpha of a module.
@@ -157,7 +166,8 @@ class TargetMatcher:
         return self.alpha(path) / (rank**0.5 if self._config.is_rslora else rank)
 
     def _fitting(self, patterns: Mapping[str, Any], path: str) -> Iterator[Any]:
-        """Yield the values of the patterns that match the end of the path."""
+        """Yield the values of the patterns that match the end of the path, or its weight's if that is the target."""
+        path = f"{path}.weight" if self.has_target_weight(path) else path
         return (value for key, value in patterns.items() if self._regex.matches(rf"(.*\.)?({key})$", path))
 
     def _is_excluded(self, path: str) -> bool:
@@ -280,9 +290,18 @@ def _check_initialisation(value: Any, source: str) -> None:
 
 def _targets(values: _ConfigValues, source: str) -> str | tuple[str, ...]:
     targets = values.names("target_modules")
-    if not targets:
+    if not targets and not values.names("target_parameters"):
         raise _unsupported(source, "no module is targeted", found="target_modules is empty")
     return targets
+
+
+def _parameters(values: _ConfigValues, source: str) -> tuple[str, ...]:
+    names = _to_tuple(values.names("target_parameters"))
+    others = [name for name in names if not name.endswith(".weight")]
+    if others:
+        found = f"target_parameters has {_short(others[0])}"
+        raise _unsupported(source, "it targets parameters that are not linear modules", found=found)
+    return names
 
 
 def _unsupported(source: str, reason: str, *, found: str, fix: str | None = None) -> IncompatibleError:

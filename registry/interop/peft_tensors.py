@@ -5,6 +5,7 @@ Otherwise they are padded with zeros to the largest rank, and each module's scal
 The expert gate is 1 because there is one expert, and there are no rank gates.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ...adapters.bank import Expert, ExpertBank, LayerExperts
 from ...domains.base_model import ModelLayout
@@ -33,6 +35,7 @@ _OTHER_TENSORS: Final = {
     ".bias": "a bias",
 }
 
+_ROUTED_EXPERT: Final = re.compile(r"\.experts\.(\d+\.|base_layer\.|lora_)")
 _TRAINING_ONLY: Final = (".lora_velora_embed",)  # used by the backward pass only
 
 
@@ -94,7 +97,7 @@ def _find_targets(
     if not chosen:
         raise IncompatibleError(
             f"{source}: this adapter targets no module of {type(model).__name__}.",
-            cause=f"its target_modules are {_short(config.targets)}",
+            cause=f"its target_modules are {_short(config.targets)}, its target_parameters {_short(config.parameters)}",
             fix="pass an adapter of this base model",
         )
     outside = [path for path in chosen if path not in places]
@@ -103,6 +106,12 @@ def _find_targets(
             f"{source}: this adapter cannot be imported.",
             cause=f"it targets {outside[0]}, a {type(named[outside[0]]).__name__}; experts have linear modules of"
             " decoder layers only, because everything else is shared by all domains",
+        )
+    transposed = [path for path in chosen if isinstance(named[path], Conv1D) and matcher.has_target_weight(path)]
+    if transposed:
+        raise IncompatibleError(
+            f"{source}: this adapter cannot be imported.",
+            cause=f"target_parameters names {transposed[0]}.weight, which is transposed, so A and B change places",
         )
     return [
         _TargetModule(
@@ -125,6 +134,13 @@ def _read_pairs(
     wanted = {_key(module, letter) for module in modules for letter in "AB"}
     extra = sorted(name for name in tensors.keys() - wanted if not name.endswith(_TRAINING_ONLY))
     missing = sorted(wanted - tensors.keys())
+    routed = [name for name in extra if _ROUTED_EXPERT.search(name)]
+    if routed:
+        raise IncompatibleError(
+            f"{source}: this adapter cannot be imported.",
+            cause=f"{len(routed)} of its tensors adapt routed experts of the base model, such as {routed[0][:120]};"
+            " experts have linear modules only",
+        )
     if extra:
         raise _damaged(source, f"{len(extra)} tensors are not in its config", extra, _describe(extra[0]))
     if missing:
@@ -146,7 +162,8 @@ def _check_pair(A: Tensor, B: Tensor, module: _TargetModule, source: str) -> Non
     for letter, matrix in (("A", A), ("B", B)):
         if matrix.dtype not in DTYPES:
             cause = f"{_key(module, letter)} is {matrix.dtype}; supported are {', '.join(map(str, DTYPES))}"
-            raise IncompatibleError(f"{source}: this adapter cannot be imported.", cause=cause)
+            fix = "convert its tensors to float32 and save them again"
+            raise IncompatibleError(f"{source}: this adapter cannot be imported.", cause=cause, fix=fix)
     d_in, d_out = module.shape
     ranks = A.shape[0] if A.ndim == 2 else None, B.shape[1] if B.ndim == 2 else None
     if ranks != (module.rank, module.rank):

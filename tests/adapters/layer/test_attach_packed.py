@@ -123,7 +123,7 @@ def test_continuous_batching_is_refused_at_the_call(base: Any, compose: Any, som
     with pytest.raises(InputError, match="continuous batching"):
         composed.generate(ids, cache_implementation="paged")
     with pytest.raises(InputError, match="continuous batching"):
-        composed(input_ids=ids, read_index=[torch.arange(5)])
+        composed(input_ids=ids, write_index=[torch.arange(5)])
 
 
 def test_the_rest_of_a_prompt_is_refused_too(base: Any, compose: Any, some_ids: Any) -> None:

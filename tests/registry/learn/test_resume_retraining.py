@@ -29,7 +29,10 @@ Registry.open(store).retrain(
 """
 
 
-@pytest.mark.parametrize("mode", ["extend", "continue", "fresh"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("mode", ["extend", *(pytest.param(mode, marks=SLOW) for mode in ("continue", "fresh"))])
 def test_a_killed_retraining_resumes_and_gives_the_same_bytes(
     mode: str, cooking_store: Path, texts: Any, short_run: Any, tmp_path: Path
 ) -> None:
