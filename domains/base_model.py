@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import IncompatibleError, InputError
 from .linear import linear_modules, settle
-from .quantisation import cannot_load, quantisation_of
+from .quantisation import cannot_load, cannot_read_gguf, is_gguf, quantisation_of
 
 DECODER_ONLY = "choose a decoder-only language model; docs/models.md lists the kinds that work"
 
@@ -49,7 +49,7 @@ def load_base_model(
     """Load the base model, frozen and in evaluation mode, and its tokenizer.
 
     Args:
-        source: A Hub id or a folder.
+        source: A Hub id, a folder, or a GGUF file.
         revision: A branch, tag or commit on the Hub.
         device: `cpu`, `cuda`, `cuda:1`, `mps`.
         dtype: `auto` is float32 on a CPU (bfloat16 is slower there) and the checkpoint's dtype elsewhere.
@@ -61,9 +61,11 @@ def load_base_model(
             causal language model.
     """
     check_device(device)
-    check_causal_lm(source, revision=revision)
     wanted = torch.float32 if dtype == "auto" and device == "cpu" else dtype
     options: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if is_gguf(source):
+        return _load_gguf(Path(source), device=device, dtype=torch.float32 if wanted == "auto" else wanted)
+    check_causal_lm(source, revision=revision)
     config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     quantisation = quantisation_of(config)
     if quantisation is None:
@@ -73,6 +75,22 @@ def load_base_model(
         model = _load_quantised(source, quantisation, dtype=wanted, device_map={"": device}, **options)
     model = model.eval().requires_grad_(False)
     return model, AutoTokenizer.from_pretrained(source, **options)
+
+
+def _load_gguf(path: Path, *, device: str, dtype: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a GGUF file, de-quantised: an ordinary model in `dtype`."""
+    options: Any = {"gguf_file": path.name, "trust_remote_code": False}
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(path.parent, gguf_file=path.name)
+        check_kind(values)
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
+    except (ImportError, OSError, KeyError, RuntimeError, ValueError) as error:  # in transformers' words
+        raise cannot_read_gguf(path, error) from error
+    # de-quantised, but still marked: Trainer would refuse it, and what is saved would not load
+    del model.config.quantization_config, model.hf_quantizer
+    model.is_quantized, model.quantization_method = False, None
+    return model.to(device).eval().requires_grad_(False), tokenizer
 
 
 def _load_quantised(source: str | Path, quantisation: str, **arguments: Any) -> PreTrainedModel:

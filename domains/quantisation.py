@@ -1,6 +1,7 @@
-"""Name the quantisation of a base model from its config.json; nothing heavy is imported."""
+"""Name the quantisation of a base model from its config.json, and know GGUF files; nothing heavy is imported."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from .errors import IncompatibleError
@@ -28,6 +29,21 @@ def quantisation_of(config: Mapping[str, Any]) -> str | None:
         return f"{method} {_word(name)}"
     bits = found.get("bits", found.get("w_bit"))
     return f"{method} {bits}-bit" if type(bits) is int else method
+
+
+def is_gguf(source: str | Path) -> bool:
+    """Return whether a base model is a GGUF file, whose weights transformers de-quantises when it loads them."""
+    return Path(source).suffix.lower() == ".gguf"
+
+
+def cannot_read_gguf(source: Path, error: Exception) -> IncompatibleError:
+    """Return the error for a GGUF file that transformers cannot load on this machine."""
+    is_missing = isinstance(error, ImportError)
+    return IncompatibleError(
+        f"The base model {source.name} cannot be loaded here.",
+        cause=next(iter(str(error).splitlines()), type(error).__name__),
+        fix="pip install 'lorary[gguf]'" if is_missing else "use the model's safetensors weights",
+    )
 
 
 def cannot_load(quantisation: str, error: Exception) -> IncompatibleError:

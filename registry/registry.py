@@ -89,7 +89,7 @@ class Registry:
 
         Args:
             path: The registry's folder; by default the one that `open` would use.
-            base: `pocket`, a folder, or a Hub id.
+            base: `pocket`, a folder, a GGUF file, or a Hub id.
             revision: Commit of the Hub model.
             trust_remote_code: Execute the Python code that the base model brings along, now and whenever the registry
                 is opened; a Hub model needs a full commit. The files are fingerprinted.
@@ -105,7 +105,7 @@ class Registry:
         root = locate_store(path, os.environ, Path.cwd())
         record = fingerprint(folder, source=base, revision=revision, trust_remote_code=trust_remote_code)
         settings: dict[str, Any] = {
-            "source": base if base == POCKET or not Path(base).is_dir() else str(folder),
+            "source": base if base == POCKET or not Path(base).exists() else str(folder),
             "base": record_to_json(record),
         }
         if trust_remote_code:

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from ...registry import Registry
 
 BaseModel = Annotated[
-    str, typer.Option("--base", metavar="MODEL", help="pocket (bundled, 9 MB), a folder, or a Hub model id.")
+    str,
+    typer.Option("--base", metavar="MODEL", help="pocket (bundled, 9 MB), a folder, a GGUF file, or a Hub model id."),
 ]
 Revision = Annotated[
     str | None, typer.Option(metavar="COMMIT", help="A commit of the Hub model.", show_default="the newest")
@@ -80,7 +81,7 @@ def _fetch_base(base: str, revision: str | None, *, trust_remote_code: bool) -> 
     """Download a base model from the Hub unless it is cached, with the Hub client's own progress bars."""
     from ...registry.base.find import POCKET, find_base
 
-    if base == POCKET or Path(base).expanduser().is_dir():
+    if base == POCKET or Path(base).expanduser().exists():
         return
     output.hint(f"Fetching {base} from the Hub's cache or the Hub.")
     find_base(base, revision=revision, trust_remote_code=trust_remote_code)

@@ -4,16 +4,17 @@ from pathlib import Path
 
 from ...domains.data.catalog import BUILTIN
 from ...domains.errors import NotFoundError
+from ...domains.quantisation import is_gguf
 from .custom_code import CODE_FILES, check_commit
 
 POCKET = "pocket"  # the name of the built-in base model
 
 
 def find_base(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> Path:
-    """Return the folder of a base model, downloading it into the Hub's cache if `source` is a Hub id.
+    """Return the folder of a base model, or its GGUF file, downloading it into the Hub's cache if it is a Hub id.
 
     Args:
-        source: `pocket`, a folder, or a Hub id such as `owner/name`.
+        source: `pocket`, a folder, a GGUF file, or a Hub id such as `owner/name`.
         revision: A branch, tag or commit of the Hub model.
         trust_remote_code: Download the Python files of the Hub model too; needs a commit.
 
@@ -25,12 +26,12 @@ def find_base(source: str, *, revision: str | None = None, trust_remote_code: bo
     if source == POCKET:
         return BUILTIN / POCKET
     folder = Path(source).expanduser()
-    if source and folder.is_dir():
+    if source and (folder.is_dir() or (folder.is_file() and is_gguf(folder))):
         return folder.resolve()
     if source.count("/") != 1 or source.startswith((".", "~", "/")):
         raise NotFoundError(
             f"There is no base model {source!r}.",
-            cause="it is neither 'pocket', nor a folder, nor a Hub id such as owner/name",
+            cause="it is neither 'pocket', nor a folder or GGUF file, nor a Hub id such as owner/name",
             fix="registry init --base pocket",
         )
     if trust_remote_code:

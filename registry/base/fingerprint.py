@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...domains.errors import IncompatibleError, NotFoundError
-from ...domains.quantisation import quantisation_of
+from ...domains.quantisation import is_gguf, quantisation_of
 from ..store.blobs import sha256_of, sha256_of_file
 from ..store.files import write_atomic
 from ..store.manifest import BaseRecord
@@ -34,8 +34,8 @@ def fingerprint(
     """Return the fingerprint of the base model in a folder.
 
     Args:
-        folder: The model's files.
-        source: The name that the user gave: `pocket`, a folder, or a Hub id.
+        folder: The model's folder, or its GGUF file.
+        source: The name that the user gave: `pocket`, a folder, a GGUF file, or a Hub id.
         revision: The Hub commit of a Hub model.
         trust_remote_code: Accept a model that brings Python code; its files count as part of the architecture.
         cache: A JSON file that caches digests of weight files by path, inode, size and modification time.
@@ -44,6 +44,8 @@ def fingerprint(
         NotFoundError: The folder has no config or no tokenizer.
         IncompatibleError: The weights are not safetensors, an adapter is beside them, or code that is not trusted.
     """
+    if is_gguf(folder) and folder.is_file():
+        return _gguf_record(folder, cache)
     if (folder / "adapter_config.json").is_file():
         raise IncompatibleError(
             f"{folder} is not a base model alone.",
@@ -57,13 +59,12 @@ def fingerprint(
         raise IncompatibleError(
             f"{folder} has no safetensors weights.",
             cause="other formats can execute code when they are read",
-            fix="save the model with model.save_pretrained(folder)",
+            fix=next(
+                (f"registry init --base {path}" for path in sorted(folder.glob("*.gguf"))),
+                "save the model with model.save_pretrained(folder)",
+            ),
         )
-    known = _read_cache(cache)
-    before = len(known)
-    files = {path.name: _digest_of_file(path, known) for path in weights}
-    if cache is not None and len(known) > before:
-        write_atomic(cache, canonical_json(known))
+    files = _digests(weights, cache)
     is_named = source == POCKET or not Path(source).expanduser().is_dir()
     weights_digest = sha256_of(canonical_json(files))
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
@@ -79,6 +80,33 @@ def fingerprint(
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         quantization=quantisation_of(config),
     )
+
+
+def _gguf_record(path: Path, cache: Path | None) -> BaseRecord:
+    """Return the fingerprint of a GGUF file, which has weights, tokenizer and chat template in one."""
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise IncompatibleError(f"{path} is not a GGUF file.", cause="it does not begin with GGUF")
+    digest = _digests([path], cache)[path.name]
+    return BaseRecord(
+        id=f"local:{digest.removeprefix('sha256:')[:16]}",
+        revision=None,
+        architecture=f"GGUF {digest}",
+        weights=digest,
+        tokenizer=digest,
+        chat_template=digest,
+        dtype="float32",
+    )
+
+
+def _digests(paths: list[Path], cache: Path | None) -> dict[str, str]:
+    """Return the digests of files by name, from the cache where it has them."""
+    known = _read_cache(cache)
+    before = len(known)
+    found = {path.name: _digest_of_file(path, known) for path in paths}
+    if cache is not None and len(known) > before:
+        write_atomic(cache, canonical_json(known))
+    return found
 
 
 def _reads_pickle(folder: Path) -> bool:

@@ -4,7 +4,7 @@ A base that differs with padding or with its own cache is compared no further th
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,11 +81,11 @@ def _check_merged(base: PreTrainedModel, banks: tuple[ExpertBank, ...], ids: Ten
 
 
 def _check_beams(base: PreTrainedModel, composed: PreTrainedModel, found: Findings) -> None:
-    def generated(model: PreTrainedModel, *, use_cache: bool) -> Tensor:
+    def generated(model: Any, *, use_cache: bool) -> Tensor:
         ids = _ids(2, PROMPT)
         options: dict[str, Any] = {"num_beams": 2, "do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4}
         with torch.no_grad():
-            made: Any = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=use_cache, **options)
+            made: Tensor = model.generate(ids, attention_mask=torch.ones_like(ids), use_cache=use_cache, **options)
         return made
 
     if not torch.equal(generated(base, use_cache=True), generated(base, use_cache=False)):
@@ -116,7 +116,7 @@ def _check_training(base: PreTrainedModel, banks: tuple[ExpertBank, ...], ids: T
     assert trained_bank(composed).layers.keys() == banks[1].layers.keys()
 
 
-def _slope(loss: Callable[[], Tensor], parameters: list[Tensor], gradients: list[Tensor], step: float) -> float:
+def _slope(loss: Callable[[], Tensor], parameters: Sequence[Tensor], gradients: Sequence[Tensor], step: float) -> float:
     losses = []
     for distance in (step, -step):
         with torch.no_grad():

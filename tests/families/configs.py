@@ -167,7 +167,8 @@ def _small(kind: type[PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
         kinds = list(dict.fromkeys(default.get(name) or []))
         if kinds:
             sizes[name] = [kinds[i % len(kinds)] for i in range(LAYERS)]
-    for name, sub in (kind.sub_configs or {}).items():
+    sub_configs: Any = kind.sub_configs or {}
+    for name, sub in sub_configs.items():
         is_used = default.get(name) is not None or "text" in name
         if is_used and name not in changes and sub.__name__ != "AutoConfig":
             sizes[name] = _small(sub).to_dict()
