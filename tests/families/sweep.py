@@ -41,6 +41,7 @@ def families() -> list[str]:
 
 def try_family(family: str) -> dict[str, Any]:
     """Return what happened: `result` is works, refused, untried or failed."""
+    import torch
     from checks import check_base
     from configs import tiny_config, tiny_model
 
@@ -50,6 +51,7 @@ def try_family(family: str) -> dict[str, Any]:
     try:
         check_kind(tiny_config_values(family))
         base = tiny_model(tiny_config(family))
+        base(input_ids=torch.arange(3, 15)[None])
     except LoraryError as error:
         return refusal(error)
     except Exception as error:  # the base alone: a kind that no tiny config was found for
