@@ -2,7 +2,7 @@
 # make test         format, lint, types and the fast tests, as CI runs them
 # make coverage     the fast tests with branch coverage and its floor; takes half as long again as make test
 # make slow         the tests that take longer
-# make nightly      2,000 random histories of a registry, many minutes
+# make nightly      2,000 random histories of a registry, every model family; half an hour
 # make pages        write docs/cli.md and docs/api.md from help texts and docstrings
 # make docs         the docs site, built strictly into site/
 # make format       rewrite the files in the project's form
