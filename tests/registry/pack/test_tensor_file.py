@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load
 
-from lorary.domains.errors import IntegrityError
-from lorary.registry.pack.tensor_file import MAX_HEADER, MAX_TENSORS, load_tensors, save_tensors
+from lorary.domains.errors import IncompatibleError, IntegrityError
+from lorary.registry.pack.tensor_file import ADAPTER_TYPES, MAX_HEADER, MAX_TENSORS, load_tensors, save_tensors
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32]
 names = st.from_regex(r"[A-Za-z0-9_.]{1,20}", fullmatch=True)
@@ -116,3 +116,37 @@ def test_a_header_bomb_costs_nothing() -> None:
         load_tensors(data, source="x")
 
     assert time.perf_counter() - started < 0.2
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.bfloat16]
+)
+def test_an_adapter_may_have_numbers_that_float32_holds(dtype: torch.dtype) -> None:
+    tensor = torch.linspace(-3, 3, 24).reshape(4, 6).to(dtype)
+
+    found = load_tensors(save_tensors({"a": tensor}), source="theirs", types=ADAPTER_TYPES)["a"]
+
+    assert torch.equal(found.float(), tensor.float())
+    assert found.dtype == (torch.float32 if tensor.element_size() == 1 else dtype)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int16, torch.bool, torch.complex64, torch.float8_e8m0fnu]
+)
+def test_numbers_of_other_types_are_refused_as_a_type(dtype: torch.dtype) -> None:
+    data = save_tensors({"a": torch.ones(4).to(dtype)})
+
+    with pytest.raises(IncompatibleError, match="cannot be imported") as refusal:
+        load_tensors(data, source="theirs", types=ADAPTER_TYPES)
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        load_tensors(data, source="a pack")
+
+    assert "has numbers of type" in str(refusal.value.cause)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_eight_bit_values_that_are_not_finite_are_refused(dtype: torch.dtype) -> None:
+    data = save_tensors({"a": torch.tensor([1.0, float("nan")]).to(dtype)})
+
+    with pytest.raises(IntegrityError, match="not finite"):
+        load_tensors(data, source="theirs", types=ADAPTER_TYPES)
