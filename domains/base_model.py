@@ -13,6 +13,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -80,16 +81,15 @@ def load_base_model(
 def _load_gguf(path: Path, *, device: str, dtype: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a GGUF file, de-quantised: an ordinary model in `dtype`."""
     options: Any = {"gguf_file": path.name, "trust_remote_code": False}
+    # without it, weights stay packed where a package of compute kernels is installed
+    how = GgufConfig(dequantize=True)
     try:
         values, _ = PreTrainedConfig.get_config_dict(path.parent, gguf_file=path.name)
         check_kind(values)
-        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, **options)
+        model: Any = AutoModelForCausalLM.from_pretrained(path.parent, dtype=dtype, quantization_config=how, **options)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, **options)
     except (ImportError, OSError, KeyError, RuntimeError, ValueError) as error:  # in transformers' words
         raise cannot_read_gguf(path, error) from error
-    # de-quantised, but still marked: Trainer would refuse it, and what is saved would not load
-    del model.config.quantization_config, model.hf_quantizer
-    model.is_quantized, model.quantization_method = False, None
     return model.to(device).eval().requires_grad_(False), tokenizer
 
 

@@ -25,7 +25,7 @@ from .base.fingerprint import fingerprint
 from .compose.plan import Plan, plan_composition
 from .compose.saved import is_saved_composition, open_plan, save_composition
 from .store.manifest import BaseRecord, PackManifest
-from .store.store import Store, locate_store
+from .store.store import STORE_FILE, Store, locate_store
 from .store.strict_json import record_to_json
 
 if TYPE_CHECKING:
@@ -110,6 +110,12 @@ class Registry:
         }
         if trust_remote_code:
             settings["trust_remote_code"] = True
+        from .base.load import LoadedBase
+
+        loaded = LoadedBase(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        if not (root / STORE_FILE).exists():
+            # before anything is written: a base that cannot have experts is refused here
+            loaded.targets.choose((bank or BankConfig()).targets)
         try:
             store = Store.create(root, settings)
         except ConflictError:
@@ -117,6 +123,7 @@ class Registry:
             if store.versions(GENERAL) or store.settings != settings:
                 raise
         registry = cls(store, device=device, dtype=dtype)
+        registry._base = loaded
         from .learn.add_domain import train_preservation
 
         train_preservation(

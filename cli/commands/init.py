@@ -93,7 +93,7 @@ def _fetch_base(base: str, revision: str | None, *, trust_remote_code: bool) -> 
 def init_page(registry: "Registry") -> Page:
     """Make the page about a new registry."""
     manifest = registry.show(GENERAL)
-    loss, proof = facts.loss(manifest), facts.proof(manifest)
+    loss, proof, share = facts.loss(manifest), facts.proof(manifest), registry.base.targets.share
     rows = [
         ("registry", cell(str(registry.store.path))),
         ("base", facts.base(manifest)),
@@ -101,6 +101,7 @@ def init_page(registry: "Registry") -> Page:
         ("digest", cell(manifest.digest)),
         ("experts", facts.experts(manifest)),
         ("per layer", facts.per_layer(manifest.allocation["counts"])),
+        ("can adapt", f"{share:.0%} of the weights of the decoder layers{_left_out(registry)}"),
         ("training", facts.training(manifest)),
         ("loss", loss) if loss else None,
         ("frozen", proof) if proof else None,
@@ -113,7 +114,14 @@ def init_page(registry: "Registry") -> Page:
             "losses": manifest.train["losses"],
             "scores": manifest.evaluation,
             "proof": manifest.proof,
+            "adaptable": {"share": round(share, 4), "left_out": dict(registry.base.targets.excluded)},
         },
         blocks=(title("The registry is ready"), fields(rows), facts.scores(manifest)),
         hints=(f"Add a domain: registry add-domain medicine{store_option(registry.store.path)}",),
     )
+
+
+def _left_out(registry: "Registry") -> str:
+    """Return which linear modules cannot have experts; routed experts in 3-D parameters are no modules."""
+    excluded = sorted(registry.base.targets.excluded)
+    return f"; not {', '.join(excluded[:4])}{' and others' if len(excluded) > 4 else ''}" if excluded else ""

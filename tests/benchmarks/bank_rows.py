@@ -131,8 +131,8 @@ def _blocks(examples: Sequence[Example], base: LoadedBase, arguments: argparse.N
 
 
 def _fresh(base: LoadedBase, config: BankConfig, blocks: Blocks, seed: int) -> ExpertBank:
-    first = expert_free_layers(base.layout.count, config.expert_free)
-    weights = activation_weights(base.model, blocks, first_layer=first) if config.schedule == "data" else None
+    layers = range(expert_free_layers(base.layout.count, config.expert_free), base.layout.count)
+    weights = activation_weights(base.model, blocks, layers=layers) if config.schedule == "data" else None
     generator = torch.Generator().manual_seed(seed)
     return new_bank(base.model, base.layout, config, generator=generator, weights=weights)
 

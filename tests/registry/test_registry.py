@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lorary.domains.errors import ConflictError, IncompatibleError, InputError, IntegrityError, NotFoundError
-from lorary.registry import Registry
+from lorary.registry import BankConfig, Registry
 
 
 def test_the_general_bank_comes_first_in_the_list(whole: Registry) -> None:
@@ -205,3 +205,18 @@ def _moved_base(registry: Registry, base_folder: Path, tmp_path: Path) -> Path:
     record["settings"]["source"] = str(folder)
     path.write_text(json.dumps(record), encoding="utf-8")
     return folder
+
+
+@pytest.mark.parametrize("targets", [None, ("no_such_module",)])
+def test_a_base_that_is_refused_leaves_no_store(
+    targets: tuple[str, ...] | None, base_folder: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    if targets is None:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"model_type": "t5"}
+        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    with pytest.raises((IncompatibleError, InputError)):
+        Registry.init(tmp_path / "store", base=str(folder), bank=BankConfig(targets=targets))
+
+    assert not (tmp_path / "store").exists()

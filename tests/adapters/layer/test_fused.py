@@ -19,6 +19,7 @@ from lorary.adapters.layer.gates import TEMPERATURE, LayerGates
 from lorary.adapters.layer.routing import recording_routes
 from lorary.adapters.layer.stack import Stack, _Slice, build_gates, build_group, stack_gates, stack_group
 from lorary.adapters.layer.stacked import StackedLayer
+from lorary.domains.errors import IncompatibleError
 
 WIDTH, D_IN, D_OUT = 16, 24, 10
 EXPERT = st.tuples(st.integers(1, 6), st.floats(0.5, 32), st.sampled_from(("lora", "rslora")))
@@ -393,3 +394,27 @@ def test_every_module_of_an_attached_model_adds_the_sum_of_its_experts(
         by_bank = naive_gates(layers, flat(entered[index]), slot_gate)
         expected = flat(before) + naive_update(layers, target, flat(x), by_bank)
         assert relative_error(flat(y), expected) <= 1e-5, (index, target)
+
+
+@pytest.mark.own_failure(
+    "a layer that reads the weight of a module with experts instead of calling it",
+    before="a crash without a name; with a weight attribute, the experts would be lost",
+    now="no target; read in a forward pass all the same, it is refused, exit 6",
+)
+def test_a_weight_in_a_forward_pass_can_be_described_and_not_computed_with(
+    base: Any, compose: Any, some_ids: Any, logits: Any
+) -> None:
+    composed = compose(base)
+    module = composed.model.layers[-1].mlp.down_proj
+    assert torch.equal(module.weight, module.base.weight)
+    assert (module.in_features, module.out_features) == (48, 32)
+
+    def read(_module: Any, args: Any) -> None:
+        assert module.weight.shape == (32, 48)
+        assert module.weight.dtype == torch.float32
+        torch.nn.functional.linear(args[0], module.weight)
+
+    module.register_forward_pre_hook(read)
+
+    with pytest.raises(IncompatibleError, match="reads the weight of a module with experts"):
+        logits(composed, input_ids=some_ids())

@@ -12,6 +12,8 @@ def test_init_says_what_it_made(built, document):
     assert found["command"] == "init"
     assert found["name"] == "general"
     assert len(found["losses"]) == 3
+    assert 0.9 < found["adaptable"]["share"] <= 1
+    assert found["adaptable"]["left_out"] == {}
     assert found["proof"]["unchanged"] is True
 
 
