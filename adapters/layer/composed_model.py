@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...domains.errors import InputError
+from ..router.cache import positions_in
 from .base_check import BaseCheck
 from .fused import ExpertGroup
 from .gates import LayerGates, device_only
@@ -171,7 +172,7 @@ class ComposedModel(_Base):
         ids = kwargs.get("input_ids") if inputs is None else inputs
         settings, cache = routing_of(self).settings, kwargs.get("past_key_values")
         is_whole = getattr(self, "merged", None) is None and settings.prompts is not None
-        if is_whole and ids is not None and (cache is None or cache.get_seq_length() == 0):
+        if is_whole and ids is not None and (cache is None or positions_in(cache) == 0):
             if settings.longest_prompt is None:
                 with routing_of(self).reading_prompts(ids.shape[1]):
                     return self.generate(inputs, generation_config, *args, **kwargs)

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..base_model import max_positions
 from ..data.blocks import begin_ids, encode, end_ids
 from ..data.corpus import limit_bytes
 from ..data.example import Example
@@ -74,7 +75,7 @@ def score_language(
         model: A causal language model.
         tokenizer: Its tokenizer.
         examples: Held-out examples.
-        block: Tokens per window, including its prefix.
+        block: Tokens per window, including its prefix; at most the positions that the model has.
         batch: Windows per forward pass.
         max_bytes: Read only the first examples up to this total of target bytes, but at least one.
         on_progress: Called with the number of finished windows and their total.
@@ -84,6 +85,8 @@ def score_language(
         InputError: There is nothing to score.
     """
     chosen = limit_bytes(examples, max_bytes)
+    if isinstance(model, PreTrainedModel):
+        block = min(block, max_positions(model) or block)
     windows = [window for i, example in enumerate(chosen) for window in _windows(example, i, tokenizer, block)]
     nats = [0.0] * len(chosen)
     for window, value in _window_nats(model, windows, batch, on_progress, on_batch):

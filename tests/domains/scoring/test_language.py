@@ -150,3 +150,16 @@ def test_confidence_interval_of_one_text_is_the_score(model, tiny_tokenizer):
     score = score_language(model, tiny_tokenizer, TEXTS[:1])
 
     assert confidence_interval(score) == pytest.approx((score.bits_per_byte, score.bits_per_byte))
+
+
+def test_windows_are_no_longer_than_the_positions_of_the_model(tiny_tokenizer):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "gpt2", n_embd=16, n_layer=1, n_head=2, n_positions=32, vocab_size=len(tiny_tokenizer), bos_token_id=1
+    )
+    learned_positions = AutoModelForCausalLM.from_config(config).eval()
+
+    found = score_language(learned_positions, tiny_tokenizer, TEXTS)
+
+    assert found == score_language(learned_positions, tiny_tokenizer, TEXTS, block=32)
