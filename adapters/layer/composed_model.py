@@ -62,11 +62,11 @@ class ComposedModel(_Base):
     def _check_merged(self, what: str) -> None:
         if getattr(self, "merged", None) is None:
             text = self._composition()
+            # in one line: Trainer and Hub tools log the text of an exception line by line
             raise InputError(
-                f"A composed model cannot be {what}.",
-                cause="a transformers folder has no place for its experts, gates and router",
-                fix=f"registry compose {text} --out FOLDER saves the composition; registry export {text} --to merged "
-                "--static --out FOLDER writes a transformers model with constant gates",
+                f"A composed model cannot be {what}, because a transformers folder has no place for its experts, gates "
+                f"and router: registry compose {text} --out FOLDER saves the composition, and registry export {text} "
+                "--to merged --static --out FOLDER writes a transformers model with constant gates."
             )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
