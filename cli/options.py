@@ -53,6 +53,15 @@ Dtype = Annotated[
         metavar="TYPE", help="dtype of the base model: auto, float32, bfloat16 or float16.", rich_help_panel=_MACHINE
     ),
 ]
+Strict = Annotated[
+    bool,
+    typer.Option(
+        "--strict",
+        metavar="",
+        help="Exit with 9, before anything is trained or stored, if the domain takes everyday chat or an older "
+        "domain's text.",
+    ),
+]
 NoQuestions = Annotated[bool, typer.Option("--no-questions", metavar="", help="Skip the questions.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of new tokens.")]
 

@@ -9,7 +9,7 @@
       IncompatibleError        6   another base model, a missing device or a newer schema
       RemoteError              7   the Hub or the network failed
       StorageFullError         8   no space left
-      GateFailedError          9   a threshold or acceptance check is not met
+      GateFailedError          9   a threshold, acceptance check or chat probe is not met
 
 An error has a `message` (what happened), a `cause` (both values that differ) and a `fix` (a command that helps).
 """
@@ -105,6 +105,6 @@ class StorageFullError(LoraryError):
 
 
 class GateFailedError(LoraryError):
-    """Threshold of a report, or acceptance check of a retrained version, that is not met."""
+    """Threshold of a report, acceptance check of a retrained version, or strict chat probe, that is not met."""
 
     exit_code = 9

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .interop.export_plan import ExportResult
     from .interop.import_adapter import ImportResult
     from .learn.add_domain import AddedDomain, OnNeighbours
+    from .learn.chat_probe import OnProbe
     from .learn.retrain import RetrainedDomain
     from .maintenance.diff import VersionDiff
     from .maintenance.doctor import Finding
@@ -297,7 +298,9 @@ class Registry:
         data: Data = None,
         bank: BankConfig | None = None,
         training: TrainingConfig | None = None,
+        strict: bool = False,
         on_neighbours: "OnNeighbours" = lambda _neighbours: None,
+        on_probe: "OnProbe" = lambda _probe: None,
         on_progress: OnProgress = silent,
     ) -> "AddedDomain":
         """Train new experts for a domain, prove everything else unchanged, and store them as version 1.
@@ -307,13 +310,17 @@ class Registry:
             data: A path, `hf:` data set, list of rows or `datasets.Dataset`, or a list of these.
             bank: Shape of the experts.
             training: How they are trained.
+            strict: Refuse a domain that takes everyday chat or older domains' text (the result's `probe`) before
+                anything is trained.
             on_neighbours: Called before training with the stored domains, nearest first.
+            on_probe: Called before training with the probe.
 
         Raises:
             InputError: The name or the data cannot be used.
             NotFoundError: No data was given and no built-in domain has this name.
             ConflictError: The domain exists.
             IntegrityError: Something frozen changed; nothing is stored.
+            GateFailedError: `strict`, and the domain takes text that is not its own; nothing is trained or stored.
         """
         from .learn.add_domain import add_domain
 
@@ -326,7 +333,9 @@ class Registry:
                 data=_sources(data),
                 bank=bank or BankConfig(),
                 training=training or TrainingConfig(),
+                strict=strict,
                 on_neighbours=on_neighbours,
+                on_probe=on_probe,
                 on_progress=on_progress,
             )
 
@@ -340,6 +349,8 @@ class Registry:
         training: TrainingConfig | None = None,
         gate_data: Data = None,
         tolerance: float | None = None,
+        strict: bool = False,
+        on_probe: "OnProbe" = lambda _probe: None,
         on_progress: OnProgress = silent,
     ) -> "RetrainedDomain":
         """Train the next version of a domain on new text; `latest` moves to it if the acceptance check holds.
@@ -353,10 +364,14 @@ class Registry:
             training: How they are trained.
             gate_data: Text for the acceptance check, instead of the parent's held-out text.
             tolerance: Share by which bits per byte may rise on that text; 0.005 by default.
+            strict: Refuse a version that takes everyday chat or older domains' text (the result's `probe`) before
+                anything is trained.
+            on_probe: Called before training with the probe.
 
         Raises:
             InputError: A setting or the data cannot be used, or the parent's held-out text is not on this machine.
             IntegrityError: Something frozen changed; nothing is stored.
+            GateFailedError: `strict`, and the version takes text that is not its own; nothing is trained or stored.
         """
         from .learn.retrain_plan import plan_retraining
 
@@ -373,7 +388,16 @@ class Registry:
 
         settings = training or TrainingConfig()
         with self._drop_base_on_failed_proof():
-            return retrain(self.store, self.base, self.base_record, plan, training=settings, on_progress=on_progress)
+            return retrain(
+                self.store,
+                self.base,
+                self.base_record,
+                plan,
+                training=settings,
+                strict=strict,
+                on_probe=on_probe,
+                on_progress=on_progress,
+            )
 
     @contextmanager
     def _drop_base_on_failed_proof(self) -> Generator[None]:
@@ -619,6 +643,7 @@ class Registry:
         *,
         data: Data = None,
         same_base: bool = False,
+        strict: bool = False,
         on_progress: OnProgress = silent,
     ) -> "ImportResult":
         """Import a LoRA adapter saved by PEFT as a new domain that computes exactly what the adapter computes.
@@ -628,9 +653,11 @@ class Registry:
             adapter: A folder, or owner/repo on the Hub.
             data: Text of the domain, by which the router will recognize it.
             same_base: The base model that the adapter names is this registry's under another name.
+            strict: Refuse a domain that takes everyday chat or older domains' text (the result's `probe`).
 
         Raises:
             IncompatibleError: The adapter belongs to another base model, or is more than B A for linear modules.
+            GateFailedError: `strict`, and the domain takes text that is not its own; nothing is stored.
         """
         from .interop.import_plan import plan_import
 
@@ -638,7 +665,7 @@ class Registry:
         what = plan_import(self.store, name, str(adapter), _sources(data), base=base)
         from .interop.import_adapter import import_adapter
 
-        return import_adapter(self.store, self.base, self.base_record, what, on_progress=on_progress)
+        return import_adapter(self.store, self.base, self.base_record, what, strict=strict, on_progress=on_progress)
 
     def export(
         self,

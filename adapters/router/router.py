@@ -179,6 +179,15 @@ class DomainRouter(nn.Module):
         kp = torch.sigmoid(self.log_odds + evidence[..., :1] - domains.amax(-1, keepdim=True))
         return torch.cat([kp, (1 - kp) * torch.softmax(domains, dim=-1)], dim=-1)
 
+    def text_gates(
+        self,
+        input_ids: Int64[Tensor, "batch seq"],
+        hidden: Float[Tensor, "batch seq width"],
+        mask: Bool[Tensor, "batch seq"],
+    ) -> Float[Tensor, "batch seq slots"]:
+        """Return the causal gates of texts that are read alone."""
+        return self.slot_gates(self.increments(input_ids, hidden, mask).cumsum(1))
+
 
 def last_tokens(
     ids: Int64[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], before: Int64[Tensor, " batch"] | None

@@ -10,7 +10,7 @@ from ...adapters.allocation import allocate
 from ...adapters.composition import GENERAL
 from ...adapters.config import BankConfig
 from ...domains.data.corpus import as_sources
-from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, expand_option_groups
+from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, Strict, TrainingOptions, expand_option_groups
 from ..show import facts, output
 from ..show.charts import layers
 from ..show.numbers import plural, size
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ...domains.statistics.prototypes import Neighbour
     from ...registry import Registry
     from ...registry.learn.add_domain import AddedDomain
+    from ...registry.learn.chat_probe import ChatProbe
 
 Name = Annotated[
     str, typer.Argument(metavar="NAME", help="A built-in domain, or any name with --data.", show_default=False)
@@ -35,6 +36,7 @@ def add_domain(
     data: Data = None,
     bank: BankOptions,
     training: TrainingOptions,
+    strict: Strict = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     store: StorePath = None,
@@ -44,6 +46,9 @@ def add_domain(
 
     medicine, legal, finance and code have bundled sample corpora and need no --data. Repeat an interrupted command to
     resume it from its last checkpoint.
+
+    Before training, everyday questions and older domains' text are routed with and without the domain. One that takes
+    more than 5 % of them, or the bare chat template, gives a warning; with --strict nothing is trained (exit code 9).
 
     Example: registry add-domain medicine
     """
@@ -59,6 +64,8 @@ def add_domain(
             bank=shape,
             training=training.config(),
             on_neighbours=lambda found: _warn_of_near_duplicate(found, progress, data or [], as_json=as_json),
+            on_probe=lambda probe: warn_of_probe(probe, progress, as_json=as_json),
+            strict=strict,
             on_progress=progress.on_progress,
         )
     output.show(added_page(added, data or []), command="add-domain", as_json=as_json)
@@ -125,6 +132,14 @@ def _warn_of_near_duplicate(
         progress.log(_duplicate_text(duplicate, data))
 
 
+def warn_of_probe(probe: "ChatProbe", progress: ProgressDisplay, *, as_json: bool) -> None:
+    """Warn before training if the domain will take chat or older domains' text."""
+    if not probe.holds and as_json:
+        output.write_json_line({"chat_probe": probe.as_json()})
+    for problem in probe.problems:
+        progress.log(f"Warning: {problem}.")
+
+
 def added_page(added: "AddedDomain", data: list[str]) -> Page:
     """Make the page about a new domain; `data` is --data as it was given."""
     manifest = added.manifest
@@ -139,11 +154,17 @@ def added_page(added: "AddedDomain", data: list[str]) -> Page:
         ("neighbours", facts.neighbours(added.neighbours)),
         ("warm start", f"from the experts of {added.copied_from}" if added.copied_from else None),
         ("routing drift", facts.drift(manifest)),
+        ("everyday chat", facts.chat(manifest)),
         ("frozen", facts.proof(manifest)),
     ]
     return Page(
         data=_data(added, data),
-        blocks=(title(f"{manifest.name} was added", *_warning(added, data)), fields(rows), facts.scores(manifest)),
+        blocks=(
+            title(f"{manifest.name} was added", *_warning(added, data)),
+            fields(rows),
+            facts.scores(manifest),
+            *facts.probe_warning(added.probe),
+        ),
         hints=(f'Try it: registry compose {manifest.name} --prompt "..."',),
     )
 
@@ -175,6 +196,7 @@ def _data(added: "AddedDomain", data: list[str]) -> dict[str, object]:
         **facts.record(manifest),
         "scores": added.scores.as_json(),
         "drift": asdict(added.drift),
+        "chat_probe": added.probe.as_json(),
         "neighbours": [facts.neighbour_record(near) for near in added.neighbours],
         "near_duplicate": _duplicate_record(duplicate, data) if duplicate else None,
         "warm_start": added.copied_from,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..options import Data, Device, Dtype, Json, StorePath
+from ..options import Data, Device, Dtype, Json, StorePath, Strict
 from ..show import facts, output
 from ..show.page import Cell, Page, Part, cell, fields, title
 from ..show.progress import show_progress
@@ -38,6 +38,7 @@ def import_adapter(
     adapter: Adapter,
     data: Data = None,
     same_base: SameBase = False,
+    strict: Strict = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     store: StorePath = None,
@@ -48,12 +49,15 @@ def import_adapter(
     --data is text of the domain: the router's statistics are computed from it, and part of it is held out for
     evaluation. Anything beyond plain LoRA on linear modules (DoRA, biases, modules_to_save) is refused by name.
 
+    The routing of everyday questions and of older domains' text is probed as in add-domain; with --strict, a domain
+    that takes them is not stored (exit code 9).
+
     Example: registry import biology ./my-adapter --data biology.jsonl
     """
     registry = open_registry(store, device=device, dtype=dtype)
     with show_progress("loading the base model", as_json=as_json) as progress:
         imported = registry.import_adapter(
-            name, adapter, data=data, same_base=same_base, on_progress=progress.on_progress
+            name, adapter, data=data, same_base=same_base, strict=strict, on_progress=progress.on_progress
         )
     output.show(imported_page(imported), command="import", as_json=as_json)
 
@@ -69,6 +73,7 @@ def imported_page(imported: "ImportResult") -> Page:
         ("training", facts.training(manifest)),
         ("neighbours", facts.neighbours(imported.neighbours)),
         ("routing drift", facts.drift(manifest)),
+        ("everyday chat", facts.chat(manifest)),
     ]
     return Page(
         data={
@@ -76,8 +81,14 @@ def imported_page(imported: "ImportResult") -> Page:
             "imported": manifest.train["imported"],
             "scores": imported.scores.as_json(),
             "drift": asdict(imported.drift),
+            "chat_probe": imported.probe.as_json(),
             "neighbours": [facts.neighbour_record(near) for near in imported.neighbours],
         },
-        blocks=(title(f"{manifest.name} was imported"), fields(rows), facts.scores(manifest)),
+        blocks=(
+            title(f"{manifest.name} was imported"),
+            fields(rows),
+            facts.scores(manifest),
+            *facts.probe_warning(imported.probe),
+        ),
         hints=(f'Try it: registry compose {manifest.name} --prompt "..."',),
     )

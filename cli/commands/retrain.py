@@ -14,6 +14,7 @@ from ..options import (
     Json,
     Reference,
     StorePath,
+    Strict,
     TrainingOptions,
     expand_option_groups,
     given_options,
@@ -24,6 +25,7 @@ from ..show.numbers import bits, exact, percent, plural, size
 from ..show.page import Cell, Page, Part, Span, cell, fields, line, title
 from ..show.progress import show_progress
 from ..startup import open_registry
+from .add_domain import warn_of_probe
 
 if TYPE_CHECKING:
     from ...registry.learn.retrain import RetrainedDomain
@@ -72,6 +74,7 @@ def retrain(
     ] = None,
     shape: ShapeOptions,
     training: TrainingOptions,
+    strict: Strict = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     store: StorePath = None,
@@ -81,6 +84,9 @@ def retrain(
 
     The acceptance check compares both on the parent's held-out text: within the tolerance, latest moves to the new
     version; otherwise the new version is stored but held back (exit code 9). Repeat an interrupted command to resume.
+
+    Before training, the routing of everyday questions and of older domains' text is probed as in add-domain; with
+    --strict, a version that takes them is not trained (exit code 9).
 
     Example: registry retrain medicine --data new-notes.jsonl
     """
@@ -99,6 +105,8 @@ def retrain(
             data=data,
             gate_data=gate_data,
             training=training.config(),
+            strict=strict,
+            on_probe=lambda probe: warn_of_probe(probe, progress, as_json=as_json),
             on_progress=progress.on_progress,
             **options,
         )
@@ -143,13 +151,15 @@ def retrained_page(done: "RetrainedDomain") -> Page:
         ("resumed", f"from step {done.resumed_from}" if done.resumed_from else None),
         ("loss", facts.loss(manifest)),
         ("routing drift", facts.drift(manifest)),
+        ("everyday chat", facts.chat(manifest)),
         ("frozen", facts.proof(manifest)),
     ]
     head = (
         f"{manifest.name} was retrained" if not done.is_repeated else f"{facts.reference(manifest)} was stored before"
     )
     hints = (f"Compare them: registry diff {facts.reference(done.parent)} {facts.reference(manifest)}",)
-    return Page(data=_data(done), blocks=(title(head), fields(rows), facts.scores(manifest)), hints=hints)
+    blocks = (title(head), fields(rows), facts.scores(manifest), *facts.probe_warning(done.probe))
+    return Page(data=_data(done), blocks=blocks, hints=hints)
 
 
 def _inherited(inherited: dict[str, Any]) -> Cell:
@@ -177,6 +187,7 @@ def _data(done: "RetrainedDomain") -> dict[str, object]:
         "mode": manifest.lineage["mode"],
         "held_back": not done.acceptance.holds,
         "gate": done.acceptance.as_json(),
+        "chat_probe": done.probe.as_json(),
         "is_repeated": done.is_repeated,
         "resumed_from": done.resumed_from,
         "scores": manifest.evaluation,

@@ -55,6 +55,7 @@ def show_page(registry: "Registry", manifest: "PackManifest") -> Page:
         ("training", facts.training(manifest)),
         ("loss", facts.loss(manifest)),
         ("routing drift", facts.drift(manifest)),
+        ("everyday chat", facts.chat(manifest)),
         ("frozen", facts.proof(manifest)),
         ("lineage", _lineage(manifest)),
         ("files", f"{len(manifest.files)}, {size(sum(file.size for file in manifest.files))}"),

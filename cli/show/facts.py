@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 from ...domains.names import is_name
 from .charts import layers, sparkline
 from .numbers import bits, brief, duration, exact, percent, plural, short
-from .page import Cell, Line, Part, Span, Table, cell, faint, line, table
+from .page import Block, Cell, Line, Paragraph, Part, Span, Table, cell, faint, line, table
 
 if TYPE_CHECKING:
     from ...domains.statistics.prototypes import Neighbour
+    from ...registry.learn.chat_probe import ChatProbe
     from ...registry.store.manifest import PackManifest
 
+SHOWN_QUESTIONS = 8
 SCORES = (
     "BITS/BYTE",
     "BASE",
@@ -197,6 +199,32 @@ def drift(manifest: "PackManifest") -> Cell | None:
     taken += f", more than {percent(DRIFT_EPSILON)}" if share > DRIFT_EPSILON else ""
     flipped = Span(f"{flips or 'none'} routed to another domain", "warn" if flips else "good")
     return cell(line(compared, Span(taken, "warn") if share > DRIFT_EPSILON else taken, ", ", flipped))
+
+
+def chat(manifest: "PackManifest") -> Cell | None:
+    """Describe how much of everyday chat the domain takes."""
+    found = manifest.proof.get("chat")
+    if not found:
+        return None
+    everyday, template = found["everyday"], found["template"]
+    taken = f"{percent(everyday['before'], digits=1)} -> " if everyday["before"] else ""
+    text = f"{percent(everyday['after'], digits=1)} of {plural(everyday['texts'], 'everyday question')}"
+    text = f"takes {taken}{text}, {everyday['largest']} as their largest slot"
+    if template:
+        text += f"; the bare chat template is routed to {'it' if template['largest'] else 'other slots'}"
+    return cell(line(Span(text, "good" if found["holds"] else "warn")))
+
+
+def probe_warning(probe: "ChatProbe") -> tuple[Block, ...]:
+    """Warn of a domain that takes chat or older domains' text: what it takes, which questions, and what helps."""
+    if probe.holds:
+        return ()
+    problems = Paragraph(line(Span("\n".join(f"Warning: {problem}." for problem in probe.problems), "warn")))
+    advice = Paragraph(line("\n".join(("What helps:", *(f"- {one}" for one in probe.advice)))))
+    rows = [(cell(question), cell(percent(gate), exact(gate))) for question, gate in probe.taken[:SHOWN_QUESTIONS]]
+    columns = ("TAKEN QUESTION", "GATE")
+    listed = (table(columns, rows, right=("GATE",), no_wrap=("GATE",)),) if rows else ()
+    return problems, *listed, advice
 
 
 def neighbours(found: "Iterable[Neighbour]") -> Cell | None:

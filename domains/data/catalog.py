@@ -18,6 +18,14 @@ def builtin_domains() -> dict[str, DomainSpec]:
     return domains_in(BUILTIN)
 
 
+def everyday_questions() -> list[str]:
+    """Return questions that belong to no domain, as users ask them; new domains are probed with them.
+
+    No KP bank is trained on them: they would prove nothing then.
+    """
+    return (BUILTIN / "general" / "everyday.txt").read_text(encoding="utf-8").splitlines()
+
+
 def domains_in(folder: Path) -> dict[str, DomainSpec]:
     """Return the domain specs of a catalog folder by name, sorted; folders without a `domain.toml` are skipped.
 

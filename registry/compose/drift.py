@@ -5,13 +5,13 @@ The slot gates on each older domain's typical text (its expected evidence, compu
 and after the addition.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from ...adapters.composition import GENERAL
-from ...adapters.router.router import typical_gates
+from ...adapters.router.router import DomainRouter, typical_gates
 from ..pack.pack import Routable
 from .build import build_router
 from .plan import prior_shares
@@ -49,24 +49,22 @@ def measure_drift(
     """
     if not others:
         return Drift(0.0, 0, 0.0, 0)
-    names = sorted(others)
-    old_packs = [preservation, *(others[name] for name in names)]
-    texts = [pack.statistics for pack in old_packs]
-    after = _gates([*old_packs, new], [*names, NEW_SLOT], texts, width)
-    if parent is None:
-        before = _gates(old_packs, names, texts, width)
-    else:
-        before = _gates([*old_packs, parent], [*names, NEW_SLOT], texts, width)
+    texts = [pack.statistics for pack in (preservation, *(others[name] for name in sorted(others)))]
+    before, after = (
+        typical_gates(usual_router(preservation, others, pack, width=width), texts) for pack in (parent, new)
+    )
     after_old = after[:, : before.shape[1]].clamp(min=MIN_GATE)
     divergence = (before * (before.clamp(min=MIN_GATE).log() - after_old.log())).sum(1)
     # never negative in exact arithmetic; rounding in float64 can make it so
     mean_kl = max(0.0, round(divergence.mean().item(), 6))
     flips = int((before.argmax(1) != after.argmax(1)).sum())
-    return Drift(mean_kl, flips, round(after[:, -1].max().item(), 6), len(names))
+    return Drift(mean_kl, flips, round(after[:, -1].max().item(), 6), len(others))
 
 
-def _gates(packs: Sequence[Routable], names: list[str], texts: list, width: int) -> torch.Tensor:
-    """Return the slot gates of each text's typical evidence, (texts, slots)."""
-    priors = prior_shares(dict.fromkeys([GENERAL, *names]))
-    router = build_router(packs, torch.tensor(list(priors.values())), width=width)
-    return typical_gates(router, texts)
+def usual_router(
+    preservation: Routable, others: Mapping[str, Routable], last: Routable | None, *, width: int
+) -> DomainRouter:
+    """Return the router of KP, older domains by name, and `last` if there is one, under the usual prior."""
+    packs = [preservation, *(others[name] for name in sorted(others)), *([] if last is None else [last])]
+    names = [GENERAL, *sorted(others), *([] if last is None else [NEW_SLOT])]
+    return build_router(packs, torch.tensor(list(prior_shares(dict.fromkeys(names)).values())), width=width)

@@ -15,6 +15,7 @@ from ...domains.progress import OnProgress
 from ...domains.statistics.prototypes import Neighbour
 from ..base.load import LoadedBase
 from ..compose.drift import Drift
+from ..learn.chat_probe import ChatProbe, check_probe
 from ..learn.run import TrainingRun
 from ..measure.evaluate import DomainScores, score_new_domain
 from ..measure.held_out import general_examples
@@ -33,19 +34,24 @@ class ImportResult:
     manifest: PackManifest
     scores: DomainScores
     drift: Drift
+    probe: ChatProbe
     neighbours: list[Neighbour]  # nearest first
 
 
 def import_adapter(
-    store: Store, base: LoadedBase, record: BaseRecord, plan: ImportPlan, *, on_progress: OnProgress
+    store: Store, base: LoadedBase, record: BaseRecord, plan: ImportPlan, *, strict: bool, on_progress: OnProgress
 ) -> ImportResult:
     """Convert an adapter into the bank of a new domain, evaluate it, and store version 1.
+
+    Args:
+        strict: Refuse a domain that takes everyday chat or older domains' text.
 
     Raises:
         IncompatibleError: The adapter does not fit the base model, is not plain LoRA on linear modules, or has numbers
             that float32 does not hold.
         IntegrityError: Its tensors are damaged or do not match its config.
         ConflictError: Another process added a domain of this name in the meantime.
+        GateFailedError: `strict`, and the domain takes text that is not its own; nothing is stored.
     """
     files, data = plan.files, plan.data
     tensors = load_tensors(files.tensors, source=f"{files.source}: {ADAPTER_TENSORS}", types=ADAPTER_TYPES)
@@ -64,14 +70,20 @@ def import_adapter(
     )
     run.prepare()
     run.finish(bank)
+    probe = run.probe_of(run.pack, parent=None)
+    if strict:
+        check_probe(probe)
     drift = run.drift()
     scores = score_new_domain(
         base, run.kp, run.pack, plan.name, data.held_out, general_examples(), on_progress=on_progress
     )
     manifest = run.commit(
-        scores, train={"imported": _import_record(plan)}, schedule="imported", proof={"drift": asdict(drift)}
+        scores,
+        train={"imported": _import_record(plan)},
+        schedule="imported",
+        proof={"drift": asdict(drift), "chat": probe.record()},
     )
-    return ImportResult(manifest=manifest, scores=scores, drift=drift, neighbours=run.neighbours())
+    return ImportResult(manifest=manifest, scores=scores, drift=drift, probe=probe, neighbours=run.neighbours())
 
 
 def _check_targets(bank: ExpertBank, base: LoadedBase, source: str) -> None:

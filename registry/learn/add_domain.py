@@ -15,6 +15,7 @@ from ..measure.evaluate import DomainScores, score_new_domain, score_preservatio
 from ..measure.held_out import check_new_name, general_examples, read_domain_data, spec_of
 from ..store.manifest import BaseRecord, PackManifest
 from ..store.store import Store
+from .chat_probe import ChatProbe, OnProbe, check_probe
 from .run import TrainingRun
 
 PRESERVATION_RATE = 0.03  # KP's learning rate as a share of a domain's: it is to keep what the base knows (docs/log.md)
@@ -29,6 +30,7 @@ class AddedDomain:
     manifest: PackManifest
     scores: DomainScores
     drift: Drift
+    probe: ChatProbe
     neighbours: list[Neighbour]  # nearest first
     copied_from: str | None  # the domain whose experts the bank was initialized with
     resumed_from: int  # step
@@ -79,7 +81,9 @@ def add_domain(
     data: Sequence[Source],
     bank: BankConfig,
     training: TrainingConfig,
+    strict: bool,
     on_neighbours: OnNeighbours,
+    on_probe: OnProbe,
     on_progress: OnProgress,
 ) -> AddedDomain:
     """Train new experts for a domain, prove the rest frozen, measure, and store one immutable version.
@@ -87,13 +91,16 @@ def add_domain(
     Of the other domains only their routing data is read, and the bank of the nearest if its experts are copied.
 
     Args:
+        strict: Refuse a domain that takes everyday chat or older domains' text, before anything is trained.
         on_neighbours: Called before training with the stored domains, nearest first.
+        on_probe: Called before training with the routing of chat and of older domains' text.
 
     Raises:
         InputError: The name or the data cannot be used.
         NotFoundError: No data was given and no built-in domain has this name.
         ConflictError: The domain exists.
         IntegrityError: Something frozen changed; nothing is stored.
+        GateFailedError: `strict`, and the domain takes text that is not its own; nothing is trained or stored.
     """
     check_new_name(store, name)
     spec = spec_of(name, data)
@@ -103,13 +110,18 @@ def add_domain(
     neighbours = run.neighbours()
     on_neighbours(neighbours)
     run.initialize(neighbours)
+    probe = run.probe()
+    on_probe(probe)
+    if strict:
+        check_probe(probe)
     run.train()
     drift = run.drift()
     scores = score_new_domain(base, run.kp, run.pack, name, found.held_out, general_examples(), on_progress=on_progress)
     return AddedDomain(
-        manifest=run.commit(scores, proof={"drift": asdict(drift)}),
+        manifest=run.commit(scores, proof={"drift": asdict(drift), "chat": probe.record()}),
         scores=scores,
         drift=drift,
+        probe=probe,
         neighbours=neighbours,
         copied_from=run.copied_from,
         resumed_from=run.resumed_from,

@@ -21,6 +21,7 @@ from ..pack.pack import DomainPack, read_pack
 from ..store.manifest import BaseRecord, PackManifest, check_same_base
 from ..store.store import LATEST, Store
 from .acceptance import AcceptanceCheck, check_acceptance
+from .chat_probe import ChatProbe, OnProbe, check_probe
 from .proof import digest_of_tensors
 from .retrain_plan import RetrainingPlan
 from .run import TrainingRun
@@ -33,6 +34,7 @@ class RetrainedDomain:
     manifest: PackManifest
     parent: PackManifest
     acceptance: AcceptanceCheck
+    probe: ChatProbe
     resumed_from: int  # step
     is_repeated: bool = False  # the same command stored this version before: nothing was trained
 
@@ -44,15 +46,22 @@ def retrain(
     plan: RetrainingPlan,
     *,
     training: TrainingConfig,
+    strict: bool,
+    on_probe: OnProbe,
     on_progress: OnProgress,
 ) -> RetrainedDomain:
     """Train the next version of a domain and store it; `latest` moves to it if the acceptance check holds.
 
     A command that is repeated after it stored its version trains nothing and returns the same verdict.
 
+    Args:
+        strict: Refuse a version that takes everyday chat or older domains' text, before anything is trained.
+        on_probe: Called before training with the routing of chat and of older domains' text.
+
     Raises:
         IncompatibleError: The parent belongs to another base model.
         IntegrityError: Something frozen changed; nothing is stored.
+        GateFailedError: `strict`, and the version takes text that is not its own; nothing is trained or stored.
     """
     parent, name = plan.parent, plan.parent.name
     check_same_base(wanted=parent.base, found=record, what=f"{name}@{parent.version}")
@@ -68,11 +77,15 @@ def retrain(
         on_progress=on_progress,
     )
     stored = run.stored_version()
-    if stored:
-        return _repeated(store, stored, plan)
     older = read_pack(store, parent)
+    if stored:
+        return _repeated(run, older, stored, plan, strict=strict)
     run.prepare(new_experts=plan.mode != "continue")
     _start(run, older, plan.mode)
+    probe = run.probe(parent=older)
+    on_probe(probe)
+    if strict:
+        check_probe(probe)
     run.train()
     inherited = _inherited(plan, older, run.pack)
     acceptance = check_acceptance(run, older, plan.older, tolerance=plan.tolerance)
@@ -83,11 +96,13 @@ def retrain(
         scores,
         evaluation={"gate": acceptance.as_json()},
         lineage={"parent": {"version": parent.version, "digest": parent.digest}, "mode": plan.mode},
-        proof={**inherited, "drift": asdict(run.drift(parent=older))},
+        proof={**inherited, "drift": asdict(run.drift(parent=older)), "chat": probe.record()},
         first_only=False,
         alias=LATEST if acceptance.holds else None,
     )
-    return RetrainedDomain(manifest=manifest, parent=parent, acceptance=acceptance, resumed_from=run.resumed_from)
+    return RetrainedDomain(
+        manifest=manifest, parent=parent, acceptance=acceptance, probe=probe, resumed_from=run.resumed_from
+    )
 
 
 def _start(run: TrainingRun, parent: DomainPack, mode: str) -> None:
@@ -102,12 +117,20 @@ def _start(run: TrainingRun, parent: DomainPack, mode: str) -> None:
         run.initialize(beside=parent.bank if mode == "extend" else None)
 
 
-def _repeated(store: Store, stored: PackManifest, plan: RetrainingPlan) -> RetrainedDomain:
+def _repeated(
+    run: TrainingRun, older: DomainPack, stored: PackManifest, plan: RetrainingPlan, *, strict: bool
+) -> RetrainedDomain:
     """Return the outcome of a run that was done; its process may have ended before `latest` moved."""
+    store = run.store
+    probe = run.probe_of(read_pack(store, stored), parent=older)
+    if strict:
+        check_probe(probe)
     acceptance = AcceptanceCheck.from_json(stored.evaluation["gate"], tolerance=plan.tolerance)
     if acceptance.holds and store.manifest(stored.name).version == plan.parent.version:
         store.set_alias(stored.name, LATEST, stored.version)
-    return RetrainedDomain(manifest=stored, parent=plan.parent, acceptance=acceptance, resumed_from=0, is_repeated=True)
+    return RetrainedDomain(
+        manifest=stored, parent=plan.parent, acceptance=acceptance, probe=probe, resumed_from=0, is_repeated=True
+    )
 
 
 def _inherited(plan: RetrainingPlan, older: DomainPack, new: DomainPack) -> dict[str, object]:

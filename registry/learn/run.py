@@ -51,16 +51,19 @@ from ..base.load import LoadedBase
 from ..compose.drift import Drift, measure_drift
 from ..compose.plan import KP_PRIOR, plan_composition
 from ..measure.evaluate import DomainScores
-from ..measure.held_out import DomainData
+from ..measure.held_out import DomainData, held_out_at_hand
 from ..pack.pack import DomainPack, RoutingData, expert_records, pack_files, read_pack, read_routing
 from ..store.blobs import sha256_of
 from ..store.files import make_folder, write_atomic
 from ..store.manifest import BaseRecord, PackManifest, check_same_base
 from ..store.store import LATEST, Store
 from ..store.strict_json import canonical_json
+from .chat_probe import ChatProbe, probe_chat
 from .train import train_frozen
 
 TOOL = "lorary"
+NEAREST = 4  # older domains whose held-out text is routed before and after; others are probed by their statistics
+MAX_READ_BYTES = 20_000_000  # of an older domain's data: reading more takes longer than the probe
 ORDER_FILE = "order.json"  # digest of the training rows in order, while the run is unfinished
 
 
@@ -180,9 +183,12 @@ class TrainingRun:
 
     def neighbours(self) -> list[Neighbour]:
         """Return the other domains by similarity of their prototypes, nearest first."""
+        return self._neighbours_of(self.prototypes)
+
+    def _neighbours_of(self, prototypes: Tensor) -> list[Neighbour]:
         others = self.routing_of_others
         index = PrototypeIndex(list(others), [other.prototypes for other in others.values()])
-        return index.neighbours(self.prototypes)
+        return index.neighbours(prototypes)
 
     def drift(self, *, parent: DomainPack | None = None) -> Drift:
         """Measure how the routing of the other domains' text changes.
@@ -191,6 +197,30 @@ class TrainingRun:
             parent: The version that the new one replaces.
         """
         return measure_drift(self.kp, self.routing_of_others, self.pack, width=self.width, parent=parent)
+
+    def probe(self, *, parent: DomainPack | None = None) -> ChatProbe:
+        """Measure what the router will give to the domain: of everyday chat, and of older domains' text.
+
+        Args:
+            parent: The version that the new one replaces.
+        """
+        bank = extend_bank(self.frozen, self.bank) if self.frozen else self.bank
+        return self.probe_of(self._packed(bank), parent=parent)
+
+    def probe_of(self, new: DomainPack, *, parent: DomainPack | None) -> ChatProbe:
+        """Measure the same for a pack of this domain."""
+        self.on_progress(Progress(f"probing the routing of {self.name}", 0, 0))
+        nearest = [near.name for near in self._neighbours_of(new.prototypes)[:NEAREST]]
+        found = {name: held_out_at_hand(self.store, self.others[name], max_bytes=MAX_READ_BYTES) for name in nearest}
+        return probe_chat(
+            self.name,
+            self.base,
+            self.kp,
+            self.routing_of_others,
+            new,
+            parent=parent,
+            held_out={name: rows for name, rows in found.items() if rows},
+        )
 
     # --- prepare ---
 
@@ -332,7 +362,10 @@ class TrainingRun:
 
     def finish(self, bank: ExpertBank) -> None:
         """Set the result: the bank, with the text's statistics and prototypes."""
-        self.pack = DomainPack(
+        self.pack = self._packed(bank)
+
+    def _packed(self, bank: ExpertBank) -> DomainPack:
+        return DomainPack(
             bank=bank,
             statistics=self.statistics,
             prototypes=self.prototypes,

@@ -160,6 +160,21 @@ def stored_held_out(store: Store, manifest: PackManifest) -> list[Example]:
     )
 
 
+def held_out_at_hand(store: Store, manifest: PackManifest, *, max_bytes: int) -> list[Example]:
+    """Return the held-out text of a stored version where it is quickly read: from files of this machine, not too large.
+
+    Elsewhere none is returned.
+    """
+    data = [one.train.get("data") or {} for one in _training_lineage(store, manifest)]
+    is_local = not any(_is_hub_data(str(file)) for one in data for file in one.get("files", ()))
+    if not is_local or sum(one.get("bytes", max_bytes + 1) for one in data) > max_bytes:
+        return []
+    try:
+        return stored_held_out(store, manifest)
+    except InputError:
+        return []
+
+
 def without_duplicates(*parts: list[Example]) -> list[Example]:
     """Return the examples of all parts, each once."""
     return list({example.digest(): example for part in parts for example in part}.values())

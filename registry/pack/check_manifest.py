@@ -75,6 +75,17 @@ _FORMS: Final[dict[str, Any]] = {
         "unchanged": bool,
         "inherited": {"from!": str, "experts!": int, "digest!": str},
         "drift": {"domains!": int, "mean_kl!": _NUMBER, "top1_flips!": int, "newcomer_share!": _NUMBER},
+        "chat": {
+            "holds!": bool,
+            "rendered!": str,
+            "template": {"texts!": int, "before!": _NUMBER, "after!": _NUMBER, "largest!": int},
+            "everyday!": {"texts!": int, "before!": _NUMBER, "after!": _NUMBER, "largest!": int},
+            "general_before!": _NUMBER,
+            "general_after!": _NUMBER,
+            "questions!": str,
+            "older_domains!": int,
+            "older_most!": _NUMBER,
+        },
     },
     "tool": {"": str},
 }

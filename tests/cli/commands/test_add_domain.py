@@ -28,8 +28,12 @@ def test_add_domain_says_what_it_brought(built, document):
 
 
 def test_progress_with_json_is_json_line_by_line(built):
-    lines = [json.loads(line) for line in built["printed"]["legal"].stderr.splitlines()]
+    found = [json.loads(line) for line in built["printed"]["legal"].stderr.splitlines()]
 
+    lines = [line for line in found if "progress" in line]
+    assert [line for line in found if line not in lines] == [
+        {"chat_probe": json.loads(built["printed"]["legal"].stdout)["chat_probe"]}
+    ]
     stages = [line["progress"]["stage"] for line in lines]
     assert "training legal" in stages
     assert {"loss", "tokens_per_second"} <= set(lines[stages.index("training legal")]["progress"])
@@ -69,6 +73,31 @@ def test_a_near_duplicate_is_pointed_out_before_training_and_after(run, bare, bu
     for text in (shown.stdout, shown.stderr):
         assert "nearly the same as that of contracts" in text
         assert "registry retrain contracts --data" in text.replace("\n", " ")
+
+
+def test_a_domain_that_takes_everyday_chat_is_a_loud_warning_and_refused_with_strict(
+    run, bare, rows, tmp_path, document
+):
+    data = rows(tmp_path / "new.jsonl", "legal")
+    command = ["add-domain", "contracts", "--data", str(data), "--steps", "1", "--block", "64", "--batch", "2"]
+
+    refused = run(*command, "--strict", store=bare)
+
+    assert refused.exit_code == 9
+    assert "Error: Nothing was stored: the router would give text to contracts" in refused.stderr
+    assert "64 everyday questions" in refused.stderr
+    assert "registry compose general:4+contracts" in refused.stderr
+    assert refused.stdout == ""
+    assert run("show", "contracts", store=bare).exit_code == 3
+
+    warned = run(*command, store=bare)
+
+    assert warned.exit_code == 0
+    for text in (warned.stdout, warned.stderr):
+        assert "Warning: contracts takes" in text
+    assert "What helps:" in warned.stdout
+    shown = run("show", "contracts", store=bare)
+    assert "everyday chat\ttakes" in shown.stdout
 
 
 def test_the_data_is_remembered_by_its_absolute_path(run, bare, rows, tmp_path, document):
