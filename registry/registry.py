@@ -11,6 +11,7 @@ Opening, listing and showing read manifests only; torch is imported when a model
 import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -496,14 +497,22 @@ class Registry:
         )
 
     def route(self, text: str, composition: str | None = None) -> "RouteReport":
-        """Return which domain a text is routed to, with margin and nearest prototypes; all domains by default."""
+        """Return which domain a text is routed to, with margin and nearest prototypes.
+
+        Args:
+            composition: As for `compose`; by default all domains but those imported without text.
+        """
         from .compose.build import packs_of
         from .compose.route import route_text
 
-        composition = composition or "+".join([GENERAL, *(n for n in self.store.domains() if n != GENERAL)])
+        left_out: tuple[str, ...] = ()
+        if composition is None:
+            left_out = tuple(manifest.name for manifest in self.list() if not manifest.is_routed)
+            composition = "+".join(manifest.name for manifest in self.list() if manifest.is_routed)
         composition = self.resolve_composition(composition).composition
         plan = self._plan(composition)
-        return route_text(plan, packs_of(self.store, composition, plan), self.base, text)
+        report = route_text(plan, packs_of(self.store, composition, plan), self.base, text)
+        return replace(report, left_out=left_out)
 
     # --- measure ---
 
@@ -651,7 +660,8 @@ class Registry:
         Args:
             name: Name of the domain.
             adapter: A folder, or owner/repo on the Hub.
-            data: Text of the domain, by which the router will recognize it.
+            data: Text of the domain, by which the router will recognize it. Without it, unless the name is that of a
+                built-in domain, the adapter is never routed to: compose it with constant weights (`static`).
             same_base: The base model that the adapter names is this registry's under another name.
             strict: Refuse a domain that takes everyday chat or older domains' text (the result's `probe`).
 

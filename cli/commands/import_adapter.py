@@ -7,12 +7,13 @@ import typer
 
 from ..options import Data, Device, Dtype, Json, StorePath, Strict
 from ..show import facts, output
-from ..show.page import Cell, Page, Part, cell, fields, title
+from ..show.page import Cell, Page, Paragraph, Part, Span, cell, fields, line, title
 from ..show.progress import show_progress
 from ..startup import open_registry
 
 if TYPE_CHECKING:
     from ...registry.interop.import_adapter import ImportResult
+    from ...registry.store.manifest import PackManifest
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the new domain.", show_default=False)]
 Adapter = Annotated[
@@ -47,7 +48,9 @@ def import_adapter(
     """Import a LoRA adapter saved by PEFT as a new domain with the same outputs.
 
     --data is text of the domain: the router's statistics are computed from it, and part of it is held out for
-    evaluation. Anything beyond plain LoRA on linear modules (DoRA, biases, modules_to_save) is refused by name.
+    evaluation. Without it, unless NAME is a built-in domain, the adapter is never routed to: it is composed with
+    constant weights (compose NAME:0.5+medicine:0.5 --static). Anything beyond plain LoRA on linear modules (DoRA,
+    biases, modules_to_save) is refused by name.
 
     The routing of everyday questions and of older domains' text is probed as in add-domain; with --strict, a domain
     that takes them is not stored (exit code 9).
@@ -79,16 +82,29 @@ def imported_page(imported: "ImportResult") -> Page:
         data={
             **facts.record(manifest),
             "imported": manifest.train["imported"],
-            "scores": imported.scores.as_json(),
-            "drift": asdict(imported.drift),
-            "chat_probe": imported.probe.as_json(),
+            "scores": imported.scores and imported.scores.as_json(),
+            "drift": imported.drift and asdict(imported.drift),
+            "chat_probe": imported.probe and imported.probe.as_json(),
+            "routing": "text" if manifest.is_routed else "none",
             "neighbours": [facts.neighbour_record(near) for near in imported.neighbours],
         },
         blocks=(
             title(f"{manifest.name} was imported"),
             fields(rows),
-            facts.scores(manifest),
-            *facts.probe_warning(imported.probe),
+            *((facts.scores(manifest),) if imported.scores else ()),
+            *(facts.probe_warning(imported.probe) if imported.probe else ()),
+            *(() if manifest.is_routed else (Paragraph(line(Span(_unrouted(manifest.name), "warn"))),)),
         ),
-        hints=(f'Try it: registry compose {manifest.name} --prompt "..."',),
+        hints=(f'Try it: registry compose {manifest.name}{_static(manifest)} --prompt "..."',),
     )
+
+
+def _unrouted(name: str) -> str:
+    return (
+        f"Warning: {name} has no text, so nothing tells the router when to use it. It is used with constant weights "
+        f"only: registry compose {name} --static. To have it routed, import it with --data FILE."
+    )
+
+
+def _static(manifest: "PackManifest") -> str:
+    return "" if manifest.is_routed else " --static"

@@ -55,6 +55,7 @@ def route_page(report: "RouteReport") -> Page:
             ("taken by", cell(line(Span(taken_by, slot_style(order.index(slot)))), slot)),
             ("margin", cell(percent(report.margin, digits=1), exact(report.margin))),
             ("tokens", cell(str(report.tokens))),
+            ("not routed", f"{', '.join(report.left_out)}: imported without text") if report.left_out else None,
         ]
     )
     return Page(data=asdict(report), blocks=(listed, summary))

@@ -152,7 +152,8 @@ def imported(record: dict[str, Any]) -> Cell:
     """Describe where an imported adapter comes from."""
     commit = f" at {record['commit'][:12]}" if record["commit"] else ""
     digests = [digest for _, digest in sorted(record["files"].items())]
-    text = f"imported from {record['from']}{commit}: "
+    routing = " without text, so never routed" if record.get("routing") == "none" else ""
+    text = f"imported from {record['from']}{commit}{routing}: "
     return cell(line(text, faint(", ".join(map(brief, digests)))), text + ", ".join(digests))
 
 

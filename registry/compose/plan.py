@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from ...adapters.composition import GENERAL, Composition
-from ...domains.errors import IntegrityError, NotFoundError
+from ...domains.errors import InputError, IntegrityError, NotFoundError
 from ..store.manifest import BaseRecord, PackManifest, check_same_base
 from ..store.store import Store
 from .notebook import html_table
@@ -50,6 +50,14 @@ class Plan:
         if len(set(depths.values())) > 1:
             listed = ", ".join(f"{name} {depth}" for name, depth in depths.items())
             raise IntegrityError("These packs are for models of different depth.", cause=f"decoder layers: {listed}")
+        unrouted = [slot.name for slot in self.slots if not slot.manifest.is_routed]
+        if unrouted and not self.static:
+            raise InputError(
+                f"{self.composition} cannot be routed.",
+                cause=f"imported without text, by which the router would know it: {', '.join(unrouted)}",
+                fix=f"give constant weights: registry compose {self.composition} --static (weights: NAME:0.5); "
+                "leave it out; or import the adapter under another name with --data FILE",
+            )
 
     @property
     def pinned(self) -> str:
@@ -100,7 +108,7 @@ def plan_composition(store: Store, text: str, *, base: BaseRecord, static: bool 
     """Resolve a composition against a store.
 
     Raises:
-        InputError: `text` violates the grammar.
+        InputError: `text` violates the grammar, or names a domain without text and is not static.
         NotFoundError: A domain, version or alias does not exist, or the KP bank is missing.
         IncompatibleError: A pack belongs to another base model.
     """

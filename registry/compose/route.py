@@ -26,6 +26,7 @@ class RouteReport:
     taken_by: str  # slot with the largest gate; general means that the base model and KP answer
     tokens: int
     similarity: dict[str, float]  # cosine of the text's features and each domain's nearest prototype
+    left_out: tuple[str, ...] = ()  # domains of the registry that have no text, and so are never routed to
 
     def __repr__(self) -> str:
         gates = ", ".join(f"{name}: {gate:.3f}" for name, gate in self.gates.items())

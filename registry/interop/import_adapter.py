@@ -1,7 +1,7 @@
 """Import a PEFT LoRA adapter as version 1 of a new domain, numerically exact and without training.
 
 Statistics and prototypes for the router, scores and routing drift are computed from the domain's text, as for a domain
-that is trained here.
+that is trained here. An adapter without text has none of these: compositions give it a constant weight.
 """
 
 from dataclasses import asdict, dataclass
@@ -10,6 +10,7 @@ from typing import Any
 
 from ...adapters.bank import ExpertBank
 from ...adapters.config import TrainingConfig
+from ...domains.data.corpus import corpus_digest
 from ...domains.errors import IncompatibleError
 from ...domains.progress import OnProgress
 from ...domains.statistics.prototypes import Neighbour
@@ -18,13 +19,20 @@ from ..compose.drift import Drift
 from ..learn.chat_probe import ChatProbe, check_probe
 from ..learn.run import TrainingRun
 from ..measure.evaluate import DomainScores, score_new_domain
-from ..measure.held_out import general_examples
+from ..measure.held_out import DomainData, general_examples
 from ..pack.tensor_file import ADAPTER_TYPES, load_tensors
-from ..store.manifest import ADAPTER_TENSORS, BaseRecord, PackManifest
+from ..store.manifest import ADAPTER_TENSORS, NO_ROUTING, BaseRecord, PackManifest
 from ..store.store import Store
 from ..store.strict_json import canonical_json
 from .import_plan import ImportPlan
 from .peft_tensors import convert_adapter
+
+NO_TEXT = DomainData(
+    train=[],
+    held_out=[],
+    record={"files": [], "digest": corpus_digest([]), "rows": 0, "bytes": 0, "held_out": 0, "held_out_share": 0.0},
+    sources=[],
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +40,9 @@ class ImportResult:
     """Result of an import."""
 
     manifest: PackManifest
-    scores: DomainScores
-    drift: Drift
-    probe: ChatProbe
+    scores: DomainScores | None  # None without text
+    drift: Drift | None
+    probe: ChatProbe | None
     neighbours: list[Neighbour]  # nearest first
 
 
@@ -62,12 +70,18 @@ def import_adapter(
         base,
         record,
         plan.spec,
-        data,
+        NO_TEXT if data is None else data,
         bank=None,
         training=TrainingConfig(),
-        identity=canonical_json({"data": data.record["digest"], **files.digests}),
+        identity=canonical_json({"data": (data or NO_TEXT).record["digest"], **files.digests}),
         on_progress=on_progress,
     )
+    if data is None:
+        run.prepare_without_text()
+        run.finish(bank)
+        train = {"imported": {**_import_record(plan), "routing": NO_ROUTING}}
+        manifest = run.commit(None, train=train, schedule="imported")
+        return ImportResult(manifest=manifest, scores=None, drift=None, probe=None, neighbours=[])
     run.prepare()
     run.finish(bank)
     probe = run.probe_of(run.pack, parent=None)

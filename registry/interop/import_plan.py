@@ -11,7 +11,7 @@ from typing import Final
 from ...domains.data.catalog import builtin_domains
 from ...domains.data.corpus import Source
 from ...domains.data.spec import DomainSpec
-from ...domains.errors import IncompatibleError, InputError, NotFoundError
+from ...domains.errors import IncompatibleError, NotFoundError
 from ...domains.remote_ref import REMOTE_PREFIX, RemoteRef
 from ..base.fingerprint import fingerprint
 from ..measure.held_out import UNKNOWN_LICENSE, DomainData, check_new_name, read_domain_data, spec_of
@@ -46,13 +46,16 @@ class ImportPlan:
 
     name: str
     spec: DomainSpec
-    data: DomainData
+    data: DomainData | None  # None: it comes without text, and is not routed
     files: AdapterFiles
     config: AdapterConfig
 
 
 def plan_import(store: Store, name: str, source: str, data: Sequence[Source], *, base: BaseRecord | None) -> ImportPlan:
     """Read and check the adapter and the text of a new domain.
+
+    A built-in domain has text of its own. Without any the adapter is not routed: its factors alone do not tell which
+    text it is for (docs/log.md).
 
     Args:
         base: Base model that the adapter must name; None skips this check.
@@ -62,19 +65,16 @@ def plan_import(store: Store, name: str, source: str, data: Sequence[Source], *,
             `read_adapter` and `read_config`.
     """
     check_new_name(store, name)
-    if not data and name not in builtin_domains():
-        raise InputError(
-            f"Importing {name!r} needs text of the domain.",
-            cause="the router is computed from a domain's text, and scores are measured on it",
-            fix=f"registry import {name} {source} --data FILE",
-        )
+    has_text = bool(data) or name in builtin_domains()
     files = read_adapter(source)
     config = read_config(files.config, source=f"{source}: {ADAPTER_CONFIG}")
     # the license of a built-in domain is that of its text, not of the adapter
-    spec = replace(spec_of(name, data), license=UNKNOWN_LICENSE)
+    bare = DomainSpec(name=name, description=f"{name}, imported without text", license=UNKNOWN_LICENSE)
+    spec = replace(spec_of(name, data), license=UNKNOWN_LICENSE) if has_text else bare
     if base is not None:
         _check_base(files, config, base)
-    return ImportPlan(name=name, spec=spec, data=read_domain_data(spec, data), files=files, config=config)
+    text = read_domain_data(spec, data) if has_text else None
+    return ImportPlan(name=name, spec=spec, data=text, files=files, config=config)
 
 
 def _check_base(files: AdapterFiles, config: AdapterConfig, record: BaseRecord) -> None:

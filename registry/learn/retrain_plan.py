@@ -96,6 +96,11 @@ def _check(parent: PackManifest, *, mode: str, has_data: bool, has_bank: bool, t
             cause="every domain of the registry was trained over it",
             fix="add what is new as a domain: registry add-domain NAME --data FILE",
         )
+    if not parent.is_routed:
+        raise InputError(
+            f"{name}@{parent.version} was imported without text, so there is nothing to judge a new version by.",
+            fix=f"import it under another name, with text: registry import OTHER-{name} ADAPTER --data FILE",
+        )
     if not has_data:
         fix = f"give the new text: registry retrain {name} --data FILE"
         raise InputError(f"There is nothing new to train {name!r} on.", fix=fix)

@@ -178,8 +178,8 @@ class TrainingRun:
 
     @cached_property
     def routing_of_others(self) -> dict[str, RoutingData]:
-        """What the other domains route by; their experts are not read."""
-        return {name: read_routing(self.store, manifest) for name, manifest in self.others.items()}
+        """What the other domains route by, where they do; their experts are not read."""
+        return {name: read_routing(self.store, one) for name, one in self.others.items() if one.is_routed}
 
     def neighbours(self) -> list[Neighbour]:
         """Return the other domains by similarity of their prototypes, nearest first."""
@@ -258,6 +258,14 @@ class TrainingRun:
         self.statistics = statistics.without_rare_tokens()
         general = self.statistics if self.preservation is None else self.preservation.statistics
         self.prototypes = make_prototypes(means, general.feature_mean)
+
+    def prepare_without_text(self) -> None:
+        """Prepare a bank that comes without text, and so without routing data."""
+        _ = self.others
+        make_folder(self.folder)
+        self._write_record({"state": "running"})
+        self.statistics = self.kp.statistics - self.kp.statistics
+        self.prototypes = self.kp.prototypes[:0].clone()
 
     def initialize(self, neighbours: Sequence[Neighbour] = (), *, beside: ExpertBank | None = None) -> None:
         """Make a new bank: a copy of the nearest domain's experts if that is close, else fresh ones.
@@ -387,7 +395,7 @@ class TrainingRun:
 
     def commit(
         self,
-        scores: DomainScores,
+        scores: DomainScores | None,
         *,
         train: Mapping[str, Any] | None = None,
         schedule: str | None = None,
@@ -400,7 +408,7 @@ class TrainingRun:
         """Store the version, then discard the run's checkpoints.
 
         Args:
-            scores: On the held-out set.
+            scores: On the held-out set, if there is one.
             train: What the manifest records about the origin of a bank that was not trained here.
             schedule: The allocation schedule to record, if not that of the settings.
             evaluation: What the manifest records beside the scores.
@@ -430,7 +438,7 @@ class TrainingRun:
                 "data": self.data.record,
                 **(train or self._train_record()),
             },
-            evaluation={**scores.as_json(), **(evaluation or {})},
+            evaluation={**(scores.as_json() if scores else {}), **(evaluation or {})},
             proof={**self.proof, **(proof or {})},
             created=datetime.now(UTC).isoformat(timespec="seconds"),
             tool=tool_record(),

@@ -189,6 +189,11 @@ def _training_lineage(store: Store, manifest: PackManifest) -> list[PackManifest
 
 
 def _examples_of(store: Store, manifest: PackManifest) -> list[Example]:
+    if not manifest.is_routed:
+        raise InputError(
+            f"{manifest.name}@{manifest.version} was imported without text: there is nothing to measure it on.",
+            fix=f"import it under another name, with text: registry import OTHER-{manifest.name} ADAPTER --data FILE",
+        )
     data = manifest.train.get("data") or {"digest": "unknown", "files": ["unknown"]}
     for sources in _known_sources(store, manifest):
         try:

@@ -59,7 +59,7 @@ _FORMS: Final[dict[str, Any]] = {
         "warm_start": (str, type(None)),
         "settings": {"learning_rate!": _NUMBER, "seed!": int},
         "bank": {"experts": _NUMBER, "schedule": str, "expert_free": _NUMBER, "rank_gates": bool},
-        "imported": {"from!": str, "commit!": (str, type(None)), "files!": {"": str}},
+        "imported": {"from!": str, "commit!": (str, type(None)), "files!": {"": str}, "routing": (str, type(None))},
         "data": {
             "files!": [str],
             "digest!": str,

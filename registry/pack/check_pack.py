@@ -98,14 +98,15 @@ def _check_router(pack: DomainPack, files: PackSource, manifest: PackManifest) -
     _require(0 <= pack.feature_layer < depth, f"feature_layer cannot be {pack.feature_layer} of {depth} layers")
     temperatures = pack.temperatures.token, pack.temperatures.hidden
     _require(max(temperatures) <= MAX_TEMPERATURE, f"tempers cannot be {temperatures}")
-    _check_prototypes(pack.prototypes)
+    _check_prototypes(pack.prototypes, is_routed=manifest.is_routed)
     _check_statistics(pack.statistics, width=width)
 
 
-def _check_prototypes(prototypes: Tensor) -> None:
+def _check_prototypes(prototypes: Tensor, *, is_routed: bool) -> None:
     _require(prototypes.dtype == torch.float32 and prototypes.ndim == 2, f"prototypes are of {prototypes.dtype}")
-    _require(1 <= len(prototypes) <= MAX_PROTOTYPES, f"there are {len(prototypes)} prototypes")
-    off = (_lengths(prototypes, 1) - 1).abs().max().item()
+    least = 1 if is_routed else 0
+    _require(least <= len(prototypes) <= MAX_PROTOTYPES, f"there are {len(prototypes)} prototypes")
+    off = (_lengths(prototypes, 1) - 1).abs().max().item() if len(prototypes) else 0.0
     _require(off <= UNIT, f"a prototype's length is off 1 by {off:.3g}")
 
 

@@ -37,6 +37,7 @@ ADAPTER_TENSORS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.j
 ROUTER_TENSORS, ROUTER_CONFIG = "router/router.safetensors", "router/router.json"
 ROLES: Final = ("domain", "preservation")
 DRIFT_EPSILON: Final = 0.05  # largest routing weight a new domain may take from an older one without a warning
+NO_ROUTING: Final = "none"  # of an adapter that was imported without text: its weight in a composition is constant
 METHODS: Final = ("lora", "rslora")
 MAX_PATH: Final = 255  # characters
 
@@ -194,6 +195,12 @@ class PackManifest:
         """Whether the version failed its acceptance check against its parent, so that `latest` does not move to it."""
         gate = self.evaluation.get("gate")
         return isinstance(gate, dict) and gate.get("holds") is False
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether the router can tell the domain's text; not if it was imported without any."""
+        imported = self.train.get("imported")
+        return not (isinstance(imported, dict) and imported.get("routing") == NO_ROUTING)
 
     def file(self, path: str) -> PackFile:
         """Return the file at a path of the pack.

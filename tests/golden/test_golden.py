@@ -34,7 +34,8 @@ ADDED = {
     "init": {"adaptable"},
     "add-domain": {"chat_probe", "proof.chat"},
     "retrain": {"chat_probe", "proof.chat"},
-    "import": {"chat_probe"},
+    "import": {"chat_probe", "routing"},
+    "route": {"left_out"},
     "manifest": {"proof.chat"},
 }
 

@@ -46,6 +46,22 @@ def test_import_as_one_document(run, bare, rows, tmp_path, adapter, document):
     assert found["experts_per_layer"] == [1, 1, 1, 1]
 
 
+def test_an_import_without_text_says_that_it_is_not_routed(run, bare, adapter, document):
+    result = run("import", "notes", str(adapter), store=bare)
+
+    assert result.exit_code == 0, result.stderr
+    assert "Warning: notes has no text" in result.stdout
+    assert "registry compose notes --static --prompt" in result.stderr
+    assert "without text, so never routed" in run("show", "notes", store=bare).stdout
+    found = document(run("import", "more", str(adapter), "--json", store=bare))
+    assert (found["routing"], found["scores"], found["chat_probe"]) == ("none", None, None)
+    assert "not routed\tmore, notes: imported without text" in run("route", "the patient", store=bare).stdout
+    refused = run("compose", "notes", store=bare)
+    assert refused.exit_code == 2
+    assert "Fix: give constant weights: registry compose notes --static" in refused.stderr
+    assert run("compose", "notes", "--static", store=bare).exit_code == 0
+
+
 def test_what_cannot_be_imported_is_an_error_of_three_lines(run, bare, rows, tmp_path, adapter):
     folder = shutil.copytree(adapter, tmp_path / "dora")
     config = json.loads((folder / "adapter_config.json").read_text()) | {"use_dora": True}

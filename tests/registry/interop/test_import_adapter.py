@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorary.adapters.layer.routing import fixed_slots, recording_routes, routing_of
-from lorary.domains.errors import ConflictError, IncompatibleError, InputError, IntegrityError, NotFoundError
+from lorary.domains.errors import ConflictError, IncompatibleError, IntegrityError, NotFoundError
 from lorary.registry import Registry
 from lorary.registry.interop.import_plan import plan_import
 from lorary.registry.pack.check_pack import check_pack
@@ -238,11 +238,6 @@ def test_a_pickle_on_the_hub_is_not_even_downloaded(local_hub: Any, changed: Any
 
     with pytest.raises(IncompatibleError, match="a pickle"):
         Registry.open(kp_store).import_adapter("sailing", "acme/mine", data=[texts["sailing"]])
-
-
-def test_an_import_needs_text(kp_store: Path, adapter: Path) -> None:
-    with pytest.raises(InputError, match="--data FILE"):
-        Registry.open(kp_store).import_adapter("sailing", adapter)
 
 
 def test_a_taken_name_is_refused(imported: Registry, adapter: Path, texts: Any) -> None:
