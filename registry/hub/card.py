@@ -48,6 +48,8 @@ def model_card(manifest: PackManifest, *, repo: str) -> str:
         max_lora_rank=_max_lora_rank(experts),
         scores=manifest.evaluation,
         drift=manifest.proof.get("drift") or {},
+        chat=manifest.proof.get("chat") or {},
+        is_routed=manifest.is_routed,
         data=manifest.train.get("data") or {},
         settings=manifest.train.get("settings") or {},
         parent=manifest.parent,

@@ -107,8 +107,8 @@ class ChatProbe:
         found = []
         if self.template is not None and self.template.largest:
             found.append(
-                "learn from plain text, or from prompt and completion, in place of messages: then the template is not "
-                "counted as the domain's own text"
+                "where the data is conversations (messages), write it as text, or as prompt and completion: then the "
+                "template is not counted as the domain's own text"
             )
         if self.everyday.is_taken:
             found.append(

@@ -47,7 +47,11 @@ def scored(draft):
         },
         evaluation={"base": 2.0, "alone": 1.49, "routed": 1.5, "general_base": 1.6, "general_routed": 1.61}
         | {"share_of_oracle_gain": 0.98, "interval": [1.4, 1.6]},
-        proof={"unchanged": True, "drift": {"domains": 2, "top1_flips": 0}},
+        proof={
+            "unchanged": True,
+            "drift": {"domains": 2, "top1_flips": 0},
+            "chat": {"everyday": {"texts": 64, "before": 0.0, "after": 0.024, "largest": 1}},
+        },
     )
 
 
@@ -98,10 +102,24 @@ def test_a_base_that_is_not_on_the_hub_is_not_named_as_base_model(scored, base):
 @pytest.mark.parametrize(
     "text",
     ["registry pull acme/lorary-legal@v3", "registry generate legal", 'subfolder="experts/e0"', "--max-lora-rank 8"]
-    + ["| `e0` | 4 | 8 | lora | `q_proj`, `v_proj` | 2-3 | 1,024 |", "98%", "1.4 to 1.6", "contracts.jsonl"],
+    + [
+        "| `e0` | 4 | 8 | lora | `q_proj`, `v_proj` | 2-3 | 1,024 |",
+        "98%",
+        "1.4 to 1.6",
+        "contracts.jsonl",
+        "2.4% of 64 questions",
+    ],
 )
 def test_the_body_has_usage_experts_and_scores(scored, text):
     assert text in body(model_card(scored, repo=REPO))
+
+
+def test_the_card_of_an_adapter_without_text_does_not_promise_routing(scored):
+    card = model_card(replace(scored, train={"imported": {"routing": "none"}}, evaluation={}, proof={}), repo=REPO)
+
+    assert "registry generate legal --static" in body(card)
+    assert "imported without text" in body(card)
+    assert "analytic router" not in body(card)
 
 
 def test_the_card_of_a_kp_bank_names_its_version_in_the_command(scored):
