@@ -7,6 +7,7 @@ import typer
 
 from .commands.add_domain import add_domain
 from .commands.alias import alias
+from .commands.chat import chat
 from .commands.compose import compose
 from .commands.diff import diff
 from .commands.doctor import doctor
@@ -56,6 +57,7 @@ COMMANDS = {
     "restore": restore,
     "compose": compose,
     "generate": generate,
+    "chat": chat,
     "route": route,
     "evaluate": evaluate,
     "report": report,

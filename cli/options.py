@@ -46,6 +46,17 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+RawRows = Annotated[
+    bool,
+    typer.Option(
+        "--raw",
+        metavar="",
+        help="Read prompts and completions as plain text, not as turns of the base's chat template.",
+    ),
+]
+Raw = Annotated[
+    bool, typer.Option("--raw", metavar="", help="Read the text as it is, not as a turn of the base's chat template.")
+]
 Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or mps.", rich_help_panel=_MACHINE)]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
@@ -63,6 +74,24 @@ Strict = Annotated[
     ),
 ]
 NoQuestions = Annotated[bool, typer.Option("--no-questions", metavar="", help="Skip the questions.")]
+Temperature = Annotated[float, typer.Option(min=0.0, metavar="N", help="Sampling temperature; 0 is greedy decoding.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        metavar="N",
+        help="Sample among the most probable tokens whose probabilities sum up to this.",
+        show_default=False,
+    ),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Sample among this many most probable tokens.", show_default=False),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="A text before which the answer ends. Repeatable.", show_default=False),
+]
+Seed = Annotated[int, typer.Option(metavar="N", help="Random seed for sampling.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of new tokens.")]
 
 

@@ -100,7 +100,8 @@ def is_public(name: str) -> bool:
 
 def functions_of(node: ast.ClassDef) -> list[ast.FunctionDef]:
     """Return the public methods and properties of a class, in the order in which they are written."""
-    return [item for item in node.body if isinstance(item, ast.FunctionDef) and is_public(item.name)]
+    functions = [item for item in node.body if isinstance(item, ast.FunctionDef) and is_public(item.name)]
+    return [item for item in functions if "overload" not in map(ast.unparse, item.decorator_list)]
 
 
 def fields_of(node: ast.ClassDef) -> list[ast.AnnAssign]:

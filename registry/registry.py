@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from ..adapters.composition import GENERAL, parse_reference
 from ..adapters.config import BankConfig, TrainingConfig
@@ -31,9 +31,12 @@ from .store.strict_json import record_to_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.streamers import BaseStreamer
 
+    from ..domains.data.prompt import Prompt
     from .base.load import LoadedBase
-    from .compose.generate import Answer
+    from .compose.chat import Conversation
+    from .compose.generate import Answer, Answers, Prompts
     from .compose.route import RouteReport
     from .hub.pull import PullResult
     from .hub.push import PushResult
@@ -81,6 +84,7 @@ class Registry:
         revision: str | None = None,
         trust_remote_code: bool = False,
         data: Data = None,
+        raw: bool = False,
         bank: BankConfig | None = None,
         training: TrainingConfig | None = None,
         device: str = "cpu",
@@ -96,6 +100,7 @@ class Registry:
             trust_remote_code: Execute the Python code that the base model brings along, now and whenever the registry
                 is opened; a Hub model needs a full commit. The files are fingerprinted.
             data: General text for the KP bank; the bundled corpus by default.
+            raw: Read prompts and completions as plain text, not as turns of the base's chat template.
             bank: Shape of the experts.
             training: How they are trained.
 
@@ -133,6 +138,7 @@ class Registry:
             registry.base,
             record,
             data=_sources(data),
+            raw=raw,
             bank=bank or BankConfig(),
             training=training or TrainingConfig(),
             on_progress=on_progress,
@@ -297,6 +303,7 @@ class Registry:
         name: str,
         *,
         data: Data = None,
+        raw: bool = False,
         bank: BankConfig | None = None,
         training: TrainingConfig | None = None,
         strict: bool = False,
@@ -309,6 +316,7 @@ class Registry:
         Args:
             name: A built-in domain, or any name together with `data`.
             data: A path, `hf:` data set, list of rows or `datasets.Dataset`, or a list of these.
+            raw: Read prompts and completions as plain text, not as turns of the base's chat template.
             bank: Shape of the experts.
             training: How they are trained.
             strict: Refuse a domain that takes everyday chat or older domains' text (the result's `probe`) before
@@ -332,6 +340,7 @@ class Registry:
                 self.base_record,
                 name,
                 data=_sources(data),
+                raw=raw,
                 bank=bank or BankConfig(),
                 training=training or TrainingConfig(),
                 strict=strict,
@@ -345,6 +354,7 @@ class Registry:
         reference: str,
         *,
         data: Data,
+        raw: bool = False,
         mode: Literal["extend", "continue", "fresh"] = "extend",
         bank: Mapping[str, Any] | None = None,
         training: TrainingConfig | None = None,
@@ -359,6 +369,7 @@ class Registry:
         Args:
             reference: The parent: a domain's latest version, or `name@2`.
             data: The new text alone, in the forms that `add_domain` takes.
+            raw: As for `add_domain`; the parent's held-out text is read as the parent reads it.
             mode: `extend` adds experts beside the parent's, which stay frozen; `continue` trains a copy of the
                 parent's; `fresh` starts over.
             bank: Fields of `BankConfig` in which the new experts differ from the parent's.
@@ -380,6 +391,7 @@ class Registry:
             self.store,
             self.show(reference),
             _sources(data),
+            raw=raw,
             mode=mode,
             bank=bank,
             gate_data=_sources(gate_data, "gate_data"),
@@ -462,45 +474,115 @@ class Registry:
         plan = plan_composition(self.store, composition, base=self.base_record, static=static)
         return save_composition(self.store, plan, Path(out))
 
+    @overload
     def generate(
         self,
         model: "PreTrainedModel",
-        prompt: str,
+        prompt: "Prompt",
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_p: float | None = ...,
+        top_k: int | None = ...,
+        stop: str | Sequence[str] = ...,
+        seed: int = ...,
+        raw: bool = ...,
+        streamer: "BaseStreamer | None" = ...,
+    ) -> "Answer": ...
+
+    @overload
+    def generate(
+        self,
+        model: "PreTrainedModel",
+        prompt: "Prompts",
+        *,
+        max_new_tokens: int = ...,
+        temperature: float = ...,
+        top_p: float | None = ...,
+        top_k: int | None = ...,
+        stop: str | Sequence[str] = ...,
+        seed: int = ...,
+        raw: bool = ...,
+        streamer: "BaseStreamer | None" = ...,
+    ) -> "Answers": ...
+
+    def generate(
+        self,
+        model: "PreTrainedModel",
+        prompt: "Prompt | Prompts",
         *,
         max_new_tokens: int = 64,
         temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        stop: str | Sequence[str] = (),
         seed: int = 0,
-        chat: bool = False,
-    ) -> "Answer":
-        """Return the model's continuation of a prompt, with the route of each token.
+        raw: bool = False,
+        streamer: "BaseStreamer | None" = None,
+    ) -> "Answer | Answers":
+        """Return the model's answer to a prompt, with the route of each token; for a list of prompts a list of answers.
 
         Args:
             model: A composed model.
+            prompt: A text, which is a user's turn if the tokenizer has a chat template; messages with role and content;
+                or a list of either.
             max_new_tokens: Maximum number of new tokens.
             temperature: 0 decodes greedily; above, samples.
-            seed: For sampling.
-            chat: Render the prompt with the tokenizer's chat template, as a user's turn.
+            top_p: Sample among the most probable tokens whose probabilities sum up to this.
+            top_k: Sample among this many most probable tokens.
+            stop: Texts before which the answer ends.
+            seed: For sampling; each prompt of a list is sampled as if it were alone.
+            raw: Continue the text as it is, without the chat template.
+            streamer: A streamer of transformers, for one prompt.
 
         Raises:
-            InputError: The prompt has no tokens, is too long, or the tokenizer has no chat template.
+            InputError: A prompt has no tokens, is too long, or the chat template cannot render it; a setting is off.
         """
-        from .compose.generate import generate
+        from .compose.generate import GenerationSettings, generate
 
-        return generate(
-            model,
-            self.tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            chat=chat,
+        settings = GenerationSettings(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, seed=seed
         )
+        return generate(model, self.tokenizer, prompt, settings, raw=raw, streamer=streamer)
 
-    def route(self, text: str, composition: str | None = None) -> "RouteReport":
+    def chat(
+        self,
+        model: "PreTrainedModel",
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        stop: str | Sequence[str] = (),
+        seed: int = 0,
+        raw: bool = False,
+    ) -> "Conversation":
+        """Begin a conversation: each answer is given to everything that was said before.
+
+        Args:
+            model: A composed model.
+            max_new_tokens: Maximum number of new tokens of each answer.
+            temperature: As for `generate`, as are `top_p`, `top_k`, `stop` and `seed`.
+            raw: Continue the text of all turns, one per line, without the chat template.
+
+        Raises:
+            InputError: The tokenizer has no chat template, and `raw` is not set; a setting is off.
+        """
+        from .compose.chat import Conversation
+        from .compose.generate import GenerationSettings
+
+        settings = GenerationSettings(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, seed=seed
+        )
+        return Conversation(model, self.tokenizer, settings, raw=raw)
+
+    def route(self, text: str, composition: str | None = None, *, raw: bool = False) -> "RouteReport":
         """Return which domain a text is routed to, with margin and nearest prototypes.
 
         Args:
+            text: A prompt, which is a user's turn if the tokenizer has a chat template.
             composition: As for `compose`; by default all domains but those imported without text.
+            raw: Take the text as it is.
         """
         from .compose.build import packs_of
         from .compose.route import route_text
@@ -511,7 +593,7 @@ class Registry:
             composition = "+".join(manifest.name for manifest in self.list() if manifest.is_routed)
         composition = self.resolve_composition(composition).composition
         plan = self._plan(composition)
-        report = route_text(plan, packs_of(self.store, composition, plan), self.base, text)
+        report = route_text(plan, packs_of(self.store, composition, plan), self.base, text, raw=raw)
         return replace(report, left_out=left_out)
 
     # --- measure ---
@@ -651,6 +733,7 @@ class Registry:
         adapter: str | Path,
         *,
         data: Data = None,
+        raw: bool = False,
         same_base: bool = False,
         strict: bool = False,
         on_progress: OnProgress = silent,
@@ -662,6 +745,7 @@ class Registry:
             adapter: A folder, or owner/repo on the Hub.
             data: Text of the domain, by which the router will recognize it. Without it, unless the name is that of a
                 built-in domain, the adapter is never routed to: compose it with constant weights (`static`).
+            raw: As for `add_domain`.
             same_base: The base model that the adapter names is this registry's under another name.
             strict: Refuse a domain that takes everyday chat or older domains' text (the result's `probe`).
 
@@ -672,7 +756,7 @@ class Registry:
         from .interop.import_plan import plan_import
 
         base = None if same_base else self.base_record
-        what = plan_import(self.store, name, str(adapter), _sources(data), base=base)
+        what = plan_import(self.store, name, str(adapter), _sources(data), base=base, raw=raw)
         from .interop.import_adapter import import_adapter
 
         return import_adapter(self.store, self.base, self.base_record, what, strict=strict, on_progress=on_progress)

@@ -10,7 +10,18 @@ from ...adapters.allocation import allocate
 from ...adapters.composition import GENERAL
 from ...adapters.config import BankConfig
 from ...domains.data.corpus import as_sources
-from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, Strict, TrainingOptions, expand_option_groups
+from ..options import (
+    BankOptions,
+    Data,
+    Device,
+    Dtype,
+    Json,
+    RawRows,
+    StorePath,
+    Strict,
+    TrainingOptions,
+    expand_option_groups,
+)
 from ..show import facts, output
 from ..show.charts import layers
 from ..show.numbers import plural, size
@@ -34,6 +45,7 @@ def add_domain(
     *,
     name: Name,
     data: Data = None,
+    raw: RawRows = False,
     bank: BankOptions,
     training: TrainingOptions,
     strict: Strict = False,
@@ -61,6 +73,7 @@ def add_domain(
         added = registry.add_domain(
             name,
             data=data,
+            raw=raw,
             bank=shape,
             training=training.config(),
             on_neighbours=lambda found: _warn_of_near_duplicate(found, progress, data or [], as_json=as_json),

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...domains.errors import InputError
-from ..options import Device, Dtype, Json, MaxNewTokens, Spec, Static, StorePath
+from ..options import Device, Dtype, Json, MaxNewTokens, Raw, Spec, Static, StorePath
 from ..show import facts, output
 from ..show.numbers import brief, exact, percent, short
 from ..show.page import Block, Page, Paragraph, Span, Table, cell, faint, fields, line, slot_style, table, title
 from ..show.progress import show_progress
-from ..show.slots import answer_data, answer_line
+from ..show.slots import answer_data, answer_hints, answer_line
 from ..startup import open_registry
 from .pull import pull_named_packs
 
@@ -25,19 +25,18 @@ if TYPE_CHECKING:
 def compose(
     spec: Spec,
     static: Static = False,
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="A prompt to continue.", show_default=False)
-    ] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="A prompt to answer.", show_default=False)] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Save the composition to a new folder.", show_default=False)
     ] = None,
     max_new_tokens: MaxNewTokens = 64,
+    raw: Raw = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     store: StorePath = None,
     as_json: Json = False,
 ) -> None:
-    """Compose domains into one model: show the plan, continue a prompt, or save the composition.
+    """Compose domains into one model: show the plan, answer a prompt, or save the composition.
 
     The knowledge-preservation (KP) bank, the shared general expert, is part of every composition. Weights are the prior
     of each slot; with --static they are its fixed share.
@@ -53,7 +52,7 @@ def compose(
         with show_progress("loading the base model", as_json=as_json) as progress:
             model = registry.compose(spec, static=static)
             progress.start("generating")
-            answer = registry.generate(model, prompt, max_new_tokens=max_new_tokens)
+            answer = registry.generate(model, prompt, max_new_tokens=max_new_tokens, raw=raw)
     output.show(compose_page(plan, saved=saved, answer=answer), command="compose", as_json=as_json)
 
 
@@ -91,7 +90,9 @@ def compose_page(plan: "Plan", *, saved: Path | None, answer: "Answer | None") -
     if answer:
         blocks += [title("Answer"), Paragraph(answer_line(answer))]
     hint = f'Ask it: registry generate {_spec_of(plan, saved)} "..."'
-    return Page(data=_data(plan, saved, answer), blocks=tuple(blocks), hints=() if answer else (hint,))
+    return Page(
+        data=_data(plan, saved, answer), blocks=tuple(blocks), hints=answer_hints(answer) if answer else (hint,)
+    )
 
 
 def _spec_of(plan: "Plan", saved: Path | None) -> str:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..options import Data, Device, Dtype, Json, StorePath, Strict
+from ..options import Data, Device, Dtype, Json, RawRows, StorePath, Strict
 from ..show import facts, output
 from ..show.page import Cell, Page, Paragraph, Part, Span, cell, fields, line, title
 from ..show.progress import show_progress
@@ -38,6 +38,7 @@ def import_adapter(
     name: Name,
     adapter: Adapter,
     data: Data = None,
+    raw: RawRows = False,
     same_base: SameBase = False,
     strict: Strict = False,
     device: Device = "cpu",
@@ -60,7 +61,7 @@ def import_adapter(
     registry = open_registry(store, device=device, dtype=dtype)
     with show_progress("loading the base model", as_json=as_json) as progress:
         imported = registry.import_adapter(
-            name, adapter, data=data, same_base=same_base, strict=strict, on_progress=progress.on_progress
+            name, adapter, data=data, raw=raw, same_base=same_base, strict=strict, on_progress=progress.on_progress
         )
     output.show(imported_page(imported), command="import", as_json=as_json)
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...adapters.composition import GENERAL
-from ..options import BankOptions, Data, Device, Dtype, Json, StorePath, TrainingOptions, expand_option_groups
+from ..options import BankOptions, Data, Device, Dtype, Json, RawRows, StorePath, TrainingOptions, expand_option_groups
 from ..show import facts, output
 from ..show.page import Page, cell, fields, title
 from ..show.progress import show_progress
@@ -43,6 +43,7 @@ def init(
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     data: Data = None,
+    raw: RawRows = False,
     bank: BankOptions,
     training: TrainingOptions,
     device: Device = "cpu",
@@ -68,6 +69,7 @@ def init(
             revision=revision,
             trust_remote_code=trust_remote_code,
             data=data,
+            raw=raw,
             bank=shape,
             training=training.config(),
             device=device,

@@ -110,7 +110,7 @@ def run_quickstart(
             with _step(f"{name}: train new experts, everything older frozen", on_step):
                 registry.add_domain(name, training=TrainingConfig(steps=steps), on_progress=on_progress)
     with _step(f"{COMPOSITION}: compose and generate", on_step):
-        answer = registry.generate(registry.compose(COMPOSITION), PROMPT, temperature=0.5)
+        answer = registry.generate(registry.compose(COMPOSITION), PROMPT, temperature=0.5, raw=True)
     with _step("retention: score every domain after every step", on_step):
         retention = registry.retention(DOMAINS, questions=False, max_bytes=max_bytes, on_progress=on_progress)
     marker.unlink(missing_ok=True)
@@ -183,7 +183,7 @@ def quickstart_page(result: QuickstartResult, path: Path) -> Page:
             "Try next:",
             f"  registry list{where}",
             f'  registry route "The tenant shall pay the landlord the rent due under this agreement."{where}',
-            f'  registry generate {COMPOSITION} "The patient was given" --show-route{where}',
+            f'  registry generate {COMPOSITION} "The patient was given" --raw --show-route{where}',
             f"  registry report{where}",
         ),
     )

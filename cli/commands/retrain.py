@@ -12,6 +12,7 @@ from ..options import (
     Device,
     Dtype,
     Json,
+    RawRows,
     Reference,
     StorePath,
     Strict,
@@ -47,6 +48,7 @@ def retrain(
     *,
     ref: Reference,
     data: Data = None,
+    raw: RawRows = False,
     mode: Annotated[
         Literal["extend", "continue", "fresh"],
         typer.Option(
@@ -93,7 +95,7 @@ def retrain(
     from ...registry.learn.retrain_plan import plan_retraining
 
     registry = open_registry(store, device=device, dtype=dtype)
-    options = {"mode": mode, "bank": given_options(shape), "tolerance": tolerance}
+    options = {"mode": mode, "raw": raw, "bank": given_options(shape), "tolerance": tolerance}
     plan = plan_retraining(
         registry.store, registry.show(ref), as_sources(data), gate_data=as_sources(gate_data), **options
     )

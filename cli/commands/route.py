@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...adapters.composition import GENERAL
-from ..options import Device, Dtype, Json, StorePath
+from ..options import Device, Dtype, Json, Raw, StorePath
 from ..show import output
 from ..show.numbers import exact, percent
 from ..show.page import Page, Span, cell, fields, line, slot_style, table
@@ -24,19 +24,20 @@ def route(
     spec: Annotated[
         str | None, typer.Option("--in", metavar="SPEC", help="A composition.", show_default="all domains")
     ] = None,
+    raw: Raw = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     store: StorePath = None,
     as_json: Json = False,
 ) -> None:
-    """Show which domain a text is routed to, with the gate and the similarity of every domain.
+    """Show which domain a prompt is routed to, with the gate and the similarity of every domain.
 
     Example: registry route "The court finds for the claimant."
     """
     registry = open_registry(store, device=device, dtype=dtype)
     spec = pull_named_packs(registry, spec, as_json=as_json) if spec else None
     with show_progress("loading the base model", as_json=as_json):
-        report = registry.route(text, spec)
+        report = registry.route(text, spec, raw=raw)
     output.show(route_page(report), command="route", as_json=as_json)
 
 

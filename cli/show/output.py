@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ...domains.errors import InputError
@@ -53,6 +53,40 @@ def show(page: Page, *, command: str, as_json: bool) -> None:
     sys.stdout.flush()
     if page.hints and not as_json:
         hint("\n".join(("", *page.hints) if sys.stdout.isatty() else page.hints))
+
+
+def show_blocks(*blocks: Block) -> None:
+    """Write a part of a result to stdout, as `show` does."""
+    if is_terminal(sys.stdout):
+        _draw(blocks)
+    else:
+        print("\n\n".join(filter(None, map(_tsv, blocks))))
+    sys.stdout.flush()
+
+
+def write_piece(text: str) -> None:
+    """Write a piece of running text to stdout."""
+    print(clean(text) if is_terminal(sys.stdout) else text, end="", flush=True)
+
+
+def read_lines(prompt: str) -> Iterator[str]:
+    """Yield what is typed on the terminal, with line editing and history; or the lines of a pipe, without a prompt.
+
+    A line that is interrupted by Ctrl-C is dropped; Ctrl-D ends the input.
+    """
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        yield from (line.rstrip("\r\n") for line in sys.stdin)
+        return
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  # `input` uses it
+    while True:
+        try:
+            yield input(prompt)
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
 
 
 def show_document(text: str) -> None:

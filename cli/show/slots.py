@@ -1,7 +1,7 @@
 """Show routing: bars of slot shares, a legend, and text coloured by the slot of each token."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from .charts import bar
@@ -33,10 +33,10 @@ def legend(slots: Sequence[str]) -> Paragraph:
     return Paragraph(line(*parts), in_pipes=False)
 
 
-def routed_text(answer: "Answer") -> SlotRuns:
-    """Split prompt and answer into runs of tokens with the same slot."""
+def routed_text(tokens: Iterable[tuple[str, Sequence[float]]]) -> SlotRuns:
+    """Split tokens with their slot gates into runs with the same slot."""
     runs: list[tuple[str, int]] = []
-    for text, gates in answer.tokens:
+    for text, gates in tokens:
         if _MARKER.fullmatch(text):
             continue
         slot = max(range(len(gates)), key=gates.__getitem__)
@@ -49,7 +49,12 @@ def routed_text(answer: "Answer") -> SlotRuns:
 
 def answer_line(answer: "Answer") -> Line:
     """Return the generated text."""
-    return line(answer.text.strip("\n") or "(empty: the model stopped immediately)")
+    return line(answer.text.strip("\n"))
+
+
+def answer_hints(answer: "Answer") -> tuple[str, ...]:
+    """Return why an answer is empty, if it is."""
+    return () if answer.empty_because is None else (f"The answer is empty: {answer.empty_because}.",)
 
 
 def answer_data(answer: "Answer", *, with_tokens: bool = False) -> dict[str, object]:
@@ -58,6 +63,7 @@ def answer_data(answer: "Answer", *, with_tokens: bool = False) -> dict[str, obj
         "text": answer.text,
         "prompt_tokens": answer.prompt_tokens,
         "new_tokens": answer.new_tokens,
+        "finish": answer.finish,
         "slots": list(answer.slots),
         "route": {name: round(share, 6) for name, share in answer.route.items()},
     }

@@ -6,7 +6,6 @@
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Int64
@@ -14,8 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import InputError
-from .chat import TEMPLATE_ERRORS, learned_spans
+from .chat import Span, learned_spans
 from .example import Example
+from .frame import end_ids, ends_text, following_ids, frame_of, text_ids
+from .prompt import AS_TEXT, as_conversation, is_chat
 
 NO_TARGET = -100  # ignore_index of PyTorch's cross entropy
 MIN_TARGETS = 64  # tokens
@@ -35,12 +36,15 @@ class Blocks:
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> Encoded:
     """Return the token ids of an example, and which of them are targets.
 
+    A conversation is rendered by the chat template; the assistant's turns, including their end tokens, are targets. A
+    prompt with its completion is a conversation of two turns if the tokenizer has a chat template and the example is
+    not `raw`.
+
     A text is encoded as the tokenizer's prefix (usually the begin token), the text, and the end token, if there is one.
-    All but the prefix are targets. With a prompt, only completion and end token are targets; prompt and completion are
-    tokenized separately, so that the boundary is the same as in generation. A text that begins with the begin token or
-    with a token of the chat template is rendered already: it gets no second prefix, and where it ends with the end
-    token, no second one. A conversation is rendered by the chat template; the assistant's turns, including their end
-    tokens, are targets.
+    All but the prefix are targets. With a prompt that is not rendered, only completion and end token are targets;
+    prompt and completion are tokenized separately, so that the boundary is the same as in generation. A text that
+    begins with the begin token or with a token of the chat template is rendered already: it gets no second prefix, and
+    where it ends with the end token, no second one.
 
     Raises:
         CorpusError: The chat template cannot render the conversation, ignores a field of it, or an assistant's turn
@@ -48,83 +52,22 @@ def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> Encoded:
         InputError: The tokenizer has no chat template.
     """
     if example.messages:
-        return _encode_messages(example, tokenizer)
-    before, learned = _ids(example.prompt, tokenizer), _ids(example.completion, tokenizer)
-    frame = _frame_of(example.prompt or example.completion, before or learned, tokenizer)
+        return _encode_spans(*learned_spans(example, tokenizer), tokenizer)
+    if is_chat(example.prompt, tokenizer, raw=example.raw):
+        return _encode_spans(*learned_spans(as_conversation(example), tokenizer, fix=AS_TEXT), tokenizer)
+    before, learned = text_ids(example.prompt, tokenizer), text_ids(example.completion, tokenizer)
+    frame = frame_of(example.prompt or example.completion, before or learned, tokenizer)
     if example.prompt:
         # what follows a token of the template is not joined to it by a space
         text = example.completion if before and before[-1] in frame.control else example.continuation
-        learned = _following_ids(text, tokenizer)
+        learned = following_ids(text, tokenizer)
     if not before and learned[: len(frame.bos)] == frame.bos:
         before, learned = learned[: len(frame.bos)], learned[len(frame.bos) :]
     elif before[: len(frame.bos)] != frame.bos:
         before = frame.bos + before
-    if not _ends(learned, frame.ends, tokenizer):
+    if not ends_text(learned, frame.ends, tokenizer):
         learned = learned + end_ids(tokenizer)
     return before + learned, [False] * len(before) + [True] * len(learned)
-
-
-def begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that the tokenizer adds before a text: usually its begin token, or none."""
-    whole, plain = tokenizer("a")["input_ids"], _ids("a", tokenizer)
-    starts = [i for i in range(len(whole)) if whole[i : i + len(plain)] == plain]
-    return whole[: starts[0]] if starts else []
-
-
-def end_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the end token, or an empty list if the tokenizer has none."""
-    token: Any = tokenizer.eos_token_id
-    return [] if token is None else [token]
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """The tokens around a text."""
-
-    bos: list[int]  # before it
-    ends: set[int]  # any of them ends it
-    control: frozenset[int] = frozenset()  # special tokens of the chat template, if it rendered the text
-
-
-def _frame_of(text: str, ids: list[int], tokenizer: PreTrainedTokenizerBase) -> _Frame:
-    """Return what belongs around a text: for one that the chat template rendered, what the template writes."""
-    bos, ends = begin_ids(tokenizer), set(end_ids(tokenizer))
-    special = set()
-    if not text[:1].isalnum():
-        special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-    if not ids or ids[0] not in special:
-        return _Frame(bos, ends)
-    rendered = _rendered_ids(tokenizer)
-    control = frozenset(token for turns in rendered for token in turns if token in special)
-    begin: Any = tokenizer.bos_token_id
-    if ids[0] == begin and ids[: len(bos)] != bos:
-        bos = [begin]
-    elif ids[0] != begin and ids[0] not in control:
-        return _Frame(bos, ends)
-    elif ids[0] != begin and any(turns[: len(bos)] != bos for turns in rendered):
-        bos = []
-    return _Frame(bos, ends | {turns[-1] for turns in rendered if turns[-1] in special}, control)
-
-
-def _rendered_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Return the tokens of small conversations as the chat template renders them, without white space at the end."""
-    talk = [{"role": role, "content": "a"} for role in ("system", "user", "assistant")]
-    found = []
-    for turns in (talk, talk[1:]) if tokenizer.chat_template else ():
-        try:
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        except TEMPLATE_ERRORS:  # many know no system message
-            continue
-        found.append(_ids(text.rstrip(), tokenizer))
-    return found
-
-
-def _ends(ids: list[int], ends: set[Any], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether an end token is the last but for white space."""
-    for token in reversed(ids):
-        if token in ends or str(tokenizer.decode([token])).strip():
-            return token in ends
-    return False
 
 
 def pack_blocks(encoded: Iterable[Encoded], block: int, *, min_targets: int = MIN_TARGETS) -> Blocks:
@@ -193,32 +136,14 @@ def _fill(groups: list[list[Encoded]], block: int) -> Blocks:
     return Blocks(input_ids, labels, attention_mask)
 
 
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    # not verbose: texts longer than the context window are split later, without a warning
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
-
-def _following_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens of a text that follows another one.
-
-    SentencePiece tokenizers add a space before a text, but not after a line break: so the text is tokenized after a
-    line break, which is then removed.
-    """
-    ids = _ids(text, tokenizer)
-    if not ids or not str(tokenizer.convert_ids_to_tokens(ids[0])).startswith("\u2581"):
-        return ids
-    anchor, anchored = _ids("\n", tokenizer), _ids("\n" + text, tokenizer)
-    return anchored[len(anchor) :] if anchored[: len(anchor)] == anchor else ids
-
-
-def _encode_messages(example: Example, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    whole, spans = learned_spans(example, tokenizer)
+def _encode_spans(whole: str, spans: Sequence[Span], tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Tokenize a rendered text, span by span, so that the boundaries are the same as in generation."""
     ids: list[int] = []
     is_target: list[bool] = []
     position = 0
     for start, end in spans:
         for text, learned in ((whole[position:start], False), (whole[start:end], True)):
-            piece = _following_ids(text, tokenizer) if ids else _ids(text, tokenizer)
+            piece = following_ids(text, tokenizer) if ids else text_ids(text, tokenizer)
             ids += piece
             is_target += [learned] * len(piece)
         position = end

@@ -16,7 +16,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Final
 
@@ -79,13 +79,20 @@ class _Region:
 class _RefusedError(Exception):
     """What is wrong with a row; converted to an error that names file and line."""
 
-    def __init__(self, problem: str, cause: str | None = None, fix: str = _AS_PROMPT):
+    def __init__(self, problem: str, cause: str | None = None, fix: str | None = None):
         super().__init__(problem)
         self.problem, self.cause, self.fix = problem, cause, fix
 
 
-def learned_spans(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[Span]]:
+def learned_spans(
+    example: Example, tokenizer: PreTrainedTokenizerBase, *, fix: str = _AS_PROMPT
+) -> tuple[str, list[Span]]:
     """Return the rendered conversation, and the spans of it that are to be learned, in order.
+
+    Args:
+        example: A conversation.
+        tokenizer: The base model's tokenizer.
+        fix: What helps if the template cannot render it as it is.
 
     Raises:
         CorpusError: The template cannot render the row, ignores a field of it, or a turn cannot be placed; an
@@ -103,7 +110,59 @@ def learned_spans(example: Example, tokenizer: PreTrainedTokenizerBase) -> tuple
         # templates of models that see images read contents as lists of parts, some of them only so
         with suppress(_RefusedError):
             return _rendered(example, tokenizer, as_parts=True)
-        raise _to_error(example, refused) from refused
+        raise _to_error(example, refused, fix) from refused
+
+
+def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase, *, fix: str) -> str:
+    """Return a conversation as the assistant reads it before its next turn.
+
+    Args:
+        example: A conversation that the assistant is to answer.
+        tokenizer: The base model's tokenizer.
+        fix: What helps if the template cannot render it as it is.
+
+    Raises:
+        InputError: The tokenizer has no chat template, or it cannot render the conversation, ignores a field of it, or
+            leaves out a part.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            "The tokenizer of the base model has no chat template, and the prompt is a conversation.",
+            fix="give the prompt as a text, or use an instruct version of the base model",
+        )
+    try:
+        return _prompt_of(_Chat(example, tokenizer, as_parts=False))
+    except _RefusedError as refused:
+        with suppress(_RefusedError):
+            return _prompt_of(_Chat(example, tokenizer, as_parts=True))
+        raise _to_error(example, refused, fix) from refused
+
+
+def _prompt_of(chat: "_Chat") -> str:
+    _check_fields(chat)
+    prompt = chat.render(chat.turns, generation_prompt=True)
+    marked = chat.render(chat.all_marked, generation_prompt=True)
+    if prompt is None:
+        raise _RefusedError("the chat template cannot render a prompt of the conversation")
+    for part in chat.parts:
+        is_left_out = part.marker not in marked if marked else _squashed(part.text) not in _squashed(prompt)
+        if is_left_out:
+            raise _left_out(chat, part)
+    return prompt
+
+
+def text_before_answer(example: Example, tokenizer: PreTrainedTokenizerBase, *, fix: str) -> str:
+    """Return what the chat template writes before the assistant's answer, which is the last of two turns.
+
+    Raises:
+        CorpusError: The template cannot render such a conversation; an InputError if the example has no source.
+    """
+    (user, _), salt = example.messages, 0
+    while (marker := f"Qx{salt}xQ") in user[1]:
+        salt += 1
+    asked = replace(example, messages=(user, ("assistant", marker)))
+    whole, ((start, end),) = learned_spans(asked, tokenizer, fix=fix)
+    return whole[:start] + whole[start:end].partition(marker)[0]
 
 
 def _rendered(example: Example, tokenizer: PreTrainedTokenizerBase, *, as_parts: bool) -> tuple[str, list[Span]]:
@@ -122,8 +181,8 @@ def _rendered(example: Example, tokenizer: PreTrainedTokenizerBase, *, as_parts:
     raise _RefusedError("the chat template renders a conversation differently each time")
 
 
-def _to_error(example: Example, refused: _RefusedError) -> InputError:
-    problem, cause, fix = refused.problem, refused.cause, refused.fix
+def _to_error(example: Example, refused: _RefusedError, otherwise: str) -> InputError:
+    problem, cause, fix = refused.problem, refused.cause, refused.fix or otherwise
     if example.source:
         return CorpusError(example.source, problem, line=example.line, cause=cause, fix=fix)
     return InputError(f"{problem[0].upper()}{problem[1:]}.", cause=cause, fix=fix)

@@ -21,6 +21,8 @@ class Example:
     # JSON of what a conversation has beside roles and contents, if anything: `tools`; `fields`, one object a message;
     # `untrained`, the indices of assistant messages that are not learned
     more: str = ""
+    # prompt and completion are read as they are, though the tokenizer has a chat template; no content of the row
+    raw: bool = False
     source: str = field(default="", compare=False, repr=False)  # file or other source, for errors
     line: int | None = field(default=None, compare=False, repr=False)
 
@@ -65,7 +67,7 @@ class Example:
         return sum(_bytes(value) for i in self.learned_turns for key, value in turns[i].items() if key != "role")
 
     def digest(self) -> bytes:
-        """Return the SHA-256 of the content: all fields but id, source and line."""
+        """Return the SHA-256 of the content: all fields but id, raw, source and line."""
         content = [self.prompt, self.completion, list(self.choices), [list(message) for message in self.messages]]
         if self.more:  # digests of other rows are older than this field
             content.append(self.more)

@@ -166,6 +166,20 @@ def _conversation(row: Mapping[str, Any], turns: list[_Turn], label: str, key: s
     return Example(id=label, messages=messages, more=_json(more) if more else "")
 
 
+def to_question(messages: Sequence[Mapping[str, Any]]) -> Example:
+    """Return the messages of a conversation that the assistant is to answer.
+
+    Raises:
+        BadRowError: A message cannot be used, or nothing is left to answer.
+    """
+    turns = _messages({"messages": messages}, "messages")
+    if turns[-1].role not in ("user", "tool"):
+        raise BadRowError(f"the last message has the role {turns[-1].role!r}, so there is nothing to answer")
+    fields = [dict(sorted(turn.fields.items())) for turn in turns]
+    more = _json({"fields": fields}) if any(fields) else ""
+    return Example(messages=tuple((turn.role, turn.content) for turn in turns), more=more)
+
+
 def _messages(row: Mapping[str, Any], key: str) -> list[_Turn]:
     turns = row[key]
     if not isinstance(turns, list | tuple) or not turns:

@@ -9,8 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ..data.blocks import encode, end_ids
+from ..data.blocks import encode
+from ..data.chat import text_before_answer
 from ..data.example import Example
+from ..data.frame import end_ids, following_ids, text_ids
+from ..data.prompt import AS_TEXT, as_conversation, is_chat
 from ..errors import InputError
 from ..statistics.intervals import wilson_interval
 from .language import evaluation_mode, pad_rows, reading_prompts, start_ids
@@ -47,8 +50,10 @@ def score_choices(
     """Compute the share of questions whose right choice gets the highest score; examples without choices are skipped.
 
     The score of a choice is the sum of the log-probabilities of its tokens after the prompt (separated by one space,
-    unless the prompt ends in white space; without end token), divided by the UTF-8 bytes of the choice. Of equal scores
-    the first is chosen. Each prompt is computed once; its choices continue from the key-value cache.
+    unless the prompt ends in white space; without end token), divided by the UTF-8 bytes of the choice. If the
+    tokenizer has a chat template and the question is not `raw`, the prompt is a user's turn and the choice the
+    assistant's, without what ends it. Of equal scores the first is chosen. Each prompt is computed once; its choices
+    continue from the key-value cache.
 
     Args:
         model: A causal language model.
@@ -82,7 +87,9 @@ def score_choices(
 
 
 def _encode_question(number: int, question: Example, tokenizer: PreTrainedTokenizerBase) -> _EncodedQuestion:
-    encoded = [encode(Example(question.prompt, choice), tokenizer) for choice in question.choices]
+    if is_chat(question.prompt, tokenizer, raw=question.raw):
+        return _encode_turns(number, question, tokenizer)
+    encoded = [encode(Example(question.prompt, choice, raw=True), tokenizer) for choice in question.choices]
     ends = len(end_ids(tokenizer))
     begins = [is_target.index(True) for _, is_target in encoded]
     prompt = encoded[0][0][: begins[0]] or start_ids(tokenizer)
@@ -90,6 +97,15 @@ def _encode_question(number: int, question: Example, tokenizer: PreTrainedTokeni
         raise InputError("A question without a prompt needs a tokenizer with a begin or end token.")
     choices = [ids[begin : len(ids) - ends] for (ids, _), begin in zip(encoded, begins, strict=True)]
     return _EncodedQuestion(number, prompt, choices)
+
+
+def _encode_turns(number: int, question: Example, tokenizer: PreTrainedTokenizerBase) -> _EncodedQuestion:
+    before = text_before_answer(as_conversation(question), tokenizer, fix=AS_TEXT)
+    # a space before an answer is part of its first token
+    prompt = before.rstrip(" ")
+    space = before[len(prompt) :]
+    choices = [following_ids(space + choice, tokenizer) for choice in question.choices]
+    return _EncodedQuestion(number, text_ids(prompt, tokenizer), choices)
 
 
 def _batches(questions: Sequence[_EncodedQuestion], batch: int) -> Iterator[list[_EncodedQuestion]]:

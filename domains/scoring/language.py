@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base_model import max_positions
-from ..data.blocks import begin_ids, encode, end_ids
+from ..data.blocks import encode
 from ..data.corpus import limit_bytes
 from ..data.example import Example
+from ..data.frame import begin_ids, end_ids
 from ..errors import InputError
 from ..statistics.intervals import DRAWS, percentile_interval, ratio_draws
 

@@ -7,6 +7,7 @@ import torch
 from ...adapters.composition import GENERAL
 from ...adapters.layer.routing import recording_routes
 from ...domains.base_model import hidden_states_at, max_positions
+from ...domains.data.prompt import prompt_ids
 from ...domains.errors import InputError
 from ...domains.statistics.prototypes import PrototypeIndex
 from ...domains.statistics.statistics import causal_means, feature_projection, hidden_features
@@ -40,10 +41,17 @@ class RouteReport:
 
 
 @torch.inference_mode()
-def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str) -> RouteReport:
+def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str, *, raw: bool = False) -> RouteReport:
     """Route a text in a composition of these packs, one for each slot.
 
     A text longer than the base model's context is truncated.
+
+    Args:
+        plan: The composition.
+        packs: One for each slot.
+        base: The base model.
+        text: A prompt, which is a user's turn if the tokenizer has a chat template.
+        raw: Take the text as it is.
 
     Raises:
         InputError: The text has no tokens, or the composition is static.
@@ -51,9 +59,10 @@ def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str)
     if plan.static:
         raise InputError("A static composition does not route.", fix="leave out --static")
     model = compose_packs(plan, packs, base)
-    ids = base.tokenizer(text, return_tensors="pt")["input_ids"][:, : max_positions(base.model)].to(base.model.device)
-    if ids.shape[1] == 0 or not text.strip():
+    found = prompt_ids(text, base.tokenizer, raw=raw)
+    if not found or not text.strip():
         raise InputError("The text is empty.", fix='registry route "some text"')
+    ids = torch.tensor([found[: max_positions(base.model)]], device=base.model.device)
     mask = torch.ones_like(ids)
     with recording_routes(model) as routes:
         model(input_ids=ids, attention_mask=mask, use_cache=False)

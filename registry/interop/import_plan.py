@@ -51,7 +51,9 @@ class ImportPlan:
     config: AdapterConfig
 
 
-def plan_import(store: Store, name: str, source: str, data: Sequence[Source], *, base: BaseRecord | None) -> ImportPlan:
+def plan_import(
+    store: Store, name: str, source: str, data: Sequence[Source], *, base: BaseRecord | None, raw: bool = False
+) -> ImportPlan:
     """Read and check the adapter and the text of a new domain.
 
     A built-in domain has text of its own. Without any the adapter is not routed: its factors alone do not tell which
@@ -59,6 +61,7 @@ def plan_import(store: Store, name: str, source: str, data: Sequence[Source], *,
 
     Args:
         base: Base model that the adapter must name; None skips this check.
+        raw: Whether prompts and completions are read without the base's chat template.
 
     Raises:
         LoraryError: The name, the data or the adapter is not valid; see `check_new_name`, `read_domain_data`,
@@ -73,7 +76,7 @@ def plan_import(store: Store, name: str, source: str, data: Sequence[Source], *,
     spec = replace(spec_of(name, data), license=UNKNOWN_LICENSE) if has_text else bare
     if base is not None:
         _check_base(files, config, base)
-    text = read_domain_data(spec, data) if has_text else None
+    text = read_domain_data(spec, data, raw=raw) if has_text else None
     return ImportPlan(name=name, spec=spec, data=text, files=files, config=config)
 
 

@@ -47,6 +47,7 @@ def train_preservation(
     record: BaseRecord,
     *,
     data: Sequence[Source],
+    raw: bool = False,
     bank: BankConfig,
     training: TrainingConfig,
     on_progress: OnProgress,
@@ -61,7 +62,7 @@ def train_preservation(
         raise ConflictError(
             f"{store.path} has a KP bank already.", cause="it is trained once", fix="registry init another-folder"
         )
-    found = read_domain_data(spec, data)
+    found = read_domain_data(spec, data, raw=raw)
     if training.learning_rate is None:
         rate = PRESERVATION_RATE * (training.for_width(base.layout.width).learning_rate or 0.0)
         training = replace(training, learning_rate=rate)
@@ -79,6 +80,7 @@ def add_domain(
     name: str,
     *,
     data: Sequence[Source],
+    raw: bool = False,
     bank: BankConfig,
     training: TrainingConfig,
     strict: bool,
@@ -91,6 +93,7 @@ def add_domain(
     Of the other domains only their routing data is read, and the bank of the nearest if its experts are copied.
 
     Args:
+        raw: Whether prompts and completions are read without the base's chat template.
         strict: Refuse a domain that takes everyday chat or older domains' text, before anything is trained.
         on_neighbours: Called before training with the stored domains, nearest first.
         on_probe: Called before training with the routing of chat and of older domains' text.
@@ -104,7 +107,7 @@ def add_domain(
     """
     check_new_name(store, name)
     spec = spec_of(name, data)
-    found = read_domain_data(spec, data)
+    found = read_domain_data(spec, data, raw=raw)
     run = TrainingRun(store, base, record, spec, found, bank=bank, training=training, on_progress=on_progress)
     run.prepare()
     neighbours = run.neighbours()

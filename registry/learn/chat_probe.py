@@ -107,7 +107,7 @@ class ChatProbe:
         found = []
         if self.template is not None and self.template.largest:
             found.append(
-                "where the data is conversations (messages), write it as text, or as prompt and completion: then the "
+                "where the data is conversations, write it as text, or as prompt and completion with --raw: then the "
                 "template is not counted as the domain's own text"
             )
         if self.everyday.is_taken:

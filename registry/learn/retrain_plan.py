@@ -45,6 +45,7 @@ def plan_retraining(
     parent: PackManifest,
     data: Sequence[Source],
     *,
+    raw: bool = False,
     mode: str = "extend",
     bank: Mapping[str, Any] | None = None,
     gate_data: Sequence[Source] = (),
@@ -53,6 +54,7 @@ def plan_retraining(
     """Read and check everything that a retraining needs.
 
     Args:
+        raw: Whether prompts and completions of the new text are read without the base's chat template.
         bank: Fields of `BankConfig` in which the new experts differ from the parent's.
         gate_data: Text for the acceptance check, instead of the parent's held-out text.
         tolerance: Share by which bits per byte may rise on that text; None means the default.
@@ -66,8 +68,8 @@ def plan_retraining(
     _check(parent, mode=mode, has_data=bool(data), has_bank=bool(bank), tolerance=tolerance)
     config = _bank_config(parent, bank or {})
     spec = DomainSpec(name=name, description=parent.description, license=UNKNOWN_LICENSE)
-    found = read_domain_data(spec, data)
-    older = read_checked(gate_data) if gate_data else _held_out_of(store, parent)
+    found = read_domain_data(spec, data, raw=raw)
+    older = read_checked(gate_data, raw=raw) if gate_data else _held_out_of(store, parent)
     judged_by = {example.digest() for example in older}
     train = [example for example in found.train if example.digest() not in judged_by]
     if not train:

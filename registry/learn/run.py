@@ -134,7 +134,14 @@ class TrainingRun:
         assert self.bank_config is not None
         settings = [asdict(self.bank_config), asdict(self.training)]
         parts = [self.name, self.data.record["digest"], self.record.weights, *settings, *origin]
+        if self.is_chat and any(example.prompt for example in (*self.data.train, *self.data.held_out)):
+            parts.append("chat")
         return json.dumps(parts, sort_keys=True).encode()
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether a prompt and its completion are turns of the base's chat template."""
+        return not self.data.raw and self.record.chat_template is not None
 
     @property
     def kp(self) -> DomainPack:
@@ -436,6 +443,7 @@ class TrainingRun:
             train={
                 "run": self.folder.name,
                 "data": self.data.record,
+                **({"chat": True} if self.is_chat else {}),  # without it, prompts are read as plain text
                 **(train or self._train_record()),
             },
             evaluation={**(scores.as_json() if scores else {}), **(evaluation or {})},

@@ -4,7 +4,7 @@ Nothing heavy is imported here, so a command can refuse a name or a row before t
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -45,6 +45,7 @@ class DomainData:
     train: list[Example]
     held_out: list[Example]
     record: dict[str, Any]
+    raw: bool = False  # whether prompts and completions are read without the base's chat template
     sources: list[str | RowList]  # for this machine only: absolute paths, names of Hub data sets, and rows in memory
 
 
@@ -60,6 +61,8 @@ class HeldOut:
     def digest(self) -> str:
         """Digest of the content, in this order."""
         parts = [b"".join(example.digest() for example in part) for part in (self.texts, self.questions)]
+        if any(example.prompt and not example.raw for example in (*self.texts, *self.questions)):
+            parts.append(b"chat")  # digests of raw prompts are older than chat templates around them
         return sha256_of(b"".join(sha256_of(part).encode() for part in parts))
 
 
@@ -97,15 +100,18 @@ def spec_of(name: str, data: Sequence[Source]) -> DomainSpec:
     return replace(builtin_domains().get(name, own), license=UNKNOWN_LICENSE)
 
 
-def read_domain_data(spec: DomainSpec, data: Sequence[Source]) -> DomainData:
+def read_domain_data(spec: DomainSpec, data: Sequence[Source], *, raw: bool = False) -> DomainData:
     """Read the examples of a domain from the user's files or the bundled corpus, and split them by content.
+
+    Args:
+        raw: Whether prompts and completions are read without the base's chat template.
 
     Raises:
         CorpusError: A row is invalid; gives the number of further invalid rows.
         InputError: There are too few rows to split.
     """
     sources: list[Source] = list(data) or ([spec.corpus] if spec.corpus else [])
-    examples = read_checked(sources)
+    examples = read_checked(sources, raw=raw)
     train, held_out = split(examples, HELD_OUT)
     if not train or not held_out:
         raise InputError(
@@ -122,11 +128,11 @@ def read_domain_data(spec: DomainSpec, data: Sequence[Source]) -> DomainData:
         "held_out": len(held_out),
         "held_out_share": HELD_OUT,
     }
-    return DomainData(train=train, held_out=held_out, record=record, sources=[_absolute(s) for s in sources])
+    return DomainData(train=train, held_out=held_out, record=record, raw=raw, sources=[_absolute(s) for s in sources])
 
 
-def read_checked(sources: Sequence[Source]) -> list[Example]:
-    """Return all examples of these sources.
+def read_checked(sources: Sequence[Source], *, raw: bool = False) -> list[Example]:
+    """Return all examples of these sources; `raw` ones are read without the base's chat template.
 
     Raises:
         CorpusError: A row is invalid; gives the number of further invalid rows.
@@ -136,7 +142,16 @@ def read_checked(sources: Sequence[Source]) -> list[Example]:
         problems[0].cause = f"{len(problems)} rows are invalid; the next one: {problems[1].message}"
     if problems:
         raise problems[0]
-    return list(read_examples(sources))
+    return _in_form(read_examples(sources), raw=raw)
+
+
+def is_raw(manifest: PackManifest) -> bool:
+    """Return whether a version reads prompts and completions as plain text, as all did before they were a chat's."""
+    return manifest.train.get("chat") is not True
+
+
+def _in_form(examples: Iterable[Example], *, raw: bool) -> list[Example]:
+    return [replace(example, raw=raw) for example in examples]
 
 
 def general_examples() -> list[Example]:
@@ -148,6 +163,8 @@ def general_examples() -> list[Example]:
 
 def stored_held_out(store: Store, manifest: PackManifest) -> list[Example]:
     """Return the held-out text of a stored version, read from its original files and checked by digest.
+
+    Rows are in the form in which the version was trained on them: rendered by the chat template, or as they are.
 
     A version that was retrained in another mode than `fresh` also holds out what its parent holds out.
 
@@ -197,7 +214,7 @@ def _examples_of(store: Store, manifest: PackManifest) -> list[Example]:
     data = manifest.train.get("data") or {"digest": "unknown", "files": ["unknown"]}
     for sources in _known_sources(store, manifest):
         try:
-            examples = list(read_examples(sources))
+            examples = _in_form(read_examples(sources), raw=is_raw(manifest))
         except LoraryError:
             continue
         if corpus_digest(examples) == data["digest"]:
@@ -219,13 +236,13 @@ def find_held_out(
         max_bytes: Maximum number of bytes of text.
         with_questions: Include questions.
     """
-    held_out = read_checked(data) if data else stored_held_out(store, manifest)
+    held_out = read_checked(data, raw=is_raw(manifest)) if data else stored_held_out(store, manifest)
     questions: list[Example] = []
     if with_questions:
         # all of the data: a label may be missing in the held-out rows
         lineage = [] if data else _training_lineage(store, manifest)
         known = held_out if data else without_duplicates(*(_examples_of(store, one) for one in lineage))
-        questions = find_questions(held_out, find_labels(known)) or domain_questions(manifest.name)
+        questions = find_questions(held_out, find_labels(known)) or domain_questions(manifest)
     return HeldOut(
         name=manifest.name,
         texts=tuple(limit_bytes(held_out, max_bytes)),
@@ -238,10 +255,10 @@ def general_text(*, max_bytes: int) -> HeldOut:
     return HeldOut(name=GENERAL, texts=tuple(limit_bytes(general_examples(), max_bytes)))
 
 
-def domain_questions(name: str) -> list[Example]:
-    """Return the questions of a built-in domain; none for other domains."""
-    spec = builtin_domains().get(name)
-    return list(read_examples([spec.questions])) if spec and spec.questions else []
+def domain_questions(manifest: PackManifest) -> list[Example]:
+    """Return the questions of a built-in domain, in the form that the version reads; none for other domains."""
+    spec = builtin_domains().get(manifest.name)
+    return _in_form(read_examples([spec.questions]), raw=is_raw(manifest)) if spec and spec.questions else []
 
 
 def _known_sources(store: Store, manifest: PackManifest) -> list[list[Source]]:

@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorary.domains.data.blocks import NO_TARGET, begin_ids, encode, pack_blocks
+from lorary.domains.data.blocks import NO_TARGET, encode, pack_blocks
 from lorary.domains.data.example import Example
+from lorary.domains.data.frame import begin_ids
 from lorary.domains.errors import InputError
 
 BEGIN, END = 1, 2
@@ -74,8 +75,8 @@ def test_all_tokens_of_a_text_but_its_prefix_are_targets(tiny_tokenizer):
         ("def f():\n", "    pass", "    pass"),
     ],
 )
-def test_only_completion_and_end_token_are_targets(tiny_tokenizer, prompt, completion, learned):
-    ids, is_target = encode(Example(prompt, completion), tiny_tokenizer)
+def test_of_a_raw_prompt_only_completion_and_end_token_are_targets(tiny_tokenizer, prompt, completion, learned):
+    ids, is_target = encode(Example(prompt, completion, raw=True), tiny_tokenizer)
 
     boundary = is_target.index(True)
     assert ids[:boundary] == [BEGIN, *plain(prompt, tiny_tokenizer)]

@@ -1,5 +1,8 @@
 """Choices are scored as in a plain loop without cache and batches."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,9 +13,14 @@ from lorary.domains.scoring.questions import find_labels, find_questions
 from lorary.domains.statistics.intervals import wilson_interval
 
 QUESTIONS = [
-    Example("Question: What fell?\nAnswer:", "The price", ("The dog", "The price", "A long river in the chest", "é")),
-    Example("The dog ran after", "the ball", ("the ball", "a patient", "contracts")),
-    Example("1 + 1 = ", "2", ("1", "2")),
+    Example(
+        "Question: What fell?\nAnswer:",
+        "The price",
+        ("The dog", "The price", "A long river in the chest", "é"),
+        raw=True,
+    ),
+    Example("The dog ran after", "the ball", ("the ball", "a patient", "contracts"), raw=True),
+    Example("1 + 1 = ", "2", ("1", "2"), raw=True),
 ]
 INTENTS = [Example(f"User: {text}\nIntent:", label) for label in ("pay bill", "freeze account") for text in "abcde"]
 
@@ -44,11 +52,37 @@ def preferred(model, tokenizer, question):
     return max(question.choices, key=per_byte)
 
 
+@pytest.mark.parametrize("lead", ["", " ", "<t></t>\n", "A: "])
+def test_a_question_is_a_turn_of_the_template_and_its_choice_the_answer(model, tiny_tokenizer, lead):
+    tokenizer = copy.copy(tiny_tokenizer)
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>"
+        "{% if m['role'] == 'assistant' %}{{ LEAD }}{% endif %}{{ m['content'] }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    ).replace("LEAD", repr(lead))
+    before, space = lead.rstrip(" "), " " * lead.count(" ")
+    winners = []
+    for question in QUESTIONS:
+        context = plain(f"<|begin|><|user|>{question.prompt.rstrip()}<|end|><|assistant|>{before}", tokenizer)
+        scores = {
+            choice: -sum(nats_of(model, context, plain(space + choice, tokenizer))) / len(choice.encode())
+            for choice in question.choices
+        }
+        winners.append(max(scores, key=scores.__getitem__))
+
+    asked = [
+        replace(question, raw=False, completion=winner) for question, winner in zip(QUESTIONS, winners, strict=True)
+    ]
+
+    assert score_choices(model, tokenizer, asked).right == (True, True, True)
+
+
 @pytest.mark.parametrize("batch", [1, 4, 16])
 def test_choices_are_scored_as_in_a_plain_loop(model, tiny_tokenizer, batch):
     winners = [preferred(model, tiny_tokenizer, question) for question in QUESTIONS]
     answered = [
-        Example(question.prompt, winner, question.choices) for question, winner in zip(QUESTIONS, winners, strict=True)
+        Example(question.prompt, winner, question.choices, raw=True)
+        for question, winner in zip(QUESTIONS, winners, strict=True)
     ]
 
     assert score_choices(model, tiny_tokenizer, answered, batch=batch).correct == 3

@@ -12,7 +12,7 @@ from lorary.domains.scoring.language import confidence_interval, score_language
 TEXTS = [
     Example(completion="The dog ran."),
     Example(completion="The court finds that the party pays, and the bank raised the rate. " * 3),
-    Example("The patient was given", "five milligrams twice a day"),
+    Example("The patient was given", "five milligrams twice a day", raw=True),
     Example(completion="é"),
     Example(messages=(("user", "What fell?"), ("assistant", "The price of the bond."))),
 ]

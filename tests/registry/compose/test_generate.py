@@ -12,7 +12,7 @@ from lorary.adapters.layer.merge import merge_experts
 from lorary.adapters.layer.routing import recording_routes
 from lorary.domains.errors import InputError
 from lorary.registry import Registry
-from lorary.registry.compose.generate import Answer, generate
+from lorary.registry.compose.generate import Answer, GenerationSettings, generate
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def model(whole: Registry) -> Any:
 
 
 def test_an_answer_has_the_slot_gates_of_each_token(whole: Registry, model: Any) -> None:
-    answer = whole.generate(model, "butter and flour", max_new_tokens=5)
+    answer = whole.generate(model, "butter and flour", max_new_tokens=5, raw=True)
 
     assert answer.slots == ("general", "cooking", "sailing")
     assert answer.prompt_tokens == len(whole.tokenizer("butter and flour")["input_ids"])
@@ -41,13 +41,13 @@ def test_greedy_answers_are_those_of_transformers(whole: Registry, model: Any) -
             input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=6, do_sample=False
         )[0, inputs["input_ids"].shape[1] :]
 
-    answer = whole.generate(model, "mast and keel", max_new_tokens=6)
+    answer = whole.generate(model, "mast and keel", max_new_tokens=6, raw=True)
 
     assert answer.text == whole.tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_the_gates_of_decoding_are_those_of_one_forward_pass(whole: Registry, model: Any) -> None:
-    answer = whole.generate(model, "mast and flour", max_new_tokens=6)
+    answer = whole.generate(model, "mast and flour", max_new_tokens=6, raw=True)
     ids = torch.tensor([_ids(answer, whole)])
 
     with model.reading_prompts([answer.prompt_tokens]), recording_routes(model) as routes:
@@ -118,7 +118,7 @@ def test_sampling_is_that_of_transformers(whole: Registry, settings: dict[str, f
             **({"max_new_tokens": 12, "do_sample": True, "temperature": 1.5, "top_k": None} | settings),
         )[0, inputs["input_ids"].shape[1] :]
 
-    found = whole.generate(model, "keel", max_new_tokens=12, temperature=1.5, seed=3)
+    found = whole.generate(model, "keel", max_new_tokens=12, temperature=1.5, seed=3, raw=True)
 
     assert found.text == whole.tokenizer.decode(expected, skip_special_tokens=True)
 
@@ -137,7 +137,7 @@ def test_an_end_token_of_tokenizer_or_generation_config_ends_the_text(whole: Reg
     if where != "tokenizer":
         model.generation_config.eos_token_id = {"generation_config": end, "both": 5, "list": [5, end]}[where]
 
-    answer = generate(model, tokenizer, "mast and flour", max_new_tokens=6)
+    answer = generate(model, tokenizer, "mast and flour", GenerationSettings(max_new_tokens=6), raw=True)
 
     assert answer.new_tokens == free.index(end) + 1
 
@@ -170,21 +170,21 @@ def test_what_a_generation_config_says_otherwise_changes_no_greedy_answer(
         assert found.route[name] == pytest.approx(gate, abs=1e-4)
 
 
-def test_a_chat_uses_the_template(whole: Registry, model: Any) -> None:
-    plain = whole.generate(model, "keel", max_new_tokens=1)
-    chat = whole.generate(model, "keel", max_new_tokens=1, chat=True)
+def test_a_text_is_a_turn_of_the_template_unless_it_is_raw(whole: Registry, model: Any) -> None:
+    plain = whole.generate(model, "keel", max_new_tokens=1, raw=True)
+    chat = whole.generate(model, "keel", max_new_tokens=1)
 
     assert chat.prompt_tokens == plain.prompt_tokens + 3  # user, end, assistant
     assert "".join(piece for piece, _ in chat.tokens).startswith("<|begin|><|user|>keel<|end|><|assistant|>")
 
 
-def test_a_chat_without_a_template_is_refused(whole: Registry, model: Any) -> None:
-
+def test_messages_without_a_template_are_refused_and_a_text_is_continued(whole: Registry, model: Any) -> None:
     tokenizer = copy.deepcopy(whole.tokenizer)
     tokenizer.chat_template = None
 
     with pytest.raises(InputError, match="no chat template"):
-        generate(model, tokenizer, "keel", chat=True)
+        generate(model, tokenizer, [{"role": "user", "content": "keel"}])
+    assert generate(model, tokenizer, "keel") == generate(model, whole.tokenizer, "keel", raw=True)
 
 
 def test_a_prompt_that_is_too_long_is_refused(whole: Registry, model: Any) -> None:
