@@ -31,7 +31,8 @@ class RouteReport:
 
     def __repr__(self) -> str:
         gates = ", ".join(f"{name}: {gate:.3f}" for name, gate in self.gates.items())
-        return f"RouteReport(taken_by={self.taken_by!r}, margin={self.margin:.3f}, gates={{{gates}}})"
+        rest = f", left_out={self.left_out}" if self.left_out else ""
+        return f"RouteReport(taken_by={self.taken_by!r}, margin={self.margin:.3f}, gates={{{gates}}}{rest})"
 
     def _repr_html_(self) -> str:
         caption = f"Taken by {self.taken_by}, margin {self.margin:.3f}, {self.tokens} tokens"

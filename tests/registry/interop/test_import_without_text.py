@@ -94,6 +94,7 @@ def test_all_domains_are_routed_without_it_and_the_report_says_so(imported: Regi
     report = imported.route("whisk the butter")
 
     assert report.left_out == ("notes",)
+    assert "left_out=('notes',)" in repr(report)
     assert report.gates == Registry.open(cooking_store).route("whisk the butter").gates
 
 
