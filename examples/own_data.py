@@ -40,7 +40,8 @@ def main() -> None:
 
     # a transformers model; the router decides for each token which domain it belongs to
     model = registry.compose(f"medicine+{args.name}")
-    answer = registry.generate(model, args.prompt, max_new_tokens=32)
+    # continued as text; without `raw` the prompt is a user's turn of the base's chat template
+    answer = registry.generate(model, args.prompt, max_new_tokens=32, raw=True)
     print(args.prompt + answer.text)
     print("route:", ", ".join(f"{slot} {weight:.2f}" for slot, weight in answer.route.items()))
 

@@ -79,7 +79,8 @@ class Answer:
         if self.finish == "end" and self.new_tokens == 1:
             return f"the first token was the end token {self.tokens[-1][0]}"
         reasons = {"end": "an end token came", "stop": "a stop string came", "interrupted": "it was stopped"}
-        return f"{reasons.get(self.finish, 'the tokens ended')} after {self.new_tokens} tokens without text"
+        tokens = f"{self.new_tokens} token{'s' if self.new_tokens > 1 else ''}"
+        return f"{reasons.get(self.finish, 'the tokens ended')} after {tokens} without text"
 
     def __repr__(self) -> str:
         text = self.text if len(self.text) <= SHOWN_CHARACTERS else f"{self.text[: SHOWN_CHARACTERS - 3]}..."

@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import TextIteratorStreamer, TextStreamer
 
 from lorary.adapters.layer.active import SLOT_THRESHOLD
 from lorary.adapters.layer.merge import merge_experts
 from lorary.adapters.layer.routing import recording_routes
+from lorary.domains.data.prompt import prompt_ids
 from lorary.domains.errors import InputError
 from lorary.registry import Registry
-from lorary.registry.compose.generate import Answer, GenerationSettings, generate
+from lorary.registry.compose.generate import MAX_ROWS, Answer, GenerationSettings, generate
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +186,8 @@ def test_messages_without_a_template_are_refused_and_a_text_is_continued(whole: 
 
     with pytest.raises(InputError, match="no chat template"):
         generate(model, tokenizer, [{"role": "user", "content": "keel"}])
-    assert generate(model, tokenizer, "keel") == generate(model, whole.tokenizer, "keel", raw=True)
+    short = GenerationSettings(max_new_tokens=4)
+    assert generate(model, tokenizer, "keel", short) == generate(model, whole.tokenizer, "keel", short, raw=True)
 
 
 def test_a_prompt_that_is_too_long_is_refused(whole: Registry, model: Any) -> None:
@@ -222,3 +225,195 @@ def test_an_answer_is_shown_short_and_escaped() -> None:
     assert "<i>" not in page
     assert "&lt;img src=x onerror=alert(1)&gt;" in page
     assert "<td>&lt;i&gt;</td><td>0.750</td>" in page
+
+
+# --- batches ---
+
+PROMPTS: list[Any] = [
+    "keel",
+    "butter and flour and sugar and mast",
+    [
+        {"role": "user", "content": "oven"},
+        {"role": "assistant", "content": "hot"},
+        {"role": "user", "content": "tide?"},
+    ],
+    "mast and flour",
+    "a",
+]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.5, "seed": 3}, {"temperature": 0.9, "top_k": 5}])
+def test_prompts_of_a_batch_are_answered_as_each_alone(whole: Registry, model: Any, settings: dict[str, Any]) -> None:
+    together = whole.generate(model, PROMPTS, max_new_tokens=6, **settings)
+
+    for prompt, answer in zip(PROMPTS, together, strict=True):
+        alone = whole.generate(model, prompt, max_new_tokens=6, **settings)
+        assert (answer.text, answer.finish, answer.new_tokens) == (alone.text, alone.finish, alone.new_tokens)
+        assert [piece for piece, _ in answer.tokens] == [piece for piece, _ in alone.tokens]
+        found, expected = (torch.tensor([gates for _, gates in one.tokens]) for one in (answer, alone))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_more_prompts_than_one_pass_takes_are_answered_in_their_order(whole: Registry, model: Any) -> None:
+    prompts = [f"keel {'mast ' * (number % 5)}{number}" for number in range(MAX_ROWS + 3)]
+
+    answers = whole.generate(model, prompts, max_new_tokens=1)
+
+    assert [answer.prompt_tokens for answer in answers] == [
+        whole.generate(model, prompt, max_new_tokens=1).prompt_tokens for prompt in prompts
+    ]
+
+
+@pytest.mark.parametrize("change", [{"repetition_penalty": 1.5}, {"no_repeat_ngram_size": 2}])
+def test_padding_is_no_earlier_token(whole: Registry, change: dict[str, Any]) -> None:
+    model: Any = whole.compose("cooking+sailing")
+    model.generation_config.update(**change)
+
+    together = whole.generate(model, PROMPTS, max_new_tokens=5)
+
+    assert [one.text for one in together] == [whole.generate(model, p, max_new_tokens=5).text for p in PROMPTS]
+
+
+def test_what_is_no_prompt_is_refused(whole: Registry, model: Any) -> None:
+    wrong: list[Any] = [[], 5, None, {"role": "user", "content": "keel"}, ["keel", 5], [[]], [["keel"]]]
+    for prompt in wrong:
+        with pytest.raises(InputError):
+            whole.generate(model, prompt)
+    with pytest.raises(InputError, match="prompt 2 is too long"):
+        whole.generate(model, ["keel", "mast " * 300], max_new_tokens=8)
+    with pytest.raises(InputError, match="one answer at a time"):
+        whole.generate(model, ["keel"], streamer=TextStreamer(whole.tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"top_p": 0.5}, "no top_p"),
+        ({"top_k": 5}, "no top_p"),
+        ({"top_p": 0.0, "temperature": 1.0}, "top_p must"),
+        ({"top_p": 1.5, "temperature": 1.0}, "top_p must"),
+        ({"top_k": 0, "temperature": 1.0}, "top_k must"),
+        ({"stop": ["x", ""]}, "stop string is empty"),
+        ({"stop": ""}, "stop string is empty"),
+    ],
+)
+def test_settings_without_an_effect_or_a_sense_are_refused(
+    whole: Registry, model: Any, settings: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(InputError, match=problem):
+        whole.generate(model, "keel", **settings)
+
+
+def test_one_candidate_is_greedy(whole: Registry, model: Any) -> None:
+    greedy = whole.generate(model, "mast", max_new_tokens=8)
+
+    assert whole.generate(model, "mast", max_new_tokens=8, temperature=2.0, top_k=1).text == greedy.text
+    assert whole.generate(model, "mast", max_new_tokens=8, temperature=2.0, top_p=1e-6).text == greedy.text
+
+
+# --- where an answer ends ---
+
+
+def sampled(whole: Registry, model: Any, **more: Any) -> Answer:
+    """An answer of 24 tokens with many different ones."""
+    settings: Any = {"max_new_tokens": 24, "temperature": 0.7, "seed": 1} | more
+    return whole.generate(model, "mast and flour", **settings)
+
+
+def test_an_answer_ends_before_a_stop_string_wherever_it_begins_in_a_token(whole: Registry, model: Any) -> None:
+    full = sampled(whole, model)
+
+    for start in range(0, len(full.text), 3):
+        for length in (1, 4):
+            stop = full.text[start : start + length]
+            if "\ufffd" in stop:
+                continue
+            answer = sampled(whole, model, stop=["no such text", stop])
+            assert answer.text == full.text[: full.text.index(stop)]
+            assert answer.finish == "stop"
+            assert answer.new_tokens <= full.new_tokens
+            assert answer.tokens[:-1] == full.tokens[: len(answer.tokens) - 1]
+
+
+def test_a_stop_string_of_the_prompt_stops_nothing(whole: Registry, model: Any) -> None:
+    full = sampled(whole, model)
+
+    assert "mast and" not in full.text
+    assert sampled(whole, model, stop="mast and") == full
+
+
+def test_a_row_that_stops_leaves_the_others_alone(whole: Registry, model: Any) -> None:
+    alone = [whole.generate(model, prompt, max_new_tokens=8) for prompt in PROMPTS]
+    stop = next(char for char in alone[0].text if char != "\ufffd")
+
+    together = whole.generate(model, PROMPTS, max_new_tokens=8, stop=stop)
+
+    assert [one.text for one in together] == [one.text.partition(stop)[0] for one in alone]
+    assert {one.finish for one in together if stop not in one.text} <= {"stop", "length", "end"}
+
+
+def test_an_answer_says_why_it_ended(whole: Registry) -> None:
+    model: Any = whole.compose("cooking+sailing")
+    tokens = generate(model, whole.tokenizer, "keel", GenerationSettings(max_new_tokens=3))
+    assert (tokens.finish, tokens.new_tokens) == ("length", 3)
+    stopped = generate(model, whole.tokenizer, "keel", should_stop=lambda: True)
+    assert (stopped.finish, stopped.new_tokens) == ("interrupted", 1)
+
+    inputs = torch.tensor([prompt_ids("keel", whole.tokenizer)])
+    with model.reading_prompts():
+        model.generation_config.eos_token_id = int(model(input_ids=inputs).logits[0, -1].argmax())
+    ended = whole.generate(model, "keel")
+
+    assert (ended.finish, ended.new_tokens, ended.text) == ("end", 1, "")
+    assert "the first token was the end token" in str(ended.empty_because)
+
+
+# --- streaming ---
+
+
+class Collected(TextStreamer):
+    """A streamer of transformers that keeps its text."""
+
+    def __init__(self, tokenizer: Any):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.pieces: list[str] = []
+        self.has_ended = False
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.pieces.append(text)
+        self.has_ended = self.has_ended or stream_end
+
+
+def test_what_is_streamed_is_the_answer(whole: Registry, model: Any) -> None:
+    streamer = Collected(whole.tokenizer)
+    answer = sampled(whole, model, streamer=streamer)
+
+    assert "".join(streamer.pieces) == answer.text
+    assert answer == sampled(whole, model)
+    assert streamer.has_ended
+    assert len(streamer.pieces) > 2
+
+
+def test_no_part_of_a_stop_string_is_streamed(whole: Registry, model: Any) -> None:
+    full = sampled(whole, model)
+    for start in range(0, len(full.text), 5):
+        stop = full.text[start : start + 3]
+        if "\ufffd" in full.text[: start + 3]:
+            continue
+        streamer = Collected(whole.tokenizer)
+        answer = sampled(whole, model, streamer=streamer, stop=[stop, stop + "Q", "Q"])
+        assert "".join(streamer.pieces) == answer.text == full.text[: full.text.index(stop)]
+
+
+def test_a_stream_ends_with_an_exception_too(whole: Registry, model: Any) -> None:
+    streamer = TextIteratorStreamer(whole.tokenizer, skip_prompt=True, timeout=30)
+
+    def fail() -> bool:
+        raise RuntimeError("stopped")
+
+    with ThreadPoolExecutor(1) as threads:
+        made = threads.submit(
+            generate, model, whole.tokenizer, "keel", GenerationSettings(), streamer=streamer, should_stop=fail
+        )
+        list(streamer)
+    assert isinstance(made.exception(), RuntimeError)
