@@ -10,7 +10,7 @@ import random
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,7 @@ class BankTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the language-model loss plus the weighted balance loss of the new bank."""
-        with recording_expert_use(self._composed) as use:
+        with recording_expert_use(self._composed) if self._balance else nullcontext([]) as use:
             loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
         assert isinstance(loss, Tensor)
         # the model normalizes by the tokens of the whole step, so its losses add up; the balance loss is averaged

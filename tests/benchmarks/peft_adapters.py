@@ -105,7 +105,8 @@ def _train(
 ) -> dict[str, Any]:
     blocks = pack_blocks([encode(example, bench.base.tokenizer) for example in examples], recipe.block, min_targets=1)
     folder = bench.out / "runs" / run
-    figures = train_bank(model, blocks, recipe, run=folder, stage=f"training on {name}", on_progress=bench.on_progress)
+    alone = replace(recipe, balance=0.0)  # a LoRA has no experts to balance
+    figures = train_bank(model, blocks, alone, run=folder, stage=f"training on {name}", on_progress=bench.on_progress)
     shutil.rmtree(folder, ignore_errors=True)
     return figures | {"parameters": sum(p.numel() for p in model.parameters() if p.requires_grad), "of": name}
 

@@ -79,6 +79,18 @@ def train(tmp_path: Path) -> Callable[..., dict[str, Any]]:
 # --- balance ---
 
 
+def test_a_model_without_experts_trains_where_no_balance_is_asked_for(
+    train: Any, tiny_llama: Any, blocks: Blocks
+) -> None:
+    model = tiny_llama(vocab_size=64)
+    before = model.lm_head.weight.detach().clone()
+
+    losses = train(model, blocks, balance=0.0)["losses"]
+
+    assert losses[-1] < losses[0]
+    assert not torch.equal(before, model.lm_head.weight)
+
+
 @pytest.mark.parametrize("experts", [1, 2, 3, 8])
 def test_balance_is_zero_for_uniform_use(experts: int) -> None:
     use = torch.full((2, 5, experts), 1 / experts)
