@@ -56,14 +56,23 @@ def environment() -> dict[str, str]:
     }
 
 
-def report(title: str, rows: list[dict[str, Any]], out: Path | None) -> None:
-    """Print a Markdown table and add it to a JSON file."""
+def report(title: str, rows: list[dict[str, Any]], out: Path | None, about: Mapping[str, str] | None = None) -> None:
+    """Print a Markdown table and add it to a JSON file.
+
+    Args:
+        title: Of the table; it replaces one of the same title.
+        rows: Cells by column.
+        out: The file.
+        about: What the file says about the measurement beside the environment, which is then that of the last table.
+    """
     columns = list(dict.fromkeys(key for row in rows for key in row))
     print(f"\n{title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in rows:
         print("| " + " | ".join(_cell(row.get(column, "")) for column in columns) + " |", flush=True)
     if out is not None:
         document: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"environment": environment()}
+        if about is not None:
+            document["environment"] = {**about, **environment()}
         document[title] = rows
         out.write_text(json.dumps(document, indent=2) + "\n")
 
