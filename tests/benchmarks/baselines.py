@@ -9,6 +9,10 @@
     arrow        PEFT's Arrow over the separate adapters (Ostapenko et al. 2024, arXiv:2405.11157), without training
     xlora        PEFT's X-LoRA over the separate adapters (Buehler and Buehler 2024, arXiv:2402.07148); its classifier
                  is trained on 5 % of each domain's rows for as many steps as a domain
+    anyssr       Any-SSR's router over the separate adapters (Tong et al. 2025, arXiv:2503.13575): least squares on the
+                 prompts of all training rows so far; the adapter of the largest output takes all
+    lorauter     LORAUTER's router over the separate adapters (Dhasade et al. 2026, arXiv:2601.21795): the three tasks
+                 whose mean embeddings are nearest to the prompt's, by the softmax of their cosines
 
 Trained adapters are shared between methods: the first step of four of them is the same adapter.
 """
@@ -18,7 +22,9 @@ from functools import partial
 
 from method import Bench, Scored, Step, digest
 from peft_adapters import Adapter, arrow_model, train_adapter, train_xlora, with_adapters, xlora_model
+from routed_adapters import analytic_model, nearest_model
 from streams import Domain
+from torch import nn
 
 from lorary.domains.data.example import Example
 
@@ -84,6 +90,20 @@ def xlora(bench: Bench) -> Iterator[Step]:
     yield step
 
 
+def routed(
+    bench: Bench, name: str, build: Callable[[Bench, Sequence[Domain], Sequence[Adapter]], nn.Module]
+) -> Iterator[Step]:
+    """Route prompts over the separate adapters by a method without gradient steps."""
+    adapters: list[Adapter] = []
+    for i, domain in enumerate(bench.domains):
+        adapters.append(_separate_adapter(bench, domain))
+        so_far = bench.domains[: i + 1]
+        encoder = bench.encoder and bench.encoder.name
+        id = f"{name}-" + digest([[a.id for a in adapters], encoder if build is nearest_model else None])
+        scored = Scored(id, partial(build, bench, so_far, list(adapters)))
+        yield _step(domain, [adapters[-1]], lambda _column, scored=scored: scored)
+
+
 METHODS: dict[str, Callable[[Bench], Iterator[Step]]] = {
     "separate": separate,
     "sequential": sequential,
@@ -92,6 +112,8 @@ METHODS: dict[str, Callable[[Bench], Iterator[Step]]] = {
     "replay": partial(sequential, replayed=REPLAYED),
     "arrow": arrow,
     "xlora": xlora,
+    "anyssr": partial(routed, name="anyssr", build=analytic_model),
+    "lorauter": partial(routed, name="lorauter", build=nearest_model),
 }
 
 

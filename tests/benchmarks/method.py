@@ -48,6 +48,7 @@ class Bench:
     out: Path
     general: Path | None  # training text of lorary's KP bank; None: the bundled corpus
     on_progress: OnProgress
+    encoder: Path | None = None  # sentence encoder of LORAUTER; None: the base
 
     def fresh_base(self) -> PreTrainedModel:
         """Return a new copy of the base model that can be modified."""

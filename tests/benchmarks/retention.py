@@ -61,7 +61,13 @@ def main() -> None:
         learning_rate=arguments.learning_rate,
     ).for_width(base.layout.width)
     bench = Bench(
-        base=base, domains=domains, recipe=recipe, out=arguments.out, general=arguments.general, on_progress=report
+        base=base,
+        domains=domains,
+        recipe=recipe,
+        out=arguments.out,
+        general=arguments.general,
+        on_progress=report,
+        encoder=arguments.encoder,
     )
     book = ScoreBook(arguments.out / "scores.jsonl", base.tokenizer)
     columns = [*general_columns(arguments.data, max_bytes=arguments.max_bytes), *domains]
@@ -132,6 +138,7 @@ def command_of(arguments: argparse.Namespace, method: str) -> str:
         "domains": arguments.domains,
         "max-bytes": arguments.max_bytes,
         "questions": arguments.questions,
+        "encoder": arguments.encoder,
     }
     words = [word for name, value in given.items() if value is not None for word in (f"--{name}", str(value))]
     words += ["--sparse"] if arguments.sparse else []
@@ -160,6 +167,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--domains", type=int, help="number of domains, from the start of the stream")
     parser.add_argument("--max-bytes", type=int, default=40_000, help="bytes of held-out text per domain")
     parser.add_argument("--questions", type=int, default=100, help="questions per domain, for accuracy")
+    parser.add_argument("--encoder", type=Path, help="folder of LORAUTER's sentence encoder; default: the base")
     parser.add_argument("--sparse", action="store_true", help="score older domains after the last step only")
     parser.add_argument("--table", action="store_true", help="print tables of all results")
     parser.add_argument("--plot", type=Path, help="with --table: also draw this SVG file")

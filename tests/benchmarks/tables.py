@@ -18,7 +18,7 @@ from lorary.registry.measure.metrics import (
     oracle_share,
 )
 
-ORDER = ("separate", "joint", "ours", "replay", "olora", "sequential", "xlora", "arrow")
+ORDER = ("separate", "joint", "ours", "replay", "olora", "sequential", "xlora", "arrow", "anyssr", "lorauter")
 HEAD = (
     "average",
     "share of gain",

@@ -10,7 +10,7 @@ import pytest
 from lorary.domains.data.catalog import builtin_domains
 
 SCRIPT = Path(__file__).with_name("retention.py")
-METHODS = ("ours", "separate", "sequential", "joint", "olora", "replay", "arrow", "xlora")
+METHODS = ("ours", "separate", "sequential", "joint", "olora", "replay", "arrow", "xlora", "anyssr", "lorauter")
 FILES = {
     "general/lm": "general",
     "medicine/medquad_qa": "medicine",
