@@ -113,13 +113,15 @@ class Registry:
         record = fingerprint(folder, source=base, revision=revision, trust_remote_code=trust_remote_code)
         settings: dict[str, Any] = {
             "source": base if base == POCKET or not Path(base).exists() else str(folder),
-            "base": record_to_json(record),
         }
         if trust_remote_code:
             settings["trust_remote_code"] = True
+        from ..domains.statistics.token_roles import template_tokens
         from .base.load import LoadedBase
 
         loaded = LoadedBase(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        record = replace(record, template_tokens=template_tokens(loaded.tokenizer))
+        settings["base"] = record_to_json(record)
         if not (root / STORE_FILE).exists():
             # before anything is written: a base that cannot have experts is refused here
             loaded.targets.choose((bank or BankConfig()).targets)

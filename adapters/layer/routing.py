@@ -11,14 +11,15 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...domains.base_model import ModelLayout, bind_arguments, first_tensor
 from ...domains.errors import InputError
+from ...domains.statistics.fading import faded_sums
 from ..router.cache import find_cache, positions_in, router_layer, seen_by_themselves
-from ..router.packed import restart, text_ends, text_starts
+from ..router.packed import text_ends, text_starts
 from ..router.router import DomainRouter, last_tokens, whole_prompts
 from .active import Part, close_small_gates, plan_parts
 from .forward_state import (
@@ -159,9 +160,19 @@ class Routing:
                 fix="pass input_ids, or compose with --static",
             )
         starts = _text_starts(state, hidden)
-        gates = self.router.slot_gates(self._sums(self.router, state, hidden, cache, starts))
-        if settings.prompts is None:
+        ends = self._prompt_ends(state, settings, hidden, starts)
+        gates = self.router.slot_gates(self._sums(self.router, state, hidden, cache, starts, ends))
+        if ends is None:
             return gates
+        whole = whole_prompts(gates, ends)
+        return torch.where(state.past == 0, whole, gates) if isinstance(state.past, Tensor) else whole
+
+    def _prompt_ends(
+        self, state: ForwardState, settings: Settings, hidden: Tensor, starts: Bool[Tensor, "batch seq"] | None
+    ) -> Int64[Tensor, "batch #seq"] | None:
+        """Return the last position of each prompt of this forward pass; None if it reads none as a whole."""
+        if settings.prompts is None:
+            return None
         if starts is not None and settings.longest_prompt is not None:
             raise InputError(
                 "Prompts of given lengths cannot be packed.",
@@ -169,12 +180,11 @@ class Routing:
                 fix="read each text of packed rows as a prompt: reading_prompts()",
             )
         if isinstance(state.past, int) and state.past:
-            return gates
+            return None
         if starts is not None:
-            return whole_prompts(gates, text_ends(starts))
-        ends = settings.prompts.clamp(max=gates.shape[1]).expand(len(gates))[:, None] - 1
-        whole = whole_prompts(gates, ends)
-        return torch.where(state.past == 0, whole, gates) if isinstance(state.past, Tensor) else whole
+            return text_ends(starts)
+        batch, seq = hidden.shape[:2]
+        return settings.prompts.to(hidden.device).clamp(max=seq).expand(batch)[:, None] - 1
 
     def _sums(
         self,
@@ -183,24 +193,23 @@ class Routing:
         hidden: Tensor,
         cache: Any,
         starts: Bool[Tensor, "batch seq"] | None,
+        ends: Int64[Tensor, "batch #seq"] | None,
     ) -> Float[Tensor, "batch seq sums"]:
         """Return the router's sums up to each new position, continuing from the cache if there is one."""
         ids = state.input_ids
         assert ids is not None
         is_real = _real_tokens(state, hidden, is_static=cache is not None and cache.is_compileable)
+        is_text = router.text_mask(ids, is_real)
         kept = before = None
         if cache is not None:
-            kept = router_layer(cache, past=state.past, layers=self.layout.count, sums=2 * router.slots + 1)
+            kept = router_layer(cache, past=state.past, layers=self.layout.count, sums=router.sums)
             before = kept.last_tokens()
-        last = last_tokens(ids, is_real, before)
-        if starts is not None:
-            last[:, :-1].masked_fill_(starts, -1)
-        increments = router.increments(ids, hidden, is_real, last)
-        if starts is not None:
-            increments = restart(increments, starts)
-        if kept is None:
-            return increments.cumsum(1).float()
-        return kept.append(increments.float(), last[:, 1:])
+        last = last_tokens(ids, is_text, before, starts)
+        increments = router.increments(ids, hidden, is_text, last).float()
+        steps = router.steps(ids, is_text, starts=starts, prompt_ends=ends)
+        if isinstance(state.past, Tensor) and ends is not None:  # a static cache: whether a prompt is read is not known
+            steps = torch.where(state.past == 0, steps, router.steps(ids, is_text))
+        return faded_sums(increments, steps) if kept is None else kept.append(increments, last[:, 1:], steps)
 
 
 def _text_starts(state: ForwardState, hidden: Tensor) -> Bool[Tensor, "batch seq"] | None:

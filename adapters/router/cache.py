@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionCacheLayerMixin, StaticLayer
 
 from ...domains.errors import InputError
+from ...domains.statistics.fading import faded_sums
 
 
 class RouterCacheLayer(DynamicLayer):
@@ -25,12 +26,14 @@ class RouterCacheLayer(DynamicLayer):
         return self.values[:, 0, -1, 0].long()
 
     def append(
-        self, increments: Float[Tensor, "batch seq sums"], tokens: Int64[Tensor, "batch seq"]
+        self,
+        increments: Float[Tensor, "batch seq sums"],
+        tokens: Int64[Tensor, "batch seq"],
+        steps: Float[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq sums"]:
         """Append new positions, with the last text token at each, and return the sums up to each of them."""
-        sums = increments.cumsum(1)
-        if self.get_seq_length() and self.keys is not None:
-            sums = sums + self.keys[:, 0, -1:]
+        before = self.keys[:, 0, -1] if self.get_seq_length() and self.keys is not None else None
+        sums = faded_sums(increments, steps, before)
         # caches cast keys and values to one dtype; that of the sums represents every id exactly
         self.update(sums.unsqueeze(1), tokens.to(sums.dtype)[:, None, :, None])
         return sums
@@ -56,13 +59,16 @@ class StaticRouterLayer(StaticLayer):
         return torch.where(self.cumulative_length > 0, self.values[:, 0, 0, 0].long(), -1)
 
     def append(
-        self, increments: Float[Tensor, "batch seq sums"], tokens: Int64[Tensor, "batch seq"]
+        self,
+        increments: Float[Tensor, "batch seq sums"],
+        tokens: Int64[Tensor, "batch seq"],
+        steps: Float[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch seq sums"]:
         """Append new positions, with the last text token at each, and return the sums up to each of them."""
         last = tokens[:, -1:].to(increments.dtype)[:, None, :, None]
         if not self.is_initialized:
             self.lazy_initialization(increments[:, None, -1:], last)
-        sums = increments.cumsum(1) + self.keys[:, 0]
+        sums = faded_sums(increments, steps, self.keys[:, 0, 0])
         self.keys.copy_(sums[:, None, -1:])
         self.values.copy_(last)
         self.cumulative_length.add_(increments.shape[1])

@@ -5,7 +5,7 @@ Each text is routed as if it were alone.
 """
 
 import torch
-from jaxtyping import Bool, Float, Int, Int64
+from jaxtyping import Bool, Int, Int64
 from torch import Tensor
 
 
@@ -35,28 +35,9 @@ def text_starts(
     return starts if torch.compiler.is_compiling() or bool(starts[:, 1:].any()) else None
 
 
-def restart(
-    increments: Float[Tensor, "batch seq sums"], starts: Bool[Tensor, "batch seq"]
-) -> Float[Tensor, "batch seq sums"]:
-    """Return increments whose sums over a row are the sums of each text from its own start.
-
-    The first position of a text also takes away what was summed before it, exactly in float64.
-    """
-    exact = increments.double()
-    before = exact.cumsum(1) - exact  # up to the position before
-    here = torch.where(starts, torch.arange(starts.shape[1], device=starts.device), 0).cummax(1).values
-    total = before.gather(1, here[..., None].expand_as(before))  # of all texts before the one of each position
-    return exact - torch.where(starts[..., None], total - _earlier(total), 0)
-
-
 def text_ends(starts: Bool[Tensor, "batch seq"]) -> Int64[Tensor, "batch seq"]:
     """Return the last position of each position's text."""
     last = starts.shape[1] - 1
     is_end = torch.cat([starts[:, 1:], torch.ones_like(starts[:, :1])], dim=1)
     positions = torch.where(is_end, torch.arange(last + 1, device=starts.device), last)
     return positions.flip(1).cummin(1).values.flip(1)
-
-
-def _earlier(values: Tensor) -> Tensor:
-    """Return the values of the position before, 0 at the first."""
-    return torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1]], dim=1)

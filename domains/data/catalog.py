@@ -8,6 +8,7 @@ import difflib
 from pathlib import Path
 
 from ..errors import NotFoundError
+from .example import Example
 from .spec import DomainSpec
 
 BUILTIN = Path(__file__).resolve().parents[1] / "builtin"  # domain specs and corpora, and the pocket base
@@ -21,9 +22,15 @@ def builtin_domains() -> dict[str, DomainSpec]:
 def everyday_questions() -> list[str]:
     """Return questions that belong to no domain, as users ask them; new domains are probed with them.
 
-    No KP bank is trained on them: they would prove nothing then.
+    No KP bank is trained on them, and none has them in its statistics: they would prove nothing then.
     """
     return (BUILTIN / "general" / "everyday.txt").read_text(encoding="utf-8").splitlines()
+
+
+def everyday_requests() -> list[Example]:
+    """Return other such questions and requests, for the statistics of general text, which has few."""
+    lines = (BUILTIN / "general" / "requests.txt").read_text(encoding="utf-8").splitlines()
+    return [Example(completion=line) for line in lines]
 
 
 def domains_in(folder: Path) -> dict[str, DomainSpec]:

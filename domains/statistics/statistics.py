@@ -2,32 +2,33 @@
 
 The text itself is not stored, only sums:
 
-- token counts, and counts of token bigrams hashed into 65,536 buckets, for the token evidence (naive Bayes); counts of
-  one are dropped before storing (docs/threat-model.md describes what remains);
+- token counts, and counts of token bigrams hashed into 65,536 buckets, for the token evidence (naive Bayes);
 - number, sum and sum of outer products of feature vectors, for the hidden-state evidence (linear discriminant
   analysis). Features are a fixed projection of the input of the first layer with experts: they depend on the frozen
-  base model only, so they stay valid.
+  base model only, so they stay valid;
+- second moments of hashed token features, for the ridge evidence (hashed_rows.py).
 
-The statistics of two texts combined are the sum of their statistics, in any order; subtraction removes a text.
+The statistics of two texts combined are the sum of their statistics, in any order. Counts add up exactly; moments of
+features, which are kept in float32, up to its rounding; those of hashed features up to what their factors leave out.
+
+Statistics of the first edition have float64 moments of other features, counts of the tokens of chat templates, and no
+hashed features (`first_edition`).
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ..base_model import ModelLayout, hidden_states_at
-from ..data.blocks import Blocks
 from ..errors import IncompatibleError
+from .hashed_rows import HashedRows, no_hashed_rows
+from .hashing import HASHED, PAIR_BUCKETS
 
-MIN_COUNT = 2  # lower counts of tokens and pair buckets are dropped
-PAIR_BUCKETS = 1 << 16
-MAX_FEATURES = 256
+MIN_COUNT = 2  # lower counts of tokens and pair buckets are not published
 MAX_TOKENS = 1 << 22  # limit on the vocabulary size that stored tensors may claim
-PROJECTION_SEED = 20260107
+FIRST_FEATURES = 256  # of the first edition
+FIRST_PROJECTION_SEED = 20260107
 
 
 @dataclass(frozen=True)
@@ -39,25 +40,19 @@ class DomainStatistics:
     rows: float  # number of summed feature vectors
     feature_sum: Float[Tensor, " features"]  # float64
     feature_outer: Float[Tensor, "features features"]  # float64
+    hashed: HashedRows | None = None  # None in the first edition
 
     def __add__(self, other: "DomainStatistics") -> "DomainStatistics":
         self._check_same_shape(other)
+        hashed = None if self.hashed is None or other.hashed is None else self.hashed + other.hashed
+        outer = self.feature_outer + other.feature_outer
         return DomainStatistics(
             self.token_counts + other.token_counts,
             self.pair_counts + other.pair_counts,
             self.rows + other.rows,
             self.feature_sum + other.feature_sum,
-            self.feature_outer + other.feature_outer,
-        )
-
-    def __sub__(self, other: "DomainStatistics") -> "DomainStatistics":
-        self._check_same_shape(other)
-        return DomainStatistics(
-            self.token_counts - other.token_counts,
-            self.pair_counts - other.pair_counts,
-            self.rows - other.rows,
-            self.feature_sum - other.feature_sum,
-            self.feature_outer - other.feature_outer,
+            outer if hashed is None else rounded(outer),
+            hashed,
         )
 
     @property
@@ -67,19 +62,61 @@ class DomainStatistics:
 
     @property
     def smallest_count(self) -> int:
-        """Smallest count of a token or bucket; negative if more was subtracted than added."""
+        """Smallest count of a token or bucket."""
         return int(min(self.token_counts.min().item(), self.pair_counts.min().item()))
+
+    def emptied(self) -> "DomainStatistics":
+        """Return the statistics of no text, of the same shape and edition."""
+        return DomainStatistics(
+            torch.zeros_like(self.token_counts),
+            torch.zeros_like(self.pair_counts),
+            0.0,
+            torch.zeros_like(self.feature_sum),
+            torch.zeros_like(self.feature_outer),
+            None if self.hashed is None else no_hashed_rows(),
+        )
 
     def without_rare_tokens(self) -> "DomainStatistics":
         """Return a copy with counts below `MIN_COUNT` set to zero."""
         tokens, pairs = (torch.where(c < MIN_COUNT, 0, c) for c in (self.token_counts, self.pair_counts))
-        return DomainStatistics(tokens, pairs, self.rows, self.feature_sum, self.feature_outer)
+        return self.with_counts(tokens, pairs)
+
+    def with_counts(
+        self, token_counts: Int64[Tensor, " vocabulary"], pair_counts: Int64[Tensor, " buckets"]
+    ) -> "DomainStatistics":
+        """Return a copy with other counts."""
+        return replace(self, token_counts=token_counts, pair_counts=pair_counts)
+
+    def first_edition(self, width: int) -> "DomainStatistics":
+        """Return these statistics as those of the first edition, to be routed together with such.
+
+        Raises:
+            IncompatibleError: The features of the first edition cannot be computed from these.
+        """
+        if self.hashed is None:
+            return self
+        matrix = first_projection(width)
+        if matrix is None:
+            return replace(self, hashed=None)
+        if len(self.feature_sum) != width:
+            raise IncompatibleError(
+                "Statistics of two editions of the router cannot be combined.",
+                cause=f"the base model is {width} wide, and {len(self.feature_sum)} features were kept",
+                fix="retrain the older domain from its data: registry retrain NAME --mode fresh --data FILE",
+            )
+        matrix = matrix.double()
+        return replace(
+            self,
+            feature_sum=matrix @ self.feature_sum,
+            feature_outer=matrix @ self.feature_outer @ matrix.T,
+            hashed=None,
+        )
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors to store; counts are sparse, as ids and values."""
+        """Return the tensors to store; counts are sparse, as ids and values, and symmetric moments a triangle."""
         ids = self.token_counts.nonzero().flatten()
         buckets = self.pair_counts.nonzero().flatten()
-        return {
+        found = {
             "token_ids": ids.to(torch.int32),
             "token_counts": self.token_counts[ids],
             "pair_ids": buckets.to(torch.int32),
@@ -87,7 +124,14 @@ class DomainStatistics:
             "vocabulary": torch.tensor([len(self.token_counts)]),
             "rows": torch.tensor([self.rows], dtype=torch.float64),
             "feature_sum": self.feature_sum,
-            "feature_outer": self.feature_outer,
+        }
+        if self.hashed is None:
+            return found | {"feature_outer": self.feature_outer}
+        return found | {
+            "feature_triangle": self.feature_outer[_triangle(len(self.feature_sum))].float(),
+            "hashed_rows": torch.tensor([self.hashed.rows, self.hashed.cut], dtype=torch.float64),
+            "hashed_mean": self.hashed.mean,
+            "hashed_factors": self.hashed.factors,
         }
 
     @classmethod
@@ -104,7 +148,22 @@ class DomainStatistics:
         counts[tensors["token_ids"].long()] = tensors["token_counts"].long()
         pairs = torch.zeros(PAIR_BUCKETS, dtype=torch.int64)
         pairs[tensors["pair_ids"].long()] = tensors["pair_counts"].long()
-        return cls(counts, pairs, float(tensors["rows"].item()), tensors["feature_sum"], tensors["feature_outer"])
+        total, rows = tensors["feature_sum"], float(tensors["rows"].item())
+        if "feature_triangle" not in tensors:
+            return cls(counts, pairs, rows, total, tensors["feature_outer"])
+        triangle, mean, factors, sizes = (
+            tensors[name] for name in ("feature_triangle", "hashed_mean", "hashed_factors", "hashed_rows")
+        )
+        features = total.numel()  # compared before a square of this size is made
+        if total.shape != (features,) or triangle.shape != (features * (features + 1) // 2,):
+            raise ValueError(f"moments of shapes {total.shape} and {triangle.shape}")
+        if mean.shape != (HASHED,) or factors.shape[1:] != (HASHED,) or sizes.shape != (2,):
+            raise ValueError(f"hashed moments of shapes {mean.shape}, {factors.shape} and {sizes.shape}")
+        outer = torch.zeros(features, features, dtype=torch.float64)
+        outer[_triangle(features)] = triangle.double()
+        outer = outer + outer.triu(1).T
+        hashed, cut = sizes.tolist()
+        return cls(counts, pairs, rows, total, outer, HashedRows(hashed, mean, factors, cut))
 
     def _check_same_shape(self, other: "DomainStatistics") -> None:
         mine = (len(self.token_counts), len(self.feature_sum))
@@ -116,88 +175,19 @@ class DomainStatistics:
             )
 
 
-def pair_buckets(before: Int64[Tensor, "*tokens"], ids: Int64[Tensor, "*tokens"]) -> Int64[Tensor, "*tokens"]:
-    """Return the bucket of each token and its predecessor: a fixed hash, so that counts of packs can be added."""
-    return (ids * 31337 + before * 7919) % PAIR_BUCKETS
-
-
-def feature_projection(width: int) -> Float[Tensor, "features width"] | None:
-    """Return the fixed random projection for hidden states of this width, or None up to `MAX_FEATURES`."""
-    if width <= MAX_FEATURES:
+def first_projection(width: int) -> Float[Tensor, "features width"] | None:
+    """Return the projection of the first edition, or None up to `FIRST_FEATURES`."""
+    if width <= FIRST_FEATURES:
         return None
-    generator = torch.Generator().manual_seed(PROJECTION_SEED)
-    return torch.randn(MAX_FEATURES, width, generator=generator) / width**0.5
+    generator = torch.Generator().manual_seed(FIRST_PROJECTION_SEED)
+    return torch.randn(FIRST_FEATURES, width, generator=generator, dtype=torch.float32) / width**0.5
 
 
-def hidden_features(
-    hidden: Float[Tensor, "batch seq width"], projection: Float[Tensor, "features width"] | None
-) -> Float[Tensor, "batch seq features"]:
-    """Normalise hidden states to unit root mean square and project them, in float32."""
-    hidden = hidden.float()
-    unit = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-6)
-    return unit if projection is None else unit @ projection.T
+def rounded(outer: Float[Tensor, "features features"]) -> Float[Tensor, "features features"]:
+    """Return moments as they are stored: symmetric, and with the precision of float32."""
+    return torch.triu(outer).add(torch.triu(outer, 1).T).float().double()
 
 
-def causal_means(
-    features: Float[Tensor, "batch seq features"], mask: Bool[Tensor, "batch seq"]
-) -> Float[Tensor, "batch seq features"]:
-    """Return the mean of the features up to each position, without padding."""
-    weight = mask.unsqueeze(-1).to(features.dtype)
-    return (features * weight).cumsum(1) / weight.cumsum(1).clamp(min=1)
-
-
-@torch.inference_mode()
-def measure_statistics(
-    model: PreTrainedModel,
-    layout: ModelLayout,
-    blocks: Blocks,
-    *,
-    layer: int,
-    batch: int = 16,
-    on_batch: Callable[[int, int], None] | None = None,
-) -> tuple[DomainStatistics, Float[Tensor, "blocks features"]]:
-    """Compute the statistics of packed text, and the mean feature of each block, for prototypes.
-
-    Feature vectors are causal means at the positions 1, 2, 4, 8, ... of each block, as the router computes them.
-
-    Args:
-        layer: Index of the first decoder layer with experts; features are computed from its input.
-        on_batch: Called with the number of finished blocks and their total.
-    """
-    device = next(model.parameters()).device
-    projection = feature_projection(layout.width)
-    features = layout.width if projection is None else len(projection)
-    vocabulary = model.config.get_text_config().vocab_size
-    total = DomainStatistics(
-        torch.zeros(vocabulary, dtype=torch.int64),
-        torch.zeros(PAIR_BUCKETS, dtype=torch.int64),
-        0.0,
-        torch.zeros(features, dtype=torch.float64),
-        torch.zeros(features, features, dtype=torch.float64),
-    )
-    means = []
-    for start, ids, mask in _batches(blocks, batch):
-        hidden = hidden_states_at(model, layout, layer, input_ids=ids.to(device), attention_mask=mask.long().to(device))
-        cumulative = causal_means(hidden_features(hidden.cpu(), projection), mask)
-        rows = _at_powers_of_two(cumulative, mask).double()
-        counts = torch.bincount(ids[mask], minlength=vocabulary)
-        has_both = mask[:, 1:] & mask[:, :-1]
-        pairs = torch.bincount(pair_buckets(ids[:, :-1], ids[:, 1:])[has_both], minlength=PAIR_BUCKETS)
-        total = total + DomainStatistics(counts, pairs, float(len(rows)), rows.sum(0), rows.T @ rows)
-        means.append(cumulative[torch.arange(len(ids)), mask.long().sum(1).clamp(min=1) - 1])
-        if on_batch:
-            on_batch(start + len(ids), len(blocks.input_ids))
-    return total, torch.cat(means)
-
-
-def _batches(blocks: Blocks, batch: int) -> Iterable[tuple[int, Tensor, Tensor]]:
-    for start in range(0, len(blocks.input_ids), batch):
-        rows = slice(start, start + batch)
-        yield start, blocks.input_ids[rows], blocks.attention_mask[rows].bool()
-
-
-def _at_powers_of_two(
-    cumulative: Float[Tensor, "batch seq features"], mask: Bool[Tensor, "batch seq"]
-) -> Float[Tensor, "rows features"]:
-    positions = [2**i - 1 for i in range(cumulative.shape[1].bit_length()) if 2**i <= cumulative.shape[1]]
-    return cumulative[:, positions][mask[:, positions]]
+def _triangle(features: int) -> tuple[Tensor, Tensor]:
+    rows, columns = torch.triu_indices(features, features)
+    return rows, columns

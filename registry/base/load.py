@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...domains.base_model import ModelLayout, check_device, find_layout, load_base_model
 from ...domains.errors import IntegrityError
 from ...domains.linear import linear_modules, linear_shape
+from ...domains.statistics.token_roles import TokenRoles, token_roles
 from ...domains.target_modules import Targets, find_targets, reasons_in_code
 from ..pack.pack import DomainPack
 from ..store.manifest import BaseRecord, check_same_base
@@ -27,6 +28,7 @@ class LoadedBase:
     device: str = "cpu"
     dtype: str = "auto"
     trust_remote_code: bool = False
+    template_tokens: tuple[int, ...] | None = None  # those of the store's base record; None if it has none
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -43,6 +45,12 @@ class LoadedBase:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         return self._loaded[1]
+
+    @cached_property
+    def roles(self) -> TokenRoles:
+        """The roles of the tokens in routing."""
+        vocabulary = self.model.config.get_text_config().vocab_size
+        return token_roles(self.tokenizer, vocabulary, self.template_tokens)
 
     @cached_property
     def layout(self) -> ModelLayout:
@@ -71,7 +79,13 @@ def open_base(store: Store, record: BaseRecord, *, device: str, dtype: str) -> L
     cache = store.cache / "fingerprints.json" if os.access(store.cache, os.W_OK) else None
     found = fingerprint(folder, source=source, revision=record.revision, trust_remote_code=trusted, cache=cache)
     check_same_base(wanted=record, found=found, what=f"The registry {store.path}")
-    return LoadedBase(folder, device=device, dtype=dtype, trust_remote_code=trusted)
+    return LoadedBase(
+        folder,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trusted,
+        template_tokens=record.template_tokens or None,
+    )
 
 
 def check_fit(pack: DomainPack, base: LoadedBase, *, source: str) -> None:

@@ -12,9 +12,10 @@ from ...adapters.layer.attach import attach
 from ...adapters.layer.stack import Stack
 from ...adapters.router.router import DomainRouter, Temperatures
 from ...domains.errors import IntegrityError
+from ...domains.statistics.token_roles import TokenRoles
 from ..base.load import LoadedBase, check_fit
 from ..pack.check_pack import check_pack
-from ..pack.pack import DomainPack, Routable, read_pack
+from ..pack.pack import DomainPack, Routable, one_edition, read_pack
 from ..store.store import Store
 from .cache import CachedComposition, CompositionCache
 from .plan import Plan
@@ -35,7 +36,7 @@ def compose_model(store: Store, plan: Plan, base: LoadedBase) -> PreTrainedModel
     if cached is None:
         packs = read_packs(store, plan)
         stack = _stack_banks(plan, packs, base).stacked(dtype)
-        router = None if plan.static else build_router(packs, _priors(plan), width=base.layout.width)
+        router = None if plan.static else base_router(packs, _priors(plan), base)
         cached = CachedComposition(stack, router)
         cache.put(plan, dtype, cached)
     model = attach(base.model, cached.stack, router=cached.router, fixed=_priors(plan) if plan.static else None)
@@ -54,7 +55,7 @@ def compose_packs(plan: Plan, packs: list[DomainPack], base: LoadedBase) -> PreT
         IntegrityError: A pack does not fit the base model.
     """
     stack, priors = _stack_banks(plan, packs, base), _priors(plan)
-    router = None if plan.static else build_router(packs, priors, width=base.layout.width)
+    router = None if plan.static else base_router(packs, priors, base)
     return _with_plan(attach(base.model, stack, router=router, fixed=priors if plan.static else None), plan)
 
 
@@ -83,33 +84,66 @@ def read_saved_packs(folder: Path, plan: Plan) -> list[DomainPack]:
     return packs
 
 
-def build_router(packs: Sequence[Routable], priors: torch.Tensor, *, width: int) -> DomainRouter:
+def base_router(packs: Sequence[Routable], priors: torch.Tensor, base: LoadedBase) -> DomainRouter:
+    """Return the router of these slots over a base model, KP first.
+
+    Raises:
+        IntegrityError: The statistics of the packs are not comparable.
+        IncompatibleError: Packs of two editions of the router cannot be routed together.
+    """
+    return build_router(packs, priors, width=base.layout.width, roles=base.roles)
+
+
+def build_router(
+    packs: Sequence[Routable], priors: torch.Tensor, *, width: int, roles: TokenRoles | None
+) -> DomainRouter:
     """Return the router of these slots, computed from the statistics of their packs.
 
     Experts below the feature layer change the hidden state that the router reads there. Compositions with such experts
-    (imported adapters often start at layer 0) are routed by token evidence alone.
+    (imported adapters often start at layer 0) are routed by the tokens alone. Where one pack was made for the first
+    edition of the router, all are routed by it.
 
     Args:
         packs: The KP slot first.
         priors: Prior of each slot, (slots,).
         width: Hidden size of the base model.
+        roles: Roles of the base model's tokens; None where no text is read.
 
     Raises:
         IntegrityError: The statistics of the packs are not comparable.
+        IncompatibleError: Packs of two editions of the router cannot be routed together.
     """
-    _check_same_features(packs)
-    temperatures = joint_temperatures(packs[1:])
-    if min(pack.first_layer for pack in packs) < packs[0].feature_layer:
+    parts = one_edition(packs, width)
+    _check_same_features(parts)
+    temperatures = joint_temperatures(parts[1:] or parts[:1])
+    if min(part.first_layer for part in parts) < parts[0].feature_layer:
         temperatures = replace(temperatures, hidden=0.0)
-    return DomainRouter([pack.statistics for pack in packs], prior=priors, temperatures=temperatures, width=width)
+    statistics = [part.statistics for part in parts]
+    return DomainRouter(statistics, prior=priors, temperatures=temperatures, width=width, roles=roles)
 
 
 def joint_temperatures(packs: Sequence[Routable]) -> Temperatures:
-    """Return the mean temperatures of several domains (geometric for tokens), independent of their order."""
+    """Return the mean temperatures of several domains of one edition, independent of their order.
+
+    Those of tokens and half-lives are geometric means.
+    """
     if not packs:
         return Temperatures()
-    tokens = math.exp(math.fsum(math.log(pack.temperatures.token) for pack in packs) / len(packs))
-    return Temperatures(token=tokens, hidden=math.fsum(pack.temperatures.hidden for pack in packs) / len(packs))
+    each = [pack.temperatures for pack in packs]
+    half_lives = [one.half_life for one in each if one.half_life is not None]
+    return Temperatures(
+        token=_geometric_mean([one.token for one in each]),
+        hidden=math.fsum(one.hidden for one in each) / len(each),
+        ridge=math.fsum(one.ridge for one in each) / len(each),
+        half_life=_geometric_mean(half_lives) if half_lives else None,
+    )
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    # equal values stay as they are, to the last bit
+    if min(values) == max(values):
+        return values[0]
+    return math.exp(math.fsum(math.log(value) for value in values) / len(values))
 
 
 def _stack_banks(plan: Plan, packs: list[DomainPack], base: LoadedBase) -> Stack:

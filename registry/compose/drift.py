@@ -5,19 +5,19 @@ The slot gates on each older domain's typical text (its expected evidence, compu
 and after the addition.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ...adapters.composition import GENERAL
 from ...adapters.router.router import DomainRouter, typical_gates
-from ..pack.pack import Routable
+from ...domains.statistics.token_roles import TokenRoles
+from ..pack.pack import Routable, RoutingData, one_edition
 from .build import build_router
 from .plan import prior_shares
 
 MIN_GATE = 1e-9  # avoids log(0)
-NEW_SLOT = "+"  # placeholder for the new domain's name, which no domain can have
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ def measure_drift(
     *,
     width: int,
     parent: Routable | None = None,
+    roles: TokenRoles | None = None,
 ) -> Drift:
     """Compare the router of {KP, older domains} with that of {KP, older domains, new}.
 
@@ -46,12 +47,14 @@ def measure_drift(
         new: Pack of the new domain.
         width: Hidden size of the base model.
         parent: The version that `new` replaces, which then is part of the router before.
+        roles: Roles of the base model's tokens.
     """
     if not others:
         return Drift(0.0, 0, 0.0, 0)
-    texts = [pack.statistics for pack in (preservation, *(others[name] for name in sorted(others)))]
+    older, news = alike(preservation, others, [new, parent], width=width)
+    texts = [part.statistics for part in older]
     before, after = (
-        typical_gates(usual_router(preservation, others, pack, width=width), texts) for pack in (parent, new)
+        typical_gates(usual_router(older, part, width=width, roles=roles), texts) for part in (news[1], news[0])
     )
     after_old = after[:, : before.shape[1]].clamp(min=MIN_GATE)
     divergence = (before * (before.clamp(min=MIN_GATE).log() - after_old.log())).sum(1)
@@ -61,10 +64,29 @@ def measure_drift(
     return Drift(mean_kl, flips, round(after[:, -1].max().item(), 6), len(others))
 
 
+def alike(
+    preservation: Routable, others: Mapping[str, Routable], news: Sequence[Routable | None], *, width: int
+) -> tuple[list[RoutingData], list[RoutingData | None]]:
+    """Return KP and the older domains, sorted by name, and the new ones, all of one edition of the router."""
+    older = [preservation, *(others[name] for name in sorted(others))]
+    given = [one for one in news if one is not None]
+    parts = one_edition([*older, *given], width)
+    rest = iter(parts[len(older) :])
+    return parts[: len(older)], [None if one is None else next(rest) for one in news]
+
+
 def usual_router(
-    preservation: Routable, others: Mapping[str, Routable], last: Routable | None, *, width: int
+    older: Sequence[RoutingData], last: RoutingData | None, *, width: int, roles: TokenRoles | None = None
 ) -> DomainRouter:
-    """Return the router of KP, older domains by name, and `last` if there is one, under the usual prior."""
-    packs = [preservation, *(others[name] for name in sorted(others)), *([] if last is None else [last])]
-    names = [GENERAL, *sorted(others), *([] if last is None else [NEW_SLOT])]
-    return build_router(packs, torch.tensor(list(prior_shares(dict.fromkeys(names)).values())), width=width)
+    """Return the router of KP, older domains and `last`, if there is one, under the usual prior.
+
+    Args:
+        older: KP and the older domains.
+        last: The newcomer.
+        width: Hidden size of the base model.
+        roles: Roles of the base model's tokens.
+    """
+    packs = [*older, *([] if last is None else [last])]
+    names = [GENERAL, *map(str, range(1, len(packs)))]
+    priors = torch.tensor(list(prior_shares(dict.fromkeys(names)).values()))
+    return build_router(packs, priors, width=width, roles=roles)

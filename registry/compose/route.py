@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from ...adapters.composition import GENERAL
-from ...adapters.layer.routing import recording_routes
-from ...domains.base_model import hidden_states_at, max_positions
+from ...adapters.layer.routing import recording_routes, routing_of
+from ...domains.base_model import max_positions
 from ...domains.data.prompt import prompt_ids
 from ...domains.errors import InputError
+from ...domains.statistics.measure import text_means
 from ...domains.statistics.prototypes import PrototypeIndex
-from ...domains.statistics.statistics import causal_means, feature_projection, hidden_features
 from ..base.load import LoadedBase
-from ..pack.pack import DomainPack
+from ..pack.pack import DomainPack, one_edition
 from .build import compose_packs
 from .notebook import html_table
 from .plan import Plan
@@ -43,7 +43,7 @@ class RouteReport:
 
 @torch.inference_mode()
 def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str, *, raw: bool = False) -> RouteReport:
-    """Route a text in a composition of these packs, one for each slot.
+    """Route a text, as a prompt that is read as a whole, in a composition of these packs, one for each slot.
 
     A text longer than the base model's context is truncated.
 
@@ -65,7 +65,7 @@ def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str,
         raise InputError("The text is empty.", fix='registry route "some text"')
     ids = torch.tensor([found[: max_positions(base.model)]], device=base.model.device)
     mask = torch.ones_like(ids)
-    with recording_routes(model) as routes:
+    with recording_routes(model) as routes, routing_of(model).reading_prompts(ids.shape[1]):
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     by_slot = dict(zip((slot.name for slot in plan.slots), routes[-1].slot_gate[0, -1].tolist(), strict=True))
     ordered = dict(sorted(by_slot.items(), key=lambda item: -item[1]))
@@ -81,12 +81,10 @@ def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str,
 
 def _similarity(plan: Plan, packs: list[DomainPack], base: LoadedBase, ids: torch.Tensor) -> dict[str, float]:
     """Return the cosine of a text's mean features and each domain's nearest prototype, nearest domain first."""
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    hidden = hidden_states_at(base.model, base.layout, packs[0].feature_layer, input_ids=ids)
-    features = hidden_features(hidden.cpu(), feature_projection(base.layout.width))
-    mean = causal_means(features, mask.cpu())[:, -1]
-    centre = packs[0].statistics.feature_mean
+    parts = one_edition(packs, base.layout.width)
+    first, mask = parts[0].is_first_edition, torch.ones_like(ids)
+    means = text_means(base.model, base.layout, ids, mask, layer=packs[0].feature_layer, first_edition=first)
     names = [slot.name for slot in plan.slots]
-    domains = [(name, pack.prototypes) for name, pack in zip(names, packs, strict=True) if name != GENERAL]
+    domains = [(name, part.prototypes) for name, part in zip(names, parts, strict=True) if name != GENERAL]
     index = PrototypeIndex([name for name, _ in domains], [vectors for _, vectors in domains])
-    return {n.name: n.similarity for n in index.neighbours(mean - centre.float())}
+    return {n.name: n.similarity for n in index.neighbours(means - parts[0].statistics.feature_mean.float())}

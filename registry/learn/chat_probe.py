@@ -27,8 +27,8 @@ from ...domains.data.chat import TEMPLATE_ERRORS
 from ...domains.data.example import Example
 from ...domains.errors import GateFailedError
 from ..base.load import LoadedBase
-from ..compose.drift import usual_router
-from ..pack.pack import Routable
+from ..compose.drift import alike, usual_router
+from ..pack.pack import Routable, RoutingData
 from ..store.blobs import sha256_of
 from ..store.manifest import DRIFT_EPSILON
 
@@ -198,8 +198,10 @@ def probe_chat(
         parent: The version that `new` replaces, which then is part of the router before.
         held_out: Held-out text of older domains, of those where it is at hand.
     """
-    before = usual_router(preservation, others, parent, width=base.layout.width)
-    after = usual_router(preservation, others, new, width=base.layout.width)
+    width, roles = base.layout.width, base.roles
+    older, (newest, replaced) = alike(preservation, others, [new, parent], width=width)
+    before = usual_router(older, replaced, width=width, roles=roles)
+    after = usual_router(older, newest, width=width, roles=roles)
     questions = everyday_questions()
     rendered, prompts = _render(base, questions)
     texts = {domain: _rows(base, rows) for domain, rows in held_out.items()}
@@ -217,7 +219,9 @@ def probe_chat(
         everyday=ProbedText(**everyday),
         general_before=kp_before,
         general_after=kp_after,
-        older=_older(gates, before, after, others, texts, first=len(prompts)),
+        older=_older(
+            gates, before, after, dict(zip(sorted(others), older[1:], strict=True)), texts, first=len(prompts)
+        ),
         taken=tuple((questions[i], own[i, -1].item()) for i in order if _is_largest(own[i])),
         questions=sha256_of("\n".join(questions).encode()),
     )
@@ -238,7 +242,10 @@ class _Gates:
     ):
         self.has_parent = has_parent
         found = [
-            [_last(router.text_gates(ids.cpu(), hidden.cpu(), mask.cpu().bool()), mask) for router in (before, after)]
+            [
+                _last(router.text_gates(ids.cpu(), hidden.cpu(), mask.cpu().bool(), as_prompts=True), mask)
+                for router in (before, after)
+            ]
             for ids, hidden, mask in _batches(base, texts, layer)
         ]
         self.before, self.after = (torch.cat(gates) for gates in zip(*found, strict=True))
@@ -302,7 +309,7 @@ def _older(
     gates: _Gates,
     before: DomainRouter,
     after: DomainRouter,
-    others: Mapping[str, Routable],
+    others: Mapping[str, RoutingData],
     texts: Mapping[str, list[list[int]]],
     *,
     first: int,

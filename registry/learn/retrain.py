@@ -13,7 +13,6 @@ from ...adapters.config import TrainingConfig
 from ...domains.data.corpus import corpus_digest
 from ...domains.errors import IntegrityError
 from ...domains.progress import OnProgress
-from ...domains.statistics.prototypes import join_prototypes
 from ..base.load import LoadedBase
 from ..measure.evaluate import score_new_domain
 from ..measure.held_out import general_examples
@@ -108,9 +107,7 @@ def retrain(
 def _start(run: TrainingRun, parent: DomainPack, mode: str) -> None:
     """Set the bank to be trained, and what is kept of the parent's text."""
     if mode != "fresh":
-        shares = [parent.statistics.rows, run.statistics.rows]
-        run.prototypes = join_prototypes([parent.prototypes, run.prototypes], shares)
-        run.statistics = parent.statistics + run.statistics
+        run.keep_text(parent.routing())
     if mode == "continue":
         run.bank = copy.deepcopy(parent.bank)
     else:

@@ -31,7 +31,7 @@ from ...adapters.composition import GENERAL
 from ...adapters.config import BankConfig, TrainingConfig
 from ...adapters.layer.attach import attach
 from ...adapters.layer.stack import Stack
-from ...adapters.router.router import DomainRouter, Temperatures
+from ...adapters.router.router import FIRST_EDITION, Temperatures
 from ...adapters.training.train import discard_checkpoints
 from ...adapters.training.warm_start import (
     MIN_SIMILARITY,
@@ -41,18 +41,29 @@ from ...adapters.training.warm_start import (
     seed_expert_gates,
 )
 from ...domains.data.blocks import Blocks, encode, pack_blocks
+from ...domains.data.catalog import everyday_requests
 from ...domains.data.row_list import RowList
 from ...domains.data.spec import DomainSpec
 from ...domains.errors import InputError
 from ...domains.progress import OnProgress, Progress
-from ...domains.statistics.prototypes import Neighbour, PrototypeIndex, make_prototypes
-from ...domains.statistics.statistics import DomainStatistics, measure_statistics
+from ...domains.statistics.measure import block_means, measure_statistics
+from ...domains.statistics.prototypes import Neighbour, PrototypeIndex, join_prototypes, make_prototypes
+from ...domains.statistics.statistics import DomainStatistics
 from ..base.load import LoadedBase
+from ..compose.build import base_router
 from ..compose.drift import Drift, measure_drift
 from ..compose.plan import KP_PRIOR, plan_composition
 from ..measure.evaluate import DomainScores
 from ..measure.held_out import DomainData, held_out_at_hand
-from ..pack.pack import DomainPack, RoutingData, expert_records, pack_files, read_pack, read_routing
+from ..pack.pack import (
+    DomainPack,
+    RoutingData,
+    expert_records,
+    one_edition,
+    pack_files,
+    read_pack,
+    read_routing,
+)
 from ..store.blobs import sha256_of
 from ..store.files import make_folder, write_atomic
 from ..store.manifest import BaseRecord, PackManifest, check_same_base
@@ -190,12 +201,12 @@ class TrainingRun:
 
     def neighbours(self) -> list[Neighbour]:
         """Return the other domains by similarity of their prototypes, nearest first."""
-        return self._neighbours_of(self.prototypes)
+        return self._neighbours_of(self._routing_data())
 
-    def _neighbours_of(self, prototypes: Tensor) -> list[Neighbour]:
-        others = self.routing_of_others
-        index = PrototypeIndex(list(others), [other.prototypes for other in others.values()])
-        return index.neighbours(prototypes)
+    def _neighbours_of(self, one: RoutingData) -> list[Neighbour]:
+        names = list(self.routing_of_others)
+        *others, mine = one_edition([*self.routing_of_others.values(), one], self.width)
+        return PrototypeIndex(names, [other.prototypes for other in others]).neighbours(mine.prototypes)
 
     def drift(self, *, parent: DomainPack | None = None) -> Drift:
         """Measure how the routing of the other domains' text changes.
@@ -203,7 +214,9 @@ class TrainingRun:
         Args:
             parent: The version that the new one replaces.
         """
-        return measure_drift(self.kp, self.routing_of_others, self.pack, width=self.width, parent=parent)
+        return measure_drift(
+            self.kp, self.routing_of_others, self.pack, width=self.width, parent=parent, roles=self.base.roles
+        )
 
     def probe(self, *, parent: DomainPack | None = None) -> ChatProbe:
         """Measure what the router will give to the domain: of everyday chat, and of older domains' text.
@@ -217,7 +230,7 @@ class TrainingRun:
     def probe_of(self, new: DomainPack, *, parent: DomainPack | None) -> ChatProbe:
         """Measure the same for a pack of this domain."""
         self.on_progress(Progress(f"probing the routing of {self.name}", 0, 0))
-        nearest = [near.name for near in self._neighbours_of(new.prototypes)[:NEAREST]]
+        nearest = [near.name for near in self._neighbours_of(new.routing())[:NEAREST]]
         found = {name: held_out_at_hand(self.store, self.others[name], max_bytes=MAX_READ_BYTES) for name in nearest}
         return probe_chat(
             self.name,
@@ -254,16 +267,27 @@ class TrainingRun:
         tokenizer = self.base.tokenizer
         for example in self.data.held_out:  # a row that cannot be measured is refused before training, not after
             encode(example, tokenizer)
-        self.blocks = pack_blocks([encode(example, tokenizer) for example in self.data.train], self.training.block)
-        statistics, means = measure_statistics(
+        encoded = [encode(example, tokenizer) for example in self.data.train]
+        self.blocks = pack_blocks(encoded, self.training.block)
+        if self.preservation is None:  # everyday questions are general text, too, and few texts hold any
+            encoded += [encode(example, tokenizer) for example in everyday_requests()]
+        self.statistics = measure_statistics(
+            self.base.model,
+            self.base.layout,
+            encoded,
+            layer=self.feature_layer,
+            roles=self.base.roles,
+            first_edition=self._is_first_edition,
+            on_batch=lambda done, total: self.on_progress(Progress(f"reading {self.name}", done, total)),
+        )
+        general = self.statistics if self.preservation is None else self.preservation.statistics
+        means = block_means(
             self.base.model,
             self.base.layout,
             self.blocks,
             layer=self.feature_layer,
-            on_batch=lambda done, total: self.on_progress(Progress(f"reading {self.name}", done, total)),
+            first_edition=self._is_first_edition,
         )
-        self.statistics = statistics.without_rare_tokens()
-        general = self.statistics if self.preservation is None else self.preservation.statistics
         self.prototypes = make_prototypes(means, general.feature_mean)
 
     def prepare_without_text(self) -> None:
@@ -271,8 +295,13 @@ class TrainingRun:
         _ = self.others
         make_folder(self.folder)
         self._write_record({"state": "running"})
-        self.statistics = self.kp.statistics - self.kp.statistics
+        self.statistics = self.kp.statistics.emptied()
         self.prototypes = self.kp.prototypes[:0].clone()
+
+    @property
+    def _is_first_edition(self) -> bool:
+        """Whether the KP bank was made for the first edition of the router, which then routes the new domain, too."""
+        return self.preservation is not None and self.preservation.temperatures.is_first_edition
 
     def initialize(self, neighbours: Sequence[Neighbour] = (), *, beside: ExpertBank | None = None) -> None:
         """Make a new bank: a copy of the nearest domain's experts if that is close, else fresh ones.
@@ -306,6 +335,17 @@ class TrainingRun:
                 self.copied_from = nearest.name
                 return
         seed_expert_gates(self.bank, self.base.model, self.blocks)
+
+    def keep_text(self, older: RoutingData) -> None:
+        """Add the text of an older version to what the new one is routed by.
+
+        Raises:
+            IncompatibleError: It was measured for another edition of the router, whose features cannot be computed.
+        """
+        before, now = one_edition([older, self._routing_data()], self.width)
+        shares = [before.statistics.rows, now.statistics.rows]
+        self.prototypes = join_prototypes([before.prototypes, now.prototypes], shares)
+        self.statistics = before.statistics + now.statistics
 
     def _check_settings(self, bank: BankConfig) -> None:
         """Refuse what the base model has no room for.
@@ -355,11 +395,8 @@ class TrainingRun:
             composed = attach(self.base.model, stack, router=None, fixed=torch.ones(1))
         else:
             banks = (self.preservation.bank, *filter(None, [self.frozen]), self.bank)
-            router = DomainRouter(
-                [self.preservation.statistics, self.statistics],
-                prior=torch.tensor([KP_PRIOR, 1 - KP_PRIOR]),
-                temperatures=Temperatures(),
-                width=self.width,
+            router = base_router(
+                [self.preservation, self._routing_data()], torch.tensor([KP_PRIOR, 1 - KP_PRIOR]), self.base
             )
             stack = Stack(names=(GENERAL, self.name), banks=banks, trainable=True)
             composed = attach(self.base.model, stack, router=router)
@@ -384,9 +421,23 @@ class TrainingRun:
             bank=bank,
             statistics=self.statistics,
             prototypes=self.prototypes,
-            temperatures=Temperatures(),
+            temperatures=self._temperatures,
             feature_layer=self.feature_layer,
         )
+
+    def _routing_data(self) -> RoutingData:
+        """Return what routes the bank in training."""
+        return RoutingData(
+            statistics=self.statistics,
+            prototypes=self.prototypes,
+            temperatures=self._temperatures,
+            feature_layer=self.feature_layer,
+            first_layer=self.feature_layer,
+        )
+
+    @property
+    def _temperatures(self) -> Temperatures:
+        return FIRST_EDITION if self.statistics.hashed is None else Temperatures()
 
     # --- commit ---
 

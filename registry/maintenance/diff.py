@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...adapters.bank import ExpertBank
-from ..pack.pack import DomainPack, read_pack
+from ..pack.pack import DomainPack, one_edition, read_pack
 from ..store.manifest import PackManifest, check_same_base
 from ..store.store import Store
 
@@ -72,7 +72,8 @@ def compare_versions(store: Store, before: PackManifest, after: PackManifest) ->
     what = f"{after.name}@{after.version}"
     check_same_base(wanted=after.base, found=before.base, what=what)
     packs = read_pack(store, before), read_pack(store, after)
-    means = [pack.statistics.feature_mean for pack in packs]
+    width = next(iter(packs[0].bank.layers.values())).expert_gate.shape[1]
+    means = [part.statistics.feature_mean for part in one_edition(packs, width)]
     return VersionDiff(
         versions=(before, after),
         layers=_diff_layers(packs[0].bank, packs[1].bank),

@@ -29,7 +29,7 @@ from ...domains.scoring.choices import ChoiceScore, score_choices
 from ...domains.scoring.language import LanguageScore, confidence_interval, score_language
 from ...domains.statistics.intervals import percentile_interval, ratio_draws
 from ..base.load import LoadedBase
-from ..compose.build import build_router
+from ..compose.build import base_router
 from ..compose.plan import Plan, prior_shares
 from ..pack.pack import DomainPack
 from ..store.store import Store
@@ -112,7 +112,7 @@ def compose_with_preservation(
 ) -> PreTrainedModel:
     """Return the routed composition of KP and one domain, from packs in memory."""
     shares = torch.tensor(list(prior_shares({GENERAL: None, name: None}).values()))
-    router = build_router([preservation, pack], shares, width=base.layout.width)
+    router = base_router([preservation, pack], shares, base)
     return attach(base.model, Stack(names=(GENERAL, name), banks=(preservation.bank, pack.bank)), router=router)
 
 

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from ...adapters.bank import LayerExperts
 from ...domains.base_model import ModelLayout
-from ...domains.statistics.statistics import MAX_FEATURES, DomainStatistics
+from ...domains.statistics.hashed_rows import EIGENPAIRS, HashedRows
+from ...domains.statistics.hashing import HASHED, MAX_FEATURES
+from ...domains.statistics.statistics import FIRST_FEATURES, DomainStatistics
 from ..store.manifest import ADAPTER_CONFIG, ROUTER_CONFIG, PackManifest
 from ..store.strict_json import canonical_json, parse_json
 from .check_manifest import check_manifest, unsound
@@ -29,9 +31,10 @@ MAX_UPDATE: Final = 1e4  # largest sum over ranks of scale |A_r| |B_r|: the norm
 MAX_GATE: Final = 1e4  # largest absolute value of a gate's weights
 MAX_MEAN_GATE: Final = 2.001  # an expert gate is at most 1, a rank gate at most 2
 MAX_TEMPERATURE: Final = 100.0
-MAX_WIDTH: Final = 1 << 17  # of a hidden state
 MAX_COUNT: Final = 1 << 53  # of tokens or rows; float64 counts exactly up to here
 MAX_PROTOTYPES: Final = 1024
+MAX_HASHED_TRACE: Final = 1e4  # largest mean square of a row of hashed features
+HALF_ROUNDING: Final = 1e-2  # of sums of factors in float16
 MAX_FEATURE: Final = 1e3  # largest mean square of a feature row, as a multiple of the width
 UNIT: Final = 1e-3  # how far a prototype's length may be from 1
 ROUNDING: Final = 1e-6  # relative rounding error of the sums in statistics
@@ -92,14 +95,30 @@ def _lengths(matrix: Tensor, axis: int) -> Tensor:
 def _check_router(pack: DomainPack, files: PackSource, manifest: PackManifest) -> None:
     config = _json(files, manifest, ROUTER_CONFIG)
     width, features = config["feature_width"], config["features"]
-    _require(1 <= width <= MAX_WIDTH, f"feature_width cannot be {width}")
-    _require(features == min(width, MAX_FEATURES), f"features cannot be {features} where the width is {width}")
+    most = FIRST_FEATURES if pack.temperatures.is_first_edition else MAX_FEATURES
+    _require(features == min(width, most), f"features cannot be {features} where the width is {width}")
     depth = len(manifest.allocation["counts"])
     _require(0 <= pack.feature_layer < depth, f"feature_layer cannot be {pack.feature_layer} of {depth} layers")
-    temperatures = pack.temperatures.token, pack.temperatures.hidden
+    temperatures = pack.temperatures.token, pack.temperatures.hidden, pack.temperatures.ridge
     _require(max(temperatures) <= MAX_TEMPERATURE, f"tempers cannot be {temperatures}")
     _check_prototypes(pack.prototypes, is_routed=manifest.is_routed)
     _check_statistics(pack.statistics, width=width)
+    is_first = pack.statistics.hashed is None
+    _require(is_first == pack.temperatures.is_first_edition, "moments of another edition than the router's")
+    if pack.statistics.hashed is not None:
+        _check_hashed(pack.statistics.hashed)
+
+
+def _check_hashed(hashed: HashedRows) -> None:
+    """Raise ValueError if no text can have these moments of hashed features."""
+    rows, mean, factors = hashed.rows, hashed.mean, hashed.factors
+    _require(0 <= rows <= MAX_COUNT and rows == int(rows), f"there cannot be {rows} hashed rows")
+    _require(mean.dtype == torch.float32 and factors.dtype == torch.float16, f"factors of {factors.dtype}")
+    _require(len(factors) <= min(EIGENPAIRS, HASHED), f"there are {len(factors)} factors")
+    trace = factors.double().square().sum().item() + hashed.cut
+    _require(hashed.cut >= 0 and trace <= MAX_HASHED_TRACE, f"a mean square of hashed features of {trace:.3g}")
+    size = mean.double().square().sum().item()
+    _require(size <= trace * (1 + HALF_ROUNDING) + HALF_ROUNDING, f"a mean of square {size:.3g}, above {trace:.3g}")
 
 
 def _check_prototypes(prototypes: Tensor, *, is_routed: bool) -> None:

@@ -8,25 +8,33 @@ Bytes are verified against the manifest's digests before they are parsed. Tensor
 manifest are refused.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...adapters.bank import Expert, ExpertBank, LayerExperts, concat_layers
 from ...adapters.layer.gates import TEMPERATURE
-from ...adapters.router.router import Temperatures
+from ...adapters.router.router import FIRST_EDITION, Temperatures
 from ...domains.base_model import ModelLayout
 from ...domains.errors import IncompatibleError, IntegrityError
-from ...domains.statistics.statistics import PROJECTION_SEED, DomainStatistics
+from ...domains.statistics.hashing import feature_projection
+from ...domains.statistics.statistics import FIRST_PROJECTION_SEED, DomainStatistics, first_projection
+from ..store.blobs import sha256_of
 from ..store.manifest import ADAPTER_CONFIG, ADAPTER_TENSORS, ROUTER_CONFIG, ROUTER_TENSORS, ExpertRecord, PackManifest
 from ..store.strict_json import canonical_json, parse_json
 from .pack_source import PackSource
 from .peft_config import bank_config, expert_config, parse_key, tensor_key
 from .tensor_file import load_tensors, save_tensors
 
-ROUTER_SCHEMA = "lorary.router/2"
+ROUTER_SCHEMA = "lorary.router/2.1"
+FIRST_ROUTER_SCHEMA = "lorary.router/2"
+MAX_WIDTH = 1 << 17  # of a hidden state
+MAX_HALF_LIFE = 1e9  # tokens
 
 PackFiles = dict[str, tuple[bytes, str]]  # path to bytes and kind
 
@@ -46,6 +54,16 @@ class DomainPack:
         """First decoder layer that has experts."""
         return self.bank.first_layer
 
+    def routing(self) -> "RoutingData":
+        """Return what routing needs of the pack."""
+        return RoutingData(
+            statistics=self.statistics,
+            prototypes=self.prototypes,
+            temperatures=self.temperatures,
+            feature_layer=self.feature_layer,
+            first_layer=self.first_layer,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoutingData:
@@ -56,6 +74,38 @@ class RoutingData:
     temperatures: Temperatures
     feature_layer: int
     first_layer: int
+
+    def routing(self) -> "RoutingData":
+        """Return these."""
+        return self
+
+    @property
+    def is_first_edition(self) -> bool:
+        """Whether the pack was made for the first edition of the router."""
+        return self.temperatures.is_first_edition
+
+    def first_edition(self, width: int) -> "RoutingData":
+        """Return what routes a pack of the second edition beside packs of the first.
+
+        Raises:
+            IncompatibleError: The features of the first edition cannot be computed.
+        """
+        if self.is_first_edition:
+            return self
+        projection = first_projection(width)
+        statistics = self.statistics.first_edition(width)
+        prototypes = self.prototypes if projection is None else F.normalize(self.prototypes @ projection.T, dim=-1)
+        return replace(self, statistics=statistics, prototypes=prototypes, temperatures=FIRST_EDITION)
+
+
+def one_edition(packs: Sequence["Routable"], width: int) -> list[RoutingData]:
+    """Return the routing data of packs that are routed together: of the first edition if one of them is.
+
+    Raises:
+        IncompatibleError: The features of the first edition cannot be computed.
+    """
+    found = [pack.routing() for pack in packs]
+    return [one.first_edition(width) for one in found] if any(one.is_first_edition for one in found) else found
 
 
 Routable = DomainPack | RoutingData
@@ -137,32 +187,57 @@ def _routing_fields(router: dict[str, Tensor], config: dict[str, Any], source: s
     return {
         "statistics": _read_statistics(router, features=config["features"], source=source),
         "prototypes": router["prototypes"],
-        "temperatures": Temperatures(**{term: float(value) for term, value in config["tempers"].items()}),
+        "temperatures": _temperatures(config),
         "feature_layer": config["feature_layer"],
     }
 
 
 def _router_config(pack: DomainPack, layout: ModelLayout) -> dict[str, Any]:
-    return {
-        "schema": ROUTER_SCHEMA,
+    temperatures = pack.temperatures
+    config = {
+        **_fixed_keys(temperatures.is_first_edition, layout.width),
         "feature_layer": pack.feature_layer,
         "feature_width": layout.width,
         "features": len(pack.statistics.feature_sum),
-        "projection_seed": PROJECTION_SEED,
-        "expert_gate_temperature": TEMPERATURE,
-        "tempers": {"token": pack.temperatures.token, "hidden": pack.temperatures.hidden},
+        "tempers": {"token": temperatures.token, "hidden": temperatures.hidden},
         "decoder_layers": layout.layers,
     }
+    if not temperatures.is_first_edition:
+        config["tempers"] |= {"ridge": temperatures.ridge}
+        config["half_life"] = temperatures.half_life
+    return config
+
+
+def _fixed_keys(is_first_edition: bool, width: int) -> dict[str, Any]:
+    """Return what every pack of an edition says about a base model of this width."""
+    if is_first_edition:
+        edition: dict[str, Any] = {"schema": FIRST_ROUTER_SCHEMA, "projection_seed": FIRST_PROJECTION_SEED}
+    else:
+        edition = {"schema": ROUTER_SCHEMA, "projection": projection_digest(width)}
+    return edition | {"expert_gate_temperature": TEMPERATURE}
+
+
+@cache
+def projection_digest(width: int) -> str | None:
+    """Return the digest of the signs of the projection for hidden states of this width; None if there is none."""
+    projection = feature_projection(width)
+    return None if projection is None else sha256_of((projection > 0).numpy().tobytes())
+
+
+def _temperatures(config: dict[str, Any]) -> Temperatures:
+    terms = {term: float(value) for term, value in config["tempers"].items()}
+    if config["schema"] == FIRST_ROUTER_SCHEMA:
+        return replace(FIRST_EDITION, **terms)
+    return Temperatures(**terms, half_life=float(config["half_life"]))
 
 
 def _check_router_config(config: Any, source: str) -> None:
     """Raise an error if the router configuration is incompatible or invalid."""
     config = config if isinstance(config, dict) else {}
-    known = {
-        "schema": ROUTER_SCHEMA,
-        "projection_seed": PROJECTION_SEED,
-        "expert_gate_temperature": TEMPERATURE,
-    }
+    width = config.get("feature_width")
+    has_sizes = all(type(config.get(key)) is int for key in ("feature_layer", "feature_width", "features"))
+    is_first = config.get("schema") == FIRST_ROUTER_SCHEMA
+    known = _fixed_keys(is_first, width) if has_sizes and 0 < width <= MAX_WIDTH else {}
     for key, expected in known.items():
         if config.get(key) != expected:
             raise IncompatibleError(
@@ -172,10 +247,16 @@ def _check_router_config(config: Any, source: str) -> None:
             )
     temperatures = config.get("tempers")
     numbers = temperatures if isinstance(temperatures, dict) else {}
-    has_temperatures = numbers.keys() == {"token", "hidden"} and all(type(t) in (int, float) for t in numbers.values())
-    has_sizes = all(type(config.get(key)) is int for key in ("feature_layer", "feature_width", "features"))
-    if not (has_temperatures and has_sizes and numbers["token"] > 0 and numbers["hidden"] >= 0):
-        cause = f"{ROUTER_CONFIG} says tempers {temperatures!r}, feature_layer {config.get('feature_layer')!r}"
+    terms = {"token", "hidden"} if is_first else {"token", "hidden", "ridge"}
+    has_temperatures = numbers.keys() == terms and all(type(t) in (int, float) for t in numbers.values())
+    half_life = 1.0 if is_first else config.get("half_life")
+    fades = type(half_life) in (int, float) and 1.0 <= half_life <= MAX_HALF_LIFE
+    is_sound = known and has_temperatures and numbers["token"] > 0 and min(numbers.values()) >= 0 and fades
+    if not is_sound:
+        cause = (
+            f"{ROUTER_CONFIG} says tempers {temperatures!r}, half_life {config.get('half_life')!r}, "
+            f"feature_layer {config.get('feature_layer')!r}, feature_width {width!r}"
+        )
         raise IntegrityError(f"The router of {source} cannot be used.", cause=cause)
 
 

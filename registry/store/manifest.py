@@ -72,12 +72,16 @@ class BaseRecord:
     chat_template: str | None  # digest; None where the tokenizer has no template
     dtype: str  # such as bfloat16
     quantization: str | None = rare(None)  # such as "bitsandbytes nf4"; missing for ordinary weights
+    # tokens that the chat template writes, which carry no evidence in routing; missing without a template
+    template_tokens: tuple[int, ...] = rare(())
     extra: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _require(is_digest(self.weights), "weights", self.weights)
         _require(is_digest(self.tokenizer), "tokenizer", self.tokenizer)
         _require(self.chat_template is None or is_digest(self.chat_template), "chat_template", self.chat_template)
+        object.__setattr__(self, "template_tokens", tuple(self.template_tokens))
+        _require(all(token >= 0 for token in self.template_tokens), "template_tokens", self.template_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

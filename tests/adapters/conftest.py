@@ -21,7 +21,8 @@ from lorary.adapters.layer.stack import Stack
 from lorary.adapters.router.router import DomainRouter, Temperatures
 from lorary.domains.base_model import find_layout
 from lorary.domains.linear import linear_shape
-from lorary.domains.statistics.statistics import PAIR_BUCKETS, DomainStatistics, pair_buckets
+from lorary.domains.statistics.hashing import PAIR_BUCKETS, pair_buckets
+from lorary.domains.statistics.statistics import DomainStatistics
 from lorary.domains.target_modules import find_targets
 
 torch.set_num_threads(1)

@@ -27,8 +27,8 @@ from lorary.domains.data.corpus import read_examples
 from lorary.domains.data.example import Example
 from lorary.domains.progress import silent
 from lorary.domains.scoring.language import score_language
+from lorary.domains.statistics.measure import block_means
 from lorary.domains.statistics.prototypes import PrototypeIndex, make_prototypes
-from lorary.domains.statistics.statistics import measure_statistics
 from lorary.registry.base.find import POCKET, find_base
 from lorary.registry.base.load import LoadedBase
 
@@ -118,11 +118,9 @@ def _similarity(blocks: Blocks, others: Blocks, base: LoadedBase, arguments: arg
     """Return the similarity of two texts by their prototypes, centred on general text as in `add-domain`."""
     general = _blocks(list(read_examples([arguments.data / "general" / "lm.train.jsonl"])), base, arguments)
     layer = expert_free_layers(base.layout.count, BankConfig().expert_free)
-    centre = measure_statistics(base.model, base.layout, general, layer=layer)[0].feature_mean
-    prototypes = [
-        make_prototypes(measure_statistics(base.model, base.layout, each, layer=layer)[1], centre)
-        for each in (blocks, others)
-    ]
+    means = [block_means(base.model, base.layout, each, layer=layer) for each in (general, blocks, others)]
+    centre = means[0].double().mean(0)
+    prototypes = [make_prototypes(each, centre) for each in means[1:]]
     return PrototypeIndex(["other"], prototypes[1:]).neighbours(prototypes[0])[0].similarity
 
 

@@ -64,7 +64,7 @@ def fill(store: Store, base: Base, packs: int) -> None:
         pack = DomainPack(
             bank=bank,
             statistics=statistics[number % 2],
-            prototypes=torch.eye(16, models.MAX_FEATURES),
+            prototypes=torch.eye(16, models.WIDTH),
             temperatures=models.Temperatures(),
             feature_layer=0,
         )

@@ -33,7 +33,7 @@ from lorary.adapters.layer.stack import Stack
 from lorary.adapters.router.router import DomainRouter
 from lorary.registry import Registry
 from lorary.registry.base.load import LoadedBase
-from lorary.registry.compose.build import build_router, read_packs
+from lorary.registry.compose.build import base_router, read_packs
 from lorary.registry.compose.plan import Plan
 from lorary.registry.pack.pack import DomainPack
 
@@ -96,7 +96,7 @@ def composed(row: str, column: str, plan: Plan, packs: list[DomainPack], base: L
     prior = torch.tensor([slot.prior for slot in plan.slots])
     if row == "no-kp":
         prior[0] = 0.0
-    router = build_router(packs, prior, width=base.layout.width)
+    router = base_router(packs, prior, base)
     if row in ROUTED:
         keep_terms(router, row.split("+"))
     return attach(base.model, stack, router=router)

@@ -18,7 +18,8 @@ from lorary.adapters.layer.attach import attach
 from lorary.adapters.layer.stack import Stack
 from lorary.adapters.router.router import DomainRouter, Temperatures
 from lorary.domains.base_model import find_layout
-from lorary.domains.statistics.statistics import MAX_FEATURES, PAIR_BUCKETS, DomainStatistics
+from lorary.domains.statistics.hashing import MAX_FEATURES, PAIR_BUCKETS
+from lorary.domains.statistics.statistics import DomainStatistics
 
 RANK = 8
 LAYERS, WIDTH, INNER, HEADS, KEY_HEADS, VOCABULARY = 12, 768, 2048, 12, 4, 32_000
@@ -68,7 +69,7 @@ def make_statistics(slots: int) -> list[DomainStatistics]:
         counts = torch.full((VOCABULARY,), 20 if slot == 0 else 0)
         if slot:
             counts[slot * part : (slot + 1) * part] = 20 * slots
-        features = torch.eye(MAX_FEATURES, dtype=torch.float64)
+        features = torch.eye(min(WIDTH, MAX_FEATURES), dtype=torch.float64)
         pairs = torch.zeros(PAIR_BUCKETS, dtype=torch.int64)
         statistics.append(DomainStatistics(counts, pairs, 1000.0, features[slot] * 100, features * 1000))
     return statistics

@@ -24,7 +24,8 @@ from torch import nn
 from lorary.adapters.composition import GENERAL
 from lorary.adapters.config import TrainingConfig
 from lorary.adapters.layer.routing import routing_of
-from lorary.adapters.router.router import router_rows
+from lorary.adapters.router.evidence import token_evidence
+from lorary.adapters.router.router import discriminant_rows
 from lorary.domains.data.corpus import corpus_digest, read_examples
 from lorary.domains.statistics.statistics import DomainStatistics
 from lorary.registry import Registry
@@ -58,11 +59,14 @@ def ours(bench: Bench, book: ScoreBook) -> Iterator[Step]:
 
 def order_invariance(statistics: list[DomainStatistics]) -> dict[str, float]:
     """Return the maximum relative difference between router rows for one order of domains and its reverse."""
-    forward, reverse = router_rows(statistics), router_rows([statistics[0], *statistics[:0:-1]])
+    turned = [statistics[0], *statistics[:0:-1]]
+    forward, reverse = discriminant_rows(statistics), discriminant_rows(turned)
+    tokens = [token_evidence([one.token_counts for one in part]).T for part in (statistics, turned)]
+    pairs_of = [token_evidence([one.pair_counts for one in part]).T for part in (statistics, turned)]
     order = [0, *range(len(statistics) - 1, 0, -1)]
     pairs = {
-        "token_evidence": (forward.token_evidence.T, reverse.token_evidence.T[order]),
-        "pair_evidence": (forward.pair_evidence.T, reverse.pair_evidence.T[order]),
+        "token_evidence": (tokens[0], tokens[1][order]),
+        "pair_evidence": (pairs_of[0], pairs_of[1][order]),
         "rows": (forward.rows, reverse.rows[order]),
         "bias": (forward.bias[:, None], reverse.bias[order, None]),
     }

@@ -12,21 +12,19 @@ from lorary.adapters.config import BankConfig
 from lorary.adapters.router.router import DomainRouter, Temperatures
 from lorary.domains.base_model import hidden_states_at, max_positions
 from lorary.domains.data import prompt
-from lorary.domains.data.blocks import encode, pack_blocks
+from lorary.domains.data.blocks import encode
+from lorary.domains.data.catalog import everyday_requests
 from lorary.domains.data.example import Example
-from lorary.domains.statistics.statistics import (
-    PAIR_BUCKETS,
-    DomainStatistics,
-    feature_projection,
-    measure_statistics,
-    pair_buckets,
-)
+from lorary.domains.statistics.hashed_rows import hashed_moments
+from lorary.domains.statistics.hashing import HASHED, PAIR_BUCKETS, feature_projection, pair_buckets
+from lorary.domains.statistics.measure import measure_statistics
+from lorary.domains.statistics.statistics import DomainStatistics, rounded
+from lorary.domains.statistics.token_roles import TokenRoles
 from lorary.registry.base.load import LoadedBase
 from lorary.registry.compose.build import build_router
 from lorary.registry.compose.plan import prior_shares
 from lorary.registry.pack.pack import RoutingData
 
-BLOCK = 256  # tokens, as a bank is trained by default
 WINDOW = 512  # tokens whose hidden states are computed at once
 
 
@@ -43,12 +41,17 @@ def feature_layer(base: LoadedBase) -> int:
     return bearing_layers(base.layout.count, BankConfig().expert_free)[0]
 
 
+def measure_field(base: LoadedBase, field: str, examples: Sequence[Example]) -> RoutingData:
+    """Return what a field with these training rows routes by; general text has everyday requests as well."""
+    return measure(base, [*examples, *everyday_requests()] if field == GENERAL else examples)
+
+
 def measure(base: LoadedBase, examples: Sequence[Example]) -> RoutingData:
     """Return what a domain with these training rows routes by, as add-domain measures it."""
     layer = feature_layer(base)
-    blocks = pack_blocks([encode(example, base.tokenizer) for example in examples], BLOCK, min_targets=1)
-    statistics, means = measure_statistics(base.model, base.layout, blocks, layer=layer)
-    return routing_data(statistics.without_rare_tokens(), means[:1], layer)
+    texts = [encode(example, base.tokenizer) for example in examples]
+    statistics = measure_statistics(base.model, base.layout, texts, layer=layer, roles=base.roles)
+    return routing_data(statistics, torch.zeros(1, len(statistics.feature_sum)), layer)
 
 
 def routing_data(statistics: DomainStatistics, prototypes: Tensor, layer: int) -> RoutingData:
@@ -62,11 +65,11 @@ def routing_data(statistics: DomainStatistics, prototypes: Tensor, layer: int) -
     )
 
 
-def compose(parts: Sequence[RoutingData], width: int) -> DomainRouter:
+def compose(parts: Sequence[RoutingData], width: int, roles: TokenRoles | None = None) -> DomainRouter:
     """Return the router of KP, the first part, and equally weighted domains."""
     priors = prior_shares({str(i): None for i in range(1, len(parts))})
     shares = [priors[GENERAL], *(priors[str(i)] for i in range(1, len(parts)))]
-    return build_router(parts, torch.tensor(shares), width=width)
+    return build_router(parts, torch.tensor(shares), width=width, roles=roles)
 
 
 @torch.inference_mode()
@@ -80,16 +83,15 @@ def read(base: LoadedBase, ids: Sequence[int]) -> Reading:
 
 
 @torch.inference_mode()
-def gates(router: DomainRouter, reading: Reading) -> Tensor:
+def gates(router: DomainRouter, reading: Reading, *, as_prompt: bool = False) -> Tensor:
     """Return the slot gates at every position, (seq, slots)."""
     ids, hidden = reading.ids[None], reading.hidden[None]
-    increments = router.increments(ids, hidden, torch.ones_like(ids, dtype=torch.bool))
-    return router.slot_gates(increments.cumsum(1))[0]
+    return router.text_gates(ids, hidden, torch.ones_like(ids, dtype=torch.bool), as_prompts=as_prompt)[0]
 
 
 def end_gates(router: DomainRouter, readings: Sequence[Reading]) -> Tensor:
     """Return the slot gates of prompts that are read as a whole, (prompts, slots)."""
-    return torch.stack([gates(router, reading)[-1] for reading in readings])
+    return torch.stack([gates(router, reading, as_prompt=True)[-1] for reading in readings])
 
 
 def prompt_ids(base: LoadedBase, example: Example) -> list[int]:
@@ -122,7 +124,9 @@ def made_up_domain(vocabulary: int, width: int, *, tokens: int, pairs: int, seed
     projection = feature_projection(width)
     features = width if projection is None else len(projection)
     rows = torch.randn(512, features, generator=generator, dtype=torch.float64)
-    statistics = DomainStatistics(counts[0], counts[1], float(len(rows)), rows.sum(0), rows.T @ rows)
+    hashed = hashed_moments(torch.randn(256, HASHED, generator=generator) / HASHED**0.5)
+    moments = float(len(rows)), rows.sum(0), rounded(rows.T @ rows), hashed
+    statistics = DomainStatistics(counts[0], counts[1], *moments)
     return routing_data(statistics, torch.zeros(1, features), 0)
 
 

@@ -19,9 +19,9 @@ BANKING = "banking"
 def measure_chat(base: LoadedBase, data: Path) -> list[dict[str, Any]]:
     """Return a row of figures for each kind of question; banking is learned from conversations, the rest from text."""
     has_template = bool(base.tokenizer.chat_template)
-    parts = [product.measure(base, training_text(data, field)) for field in FIELDS]
+    parts = [product.measure_field(base, field, training_text(data, field)) for field in FIELDS]
     parts.append(product.measure(base, _banking(data, as_chat=has_template)))
-    router = product.compose(parts, base.layout.width)
+    router = product.compose(parts, base.layout.width, base.roles)
     slots = {EVERYDAY: 0, **{field: i for i, field in enumerate(FIELDS) if i}, BANKING: len(FIELDS)}
     rows = []
     for form in FORMS if has_template else FORMS[:1]:

@@ -48,7 +48,7 @@ class Prompts:
 def measure_clinc(base: LoadedBase, data: Path, encoder: Path | None) -> list[dict[str, Any]]:
     """Return a row of figures for each router and number of rows."""
     names = [name for name, path in INTENTS.items() if (data / f"{path}.train.jsonl").is_file()]
-    kp = product.measure(base, training_text(data, GENERAL))
+    kp = product.measure_field(base, GENERAL, training_text(data, GENERAL))
     rows = []
     for form in FORMS if base.tokenizer.chat_template else FORMS[:1]:
         train = {name: _rows(data, name, "train", form) for name in names}
@@ -71,7 +71,7 @@ def measure_clinc(base: LoadedBase, data: Path, encoder: Path | None) -> list[di
 
 def _ours(base: LoadedBase, kp: Any, train: dict[str, list[Example]], test: Prompts) -> Tensor:
     parts = [kp, *(product.measure(base, examples) for examples in train.values())]
-    return product.end_gates(product.compose(parts, base.layout.width), test.readings)
+    return product.end_gates(product.compose(parts, base.layout.width, base.roles), test.readings)
 
 
 def _peers(

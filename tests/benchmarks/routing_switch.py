@@ -74,7 +74,8 @@ def taken_over(owned: Sequence[bool]) -> float:
 
 
 def _router(base: LoadedBase, data: Path) -> Any:
-    return product.compose([product.measure(base, training_text(data, field)) for field in FIELDS], base.layout.width)
+    parts = [product.measure_field(base, field, training_text(data, field)) for field in FIELDS]
+    return product.compose(parts, base.layout.width, base.roles)
 
 
 def _owned(base: LoadedBase, router: Any, before: list[int], ids: list[int], field: str) -> list[bool]:

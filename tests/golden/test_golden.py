@@ -138,7 +138,9 @@ def same_but_trained(found: Any, kept: Any, at: tuple[str, ...]) -> bool:
     if TRAINED.intersection(at) or at[-1] in PROSE:
         return True
     if isinstance(kept, float):
-        return math.isclose(found, kept, rel_tol=0.05, abs_tol=0.05)
+        # a ratio of two small gains, of which routing, which is measured in another way since, has the one
+        tolerance = 0.15 if "share_interval" in at else 0.05
+        return math.isclose(found, kept, rel_tol=tolerance, abs_tol=tolerance)
     is_digest = isinstance(kept, str) and kept.startswith("sha256:")
     return found == kept or (is_digest and found.startswith("sha256:") and not UNTRAINED.intersection(at))
 

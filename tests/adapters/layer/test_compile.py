@@ -17,7 +17,8 @@ from lorary.adapters.config import BankConfig
 from lorary.adapters.router.router import DomainRouter, Temperatures
 from lorary.adapters.layer.stack import Stack
 from lorary.domains.base_model import find_layout
-from lorary.domains.statistics.statistics import PAIR_BUCKETS, DomainStatistics
+from lorary.domains.statistics.hashing import PAIR_BUCKETS
+from lorary.domains.statistics.statistics import DomainStatistics
 
 torch.manual_seed(0)
 config = AutoConfig.for_model(

@@ -217,9 +217,9 @@ def test_casting_a_composition_is_composing_over_the_cast_base(
     assert digest(base) == before
     assert torch.equal(logits(sibling, input_ids=ids), expected)
     gates = [module for module in composed.modules() if isinstance(module, LayerGates)]
-    floats = [b for module in gates for b in module.buffers() if b.is_floating_point()]
-    floats += [] if composed.routing.router is None else [*composed.routing.router.buffers()]
-    assert {buffer.dtype for buffer in floats} == {torch.float32}
+    buffers = [b for module in gates for b in module.buffers()]
+    buffers += [] if composed.routing.router is None else [*composed.routing.router.buffers()]
+    assert {buffer.dtype for buffer in buffers if buffer.is_floating_point()} == {torch.float32}
 
 
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float", "cpu"])
@@ -457,7 +457,7 @@ def test_gates_and_router_are_float32_under_autocast(
 
     with torch.no_grad():
         hidden, router = found["hidden"], composed.routing.router
-        slots = router.slot_gates(router.increments(ids, hidden, torch.ones_like(ids, dtype=torch.bool)).cumsum(1))
+        slots = router.text_gates(ids, hidden, torch.ones_like(ids, dtype=torch.bool))
         slots = close_small_gates(slots, SLOT_THRESHOLD)
         expected = layer.expert_gates(hidden, slots)
     gates = found["gates"]
@@ -479,12 +479,16 @@ def test_logits_under_autocast_are_those_of_the_reference(
 ) -> None:
     composed = compose(base, trainable=is_training).train(is_training)
 
-    def run() -> Any:
-        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(is_training):
+    def run(*, is_cast: bool = True) -> Any:
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_cast), torch.set_grad_enabled(is_training):
             return composed(input_ids=some_ids(2), use_cache=False).logits.detach().float()
 
-    found = run()
+    found, exact = run(), run(is_cast=False)
     with use_kernels("reference"):
         expected = run()
 
-    assert (found - expected).abs().max() <= 2**-6 * expected.abs().max()
+    # each rounds elsewhere: as close to the reference, and to the exact logits, as the reference is to these
+    error = (expected - exact).abs().max()
+    assert error <= 2**-4 * exact.abs().max()
+    assert (found - exact).abs().max() <= 1.5 * error
+    assert (found - expected).abs().max() <= error

@@ -9,6 +9,7 @@ from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from lorary.adapters.router.cache import RouterCacheLayer, StaticRouterLayer, find_cache, router_layer
 from lorary.domains.errors import InputError
+from lorary.domains.statistics.fading import faded_sums
 
 SUMS = 7
 
@@ -17,84 +18,117 @@ def increments(batch: int = 3, seq: int = 6, seed: int = 0) -> Tensor:
     return torch.randn(batch, seq, SUMS, generator=torch.Generator().manual_seed(seed))
 
 
-def tokens(steps: Tensor) -> Tensor:
-    """Ids of the positions of steps, another for each sequence and position."""
-    return torch.arange(steps[..., 0].numel()).view(steps.shape[:2]) + 100_000
+def steps(seq: int = 6, batch: int = 3, seed: int = 0) -> Tensor:
+    """How far sums fade at each position: not at all, a little, and so far that little is left."""
+    kinds = torch.tensor([0.0, 1 / 32, 0.5, 4.0], dtype=torch.float64)
+    return kinds[torch.randint(0, 4, (batch, seq), generator=torch.Generator().manual_seed(seed + 1))]
 
 
-def sums_in(cache: Any, steps: Tensor, *, past: int | Tensor, layers: int) -> Tensor:
-    return router_layer(cache, past=past, layers=layers, sums=steps.shape[-1]).append(steps, tokens(steps))
+def faded(seq: int = 6, rows: Any = slice(None)) -> Tensor:
+    """The sums at the last of the first positions."""
+    return faded_sums(increments()[:, :seq], steps()[:, :seq])[rows, -1]
 
 
-def filled(steps: Tensor) -> RouterCacheLayer:
-    layer = RouterCacheLayer()
-    layer.append(steps, tokens(steps))
+def tokens(added: Tensor) -> Tensor:
+    """Ids of the positions, another for each sequence and position."""
+    return torch.arange(added[..., 0].numel()).view(added.shape[:2]) + 100_000
+
+
+def sums_in(cache: Any, added: Tensor, *, past: int | Tensor, layers: int) -> Tensor:
+    layer = router_layer(cache, past=past, layers=layers, sums=added.shape[-1])
+    return layer.append(added, tokens(added), steps(added.shape[1], len(added)))
+
+
+def filled(layer: Any = None) -> Any:
+    layer = RouterCacheLayer() if layer is None else layer
+    layer.append(increments(), tokens(increments()), steps())
     return layer
 
 
-def next_sums(layer: Any) -> Tensor:
-    """What the layer holds for its last position: the sums after a step that adds nothing."""
-    return layer.append(torch.zeros(len(layer.keys), 1, SUMS), torch.zeros(len(layer.keys), 1).long())[:, 0]
+def next_sums(layer: Any, step: float = 0.0) -> Tensor:
+    """What the layer holds for its last position: the sums after a position that adds nothing."""
+    batch = len(layer.keys)
+    steps = torch.full((batch, 1), step, dtype=torch.float64)
+    return layer.append(torch.zeros(batch, 1, SUMS), torch.zeros(batch, 1).long(), steps)[:, 0]
 
 
 @pytest.mark.parametrize("chunks", [[6], [1] * 6, [2, 3, 1]])
 def test_sums_do_not_depend_on_how_positions_arrive(chunks: list[int]) -> None:
-    layer = RouterCacheLayer()
+    layer, parts = RouterCacheLayer(), zip(increments().split(chunks, 1), steps().split(chunks, 1), strict=True)
 
-    found = torch.cat([layer.append(part, tokens(part)) for part in increments().split(chunks, dim=1)], dim=1)
+    found = torch.cat([layer.append(part, tokens(part), step) for part, step in parts], dim=1)
 
-    torch.testing.assert_close(found, increments().cumsum(1))
+    torch.testing.assert_close(found, faded_sums(increments(), steps()))
+    assert not torch.allclose(found, increments().cumsum(1), atol=0.1)
     assert layer.get_seq_length() == 6
 
 
+def test_what_is_held_fades_with_the_next_position() -> None:
+    layer = filled()
+
+    torch.testing.assert_close(next_sums(layer, 2.0), faded() / 4)
+    torch.testing.assert_close(next_sums(layer, 1.0), faded() / 8)
+
+
 def test_reordering_moves_the_sums_with_their_sequences() -> None:
-    layer: Any = filled(increments())
+    layer = filled()
 
     layer.reorder_cache(torch.tensor([2, 0, 0]))
 
-    torch.testing.assert_close(next_sums(layer), increments().sum(1)[[2, 0, 0]])
+    torch.testing.assert_close(next_sums(layer), faded(rows=[2, 0, 0]))
 
 
-def test_cropping_forgets_the_last_positions() -> None:
-    layer = filled(increments())
+@pytest.mark.parametrize("kept", [1, 3, 5])
+def test_cropping_forgets_the_last_positions(kept: int) -> None:
+    layer = filled()
 
-    layer.crop(-2)
+    layer.crop(kept - 6)
 
-    assert layer.get_seq_length() == 4
-    torch.testing.assert_close(next_sums(layer), increments()[:, :4].sum(1))
+    assert layer.get_seq_length() == kept
+    assert torch.equal(layer.last_tokens(), tokens(increments())[:, kept - 1])
+    torch.testing.assert_close(next_sums(layer), faded(kept))
+
+
+def test_cropped_text_that_is_read_again_has_the_sums_of_before() -> None:
+    layer, whole = filled(), faded_sums(increments(), steps())
+
+    layer.crop(-3)
+    found = layer.append(increments()[:, 3:], tokens(increments())[:, 3:], steps()[:, 3:])
+
+    torch.testing.assert_close(found, whole[:, 3:])
 
 
 def test_cropping_everything_starts_from_nothing() -> None:
-    layer = filled(increments())
+    layer = filled()
 
     layer.crop(-6)
 
     assert layer.get_seq_length() == 0
-    torch.testing.assert_close(layer.append(increments(seed=1), tokens(increments())), increments(seed=1).cumsum(1))
+    found = layer.append(increments(seed=1), tokens(increments()), steps())
+    torch.testing.assert_close(found, faded_sums(increments(seed=1), steps()))
 
 
 def test_repeating_and_selecting_follow_the_batch() -> None:
-    layer = filled(increments())
+    layer = filled()
 
     layer.batch_repeat_interleave(2)
     layer.batch_select_indices(torch.tensor([0, 3, 5]))
 
-    torch.testing.assert_close(next_sums(layer), increments().sum(1)[[0, 1, 2]])
+    torch.testing.assert_close(next_sums(layer), faded(rows=[0, 1, 2]))
 
 
 def test_reset_starts_from_nothing() -> None:
-    layer = filled(increments())
+    layer = filled()
 
     layer.reset()
 
     assert layer.get_seq_length() == 0
-    torch.testing.assert_close(
-        layer.append(increments(batch=1), tokens(increments(batch=1))), increments(batch=1).cumsum(1)
-    )
+    found = layer.append(increments(batch=1), tokens(increments(batch=1)), steps(batch=1))
+    torch.testing.assert_close(found, faded_sums(increments(batch=1), steps(batch=1)))
 
 
 def test_the_last_token_follows_its_sequence() -> None:
-    layer: Any = filled(increments())
+    layer = filled()
     assert RouterCacheLayer().last_tokens() is None
 
     layer.reorder_cache(torch.tensor([2, 0, 0]))
@@ -112,29 +146,30 @@ def test_static_sums_do_not_depend_on_how_positions_arrive(chunks: list[int]) ->
     assert layer.last_tokens() is None
 
     ids, found, places = tokens(increments()), [], set()
-    for part, these in zip(increments().split(chunks, dim=1), ids.split(chunks, dim=1), strict=True):
-        found.append(layer.append(part, these))
+    parts = [part.split(chunks, dim=1) for part in (increments(), ids, steps())]
+    for part, these, step in zip(*parts, strict=True):
+        found.append(layer.append(part, these, step))
         places.add(layer.keys.data_ptr())
 
-    torch.testing.assert_close(torch.cat(found, dim=1), increments().cumsum(1))
+    torch.testing.assert_close(torch.cat(found, dim=1), faded_sums(increments(), steps()))
     assert layer.get_seq_length() == 6
     assert torch.equal(layer.last_tokens(), ids[:, -1])
     assert len(places) == 1
 
 
 def test_static_sums_follow_their_sequences_and_start_anew() -> None:
-    layer: Any = StaticRouterLayer()
-    layer.append(increments(), tokens(increments()))
+    layer = filled(StaticRouterLayer())
 
     layer.reorder_cache(torch.tensor([2, 0, 0]))
 
     assert torch.equal(layer.last_tokens(), tokens(increments())[[2, 0, 0], 5])
-    torch.testing.assert_close(next_sums(layer), increments().sum(1)[[2, 0, 0]])
+    torch.testing.assert_close(next_sums(layer), faded(rows=[2, 0, 0]))
 
     layer.reset()
 
     assert torch.equal(layer.last_tokens(), torch.full((3,), -1))
-    torch.testing.assert_close(layer.append(increments(seed=1), tokens(increments())), increments(seed=1).cumsum(1))
+    found = layer.append(increments(seed=1), tokens(increments()), steps())
+    torch.testing.assert_close(found, faded_sums(increments(seed=1), steps()))
 
 
 def test_a_static_cache_has_a_static_layer_and_the_same_refusals() -> None:
@@ -173,7 +208,8 @@ def test_operations_on_the_whole_cache_reach_the_sums() -> None:
     cache.batch_repeat_interleave(2)
     found = sums_in(cache, torch.zeros(6, 1, SUMS), past=5, layers=1)
 
-    torch.testing.assert_close(found[:, 0], increments()[:, :5].sum(1)[[1, 1, 1, 1, 2, 2]])
+    expected = faded(5, rows=[1, 1, 1, 1, 2, 2]) * torch.exp2(-steps(1, 6)).float()
+    torch.testing.assert_close(found[:, 0], expected)
     assert cache.is_croppable
 
 

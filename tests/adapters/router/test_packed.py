@@ -1,11 +1,11 @@
-"""Texts of packed rows: where they start and end, and sums that start again."""
+"""Texts of packed rows: where they start and end."""
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorary.adapters.router.packed import restart, text_ends, text_starts
+from lorary.adapters.router.packed import text_ends, text_starts
 
 LENGTHS = st.lists(st.integers(1, 5), min_size=1, max_size=5)
 
@@ -42,16 +42,3 @@ def test_each_row_has_its_own_texts() -> None:
     assert starts is not None
     assert starts.tolist() == [[True, False, False, False], [True, True, False, True]]
     assert text_ends(starts).tolist() == [[3, 3, 3, 3], [0, 2, 2, 3]]
-
-
-@given(LENGTHS, st.integers(0, 99))
-def test_restarted_sums_are_those_of_each_text_alone(lengths: list[int], seed: int) -> None:
-    increments = torch.randn(1, sum(lengths), 3, generator=torch.Generator().manual_seed(seed)) * 1000
-    starts = text_starts(increments.shape[:2], positions_of(lengths))
-    if starts is None:
-        starts = torch.zeros(1, sum(lengths), dtype=torch.bool)
-
-    found = restart(increments, starts).cumsum(1)
-
-    expected = torch.cat([text.cumsum(1) for text in increments.double().split(lengths, dim=1)], 1)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

@@ -1,7 +1,6 @@
 """The domain router: a closed form of added-up statistics, in any order, of any subset; causal and cautious."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,22 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lorary.adapters.router.evidence import token_evidence
 from lorary.adapters.router.router import (
-    SMOOTHING,
-    UNIFORM_SHARE,
+    FIRST_EDITION,
     DomainRouter,
-    RouterRows,
     Temperatures,
-    router_rows,
+    discriminant_rows,
 )
-from lorary.domains.statistics.statistics import (
-    PAIR_BUCKETS,
-    DomainStatistics,
-    causal_means,
-    feature_projection,
-    hidden_features,
-    pair_buckets,
-)
+from lorary.domains.statistics.fading import HALF_LIFE
+from lorary.domains.statistics.hashing import MAX_FEATURES, PAIR_BUCKETS, feature_projection, pair_buckets
+from lorary.domains.statistics.measure import hidden_features
+from lorary.domains.statistics.statistics import FIRST_FEATURES, DomainStatistics, first_projection
+from lorary.domains.statistics.token_roles import TokenRoles
 
 VOCABULARY, WIDTH = 40, 8
 SEED = st.integers(0, 2**31 - 1)
@@ -61,7 +56,7 @@ def router_of() -> Callable[..., DomainRouter]:
         statistics: Sequence[DomainStatistics],
         prior: Sequence[float] | None = None,
         width: int = WIDTH,
-        **temperatures: float,
+        **temperatures: Any,
     ) -> DomainRouter:
         weights = torch.ones(len(statistics)) if prior is None else torch.tensor(prior)
         return DomainRouter(statistics, prior=weights, temperatures=Temperatures(**temperatures), width=width)
@@ -80,17 +75,22 @@ def pairs_of(ids: Tensor) -> Tensor:
 
 
 def gates_of(router: DomainRouter, ids: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
-    return router.slot_gates(router.increments(ids, hidden, mask).cumsum(1))
+    return router.text_gates(ids, hidden, mask)
 
 
-def assert_same(found: RouterRows, expected: RouterRows, slots: Any = slice(None), tolerance: float = 1e-9) -> None:
-    """The rows agree to `tolerance`, relative to the largest number of each table."""
-    for got, wanted in (
-        (found.token_evidence, expected.token_evidence[:, slots]),
-        (found.rows, expected.rows[slots]),
-        (found.bias, expected.bias[slots]),
-    ):
-        torch.testing.assert_close(got, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+def assert_same(
+    found: Sequence[DomainStatistics], expected: Sequence[DomainStatistics], slots: Any = slice(None)
+) -> None:
+    """The evidence and rows agree, relative to the largest number of each."""
+    got, wanted = (tables_of(one) for one in (found, expected))
+    for one, other in zip(got, wanted, strict=True):
+        other = other[slots]
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6 * float(other.abs().max()))
+
+
+def tables_of(statistics: Sequence[DomainStatistics]) -> tuple[Tensor, ...]:
+    closed = discriminant_rows(statistics)
+    return token_evidence([one.token_counts for one in statistics]).T, closed.rows, closed.bias
 
 
 # --- the closed form ---
@@ -102,20 +102,7 @@ def test_permuted_slots_permute_the_rows(slots: int, seed: int, data: st.DataObj
     statistics = domains(slots, seed)
     order = data.draw(st.permutations(range(slots)))
 
-    found = router_rows([statistics[i] for i in order])
-
-    assert_same(found, router_rows(statistics), slots=list(order))
-
-
-@settings(deadline=None, max_examples=50)
-@given(slots=SLOTS, seed=SEED)
-def test_what_is_added_and_removed_again_leaves_no_trace(slots: int, seed: int, domains: Any) -> None:
-    *kept, other = domains(slots + 1, seed)
-
-    back = [(one + other) - other for one in kept]
-
-    assert all(torch.equal(a.token_counts, b.token_counts) for a, b in zip(back, kept, strict=True))
-    assert_same(router_rows(back), router_rows(kept))
+    assert_same([statistics[i] for i in order], statistics, slots=list(order))
 
 
 @settings(deadline=None, max_examples=50)
@@ -129,7 +116,7 @@ def test_a_subset_has_the_router_of_its_data_computed_at_once(seed: int, data: s
     collected = [in_pieces(*text, cut) for text, cut in zip(texts, cuts, strict=True)]  # all five, piece by piece
 
     at_once = [in_pieces(*texts[i], []) for i in subset]
-    assert_same(router_rows([collected[i] for i in subset]), router_rows(at_once))
+    assert_same([collected[i] for i in subset], at_once)
 
 
 def random_features(generator: torch.Generator) -> Tensor:
@@ -161,7 +148,7 @@ def test_discriminant_scores_are_differences_of_mahalanobis_distances(slots: int
     within = within + 0.01 * within.diagonal().mean() * torch.eye(WIDTH, dtype=torch.float64)
     x = torch.randn(WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
-    found = router_rows(statistics)
+    found = discriminant_rows(statistics, pooled=True)
     scores = found.rows @ x + found.bias
 
     away = x - means
@@ -169,37 +156,10 @@ def test_discriminant_scores_are_differences_of_mahalanobis_distances(slots: int
     torch.testing.assert_close(scores - scores[0], -0.5 * (distances - distances[0]))
 
 
-@settings(deadline=None, max_examples=30)
-@given(slots=SLOTS, seed=SEED)
-def test_smoothed_counts_are_a_distribution_and_evidence_is_its_log_ratio(slots: int, seed: int, domains: Any) -> None:
-    statistics = domains(slots, seed)
-    counts = torch.stack([s.token_counts for s in statistics], 1).double()
-    background = (counts / counts.sum(0)).mean(1)
-    background = (1 - UNIFORM_SHARE) * background + UNIFORM_SHARE / VOCABULARY
-    smoothed = (1 - SMOOTHING) * counts / counts.sum(0) + SMOOTHING * background[:, None]
-
-    found = router_rows(statistics)
-
-    torch.testing.assert_close(smoothed.sum(0), torch.ones(slots, dtype=torch.float64))
-    torch.testing.assert_close(found.token_evidence, (smoothed / background[:, None]).log())
-
-
-def test_a_token_that_only_a_large_slot_has_seen_is_evidence_for_it_however_rare(domains: Any) -> None:
-    large, small = domains(2, 0)
-    rare = torch.zeros(VOCABULARY, dtype=torch.int64)
-    rare[0], rare[1] = 6, 1_000_000
-    few = torch.zeros(VOCABULARY, dtype=torch.int64)
-    few[2] = 10_000
-
-    found = router_rows([replace(large, token_counts=rare), replace(small, token_counts=few)])
-
-    assert found.token_evidence[0, 0] > found.token_evidence[0, 1]
-
-
 def test_rows_are_float64_whatever_comes_in(domains: Any) -> None:
-    found = router_rows(domains(3, 0))
+    found = discriminant_rows(domains(3, 0))
 
-    assert {found.token_evidence.dtype, found.rows.dtype, found.bias.dtype} == {torch.float64}
+    assert {found.rows.dtype, found.bias.dtype} == {torch.float64}
 
 
 # --- gates ---
@@ -261,38 +221,101 @@ def test_a_domain_of_weight_zero_is_never_chosen(slots: int, seed: int, domains:
     assert found[..., -1].abs().max() == 0
 
 
+def faded_means(features: Tensor, half_life: float | None) -> Tensor:
+    """By definition: the mean of what was read, in which a token of text counts half after `half_life` more."""
+    left = 1.0 if half_life is None else 2 ** (-1 / half_life)
+    total, count, found = torch.zeros_like(features[:, 0]).double(), 0.0, []
+    for position in range(features.shape[1]):
+        total, count = left * total + features[:, position], left * count + 1
+        found.append(total / count)
+    return torch.stack(found, 1)
+
+
 @settings(deadline=None, max_examples=30)
-@given(seed=SEED, slots=SLOTS)
-def test_hidden_evidence_is_that_of_the_mean_feature_so_far(
-    seed: int, slots: int, domains: Any, router_of: Any, two_steps: Any
+@given(seed=SEED, slots=SLOTS, half_life=st.sampled_from([None, 8.0, HALF_LIFE]))
+def test_hidden_evidence_is_that_of_the_faded_mean_feature(
+    seed: int, slots: int, half_life: float | None, domains: Any, router_of: Any, two_steps: Any
 ) -> None:
     statistics = domains(slots, seed)
-    router = router_of(statistics, token=0.0, hidden=0.2)
+    router = router_of(statistics, token=0.0, hidden=0.2, ridge=0.0, half_life=half_life)
     ids, hidden, mask = text(seed)
 
     found = gates_of(router, ids, hidden, mask)
 
-    closed = router_rows(statistics)
-    means = causal_means(hidden_features(hidden, None), mask).double()
+    closed = discriminant_rows(statistics, pooled=half_life is None)
+    means = faded_means(hidden_features(hidden, None), half_life)
     expected = two_steps([1.0] * slots, 0.2 * (means @ closed.rows.T + closed.bias))
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_wide_hidden_states_are_projected_as_the_statistics_are(random_statistics: Any, router_of: Any) -> None:
-    width = 300
-    projection = feature_projection(width)
-    statistics = [random_statistics(seed=i, vocabulary=VOCABULARY, features=256, rows=600) for i in range(2)]
-    router = router_of(statistics, width=width, token=0.0, hidden=0.05)
+@pytest.mark.parametrize(("width", "first"), [(300, True), (1100, False)])
+def test_wide_hidden_states_are_projected_as_the_statistics_are(
+    width: int, first: bool, random_statistics: Any, router_of: Any
+) -> None:
+    projection = first_projection(width) if first else feature_projection(width)
+    assert projection is not None
+    features = FIRST_FEATURES if first else MAX_FEATURES
+    assert projection.shape == (features, width)
+    statistics = [random_statistics(seed=i, vocabulary=VOCABULARY, features=features, rows=2000) for i in range(2)]
+    half_life = None if first else HALF_LIFE
+    router = router_of(statistics, width=width, token=0.0, hidden=0.05, ridge=0.0, half_life=half_life)
     ids, hidden, mask = text(0, width=width)
 
     found = gates_of(router, ids, hidden, mask)
 
-    closed = router_rows(statistics)
-    means = causal_means(hidden_features(hidden, projection), mask).double()
+    closed = discriminant_rows(statistics, pooled=first)
+    means = faded_means(hidden_features(hidden, projection), half_life)
     expected = torch.softmax(0.05 * (means @ closed.rows.T + closed.bias), -1)
-    assert projection is not None
-    assert projection.shape == (256, 300)
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+
+
+# --- the first edition ---
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=SEED, slots=SLOTS, data=st.data())
+def test_of_the_first_edition_evidence_is_a_plain_sum_of_all_tokens(
+    seed: int, slots: int, data: st.DataObject, domains: Any, two_steps: Any
+) -> None:
+    """As it was before evidence faded: packs of old stores are routed as on the day when they were trained."""
+    statistics = domains(slots, seed)
+    prior = data.draw(st.lists(st.floats(0.1, 10), min_size=slots, max_size=slots))
+    flags = torch.full((VOCABULARY,), 15, dtype=torch.uint8)  # roles that the second edition would heed
+    router = DomainRouter(
+        statistics, prior=torch.tensor(prior), temperatures=FIRST_EDITION, width=WIDTH, roles=TokenRoles(flags)
+    )
+    ids, hidden, mask = text(seed)
+
+    found = gates_of(router, ids, hidden, mask)
+
+    def dense(counts: Tensor) -> Tensor:  # (slots, kinds)
+        shares = counts.double() / counts.sum(1, keepdim=True)
+        background = 0.98 * shares.mean(0) + 0.02 / counts.shape[1]
+        return ((0.7 * shares + 0.3 * background) / background).log()
+
+    tokens = dense(torch.stack([one.token_counts for one in statistics]))
+    pairs = dense(torch.stack([one.pair_counts for one in statistics]))
+    added = tokens.T[ids]
+    added[:, 1:] += pairs.T[pair_buckets(ids[:, :-1], ids[:, 1:])]
+    closed = discriminant_rows(statistics, pooled=True)
+    features = hidden_features(hidden, None).double()
+    means = features.cumsum(1) / torch.arange(1, ids.shape[1] + 1)[:, None]
+    evidence = 0.4 * added.cumsum(1) + 0.4 * (means @ closed.rows.T + closed.bias)
+    expected = two_steps(prior, evidence)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    assert router.text_mask(ids, mask).all()
+    assert router.tensors()["step"].item() == 0
+
+
+def test_the_first_edition_has_no_additional_steps_in_prompts(domains: Any) -> None:
+    flags = torch.full((VOCABULARY,), 15, dtype=torch.uint8)
+    router = DomainRouter(
+        domains(3, 0), prior=torch.ones(3), temperatures=FIRST_EDITION, width=WIDTH, roles=TokenRoles(flags)
+    )
+    ids, hidden, mask = text(0)
+
+    assert torch.equal(router.text_gates(ids, hidden, mask, as_prompts=True), router.text_gates(ids, hidden, mask))
+    assert not router.steps(ids, mask, prompt_ends=torch.full((2, 1), 19)).any()
 
 
 # --- what it is for ---

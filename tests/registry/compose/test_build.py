@@ -14,7 +14,7 @@ from lorary.adapters.layer.routing import recording_routes, routing_of
 from lorary.adapters.router.router import Temperatures
 from lorary.domains.errors import IntegrityError
 from lorary.registry import Registry
-from lorary.registry.compose.build import build_router, joint_temperatures
+from lorary.registry.compose.build import base_router, build_router, joint_temperatures
 from lorary.registry.compose.plan import prior_shares
 from lorary.registry.learn.proof import digest_of_tensors
 from lorary.registry.pack.pack import DomainPack, read_pack
@@ -112,7 +112,7 @@ def packs(whole: Registry) -> list[DomainPack]:
 def test_the_router_of_a_subset_does_not_depend_on_other_domains(packs: list[DomainPack], whole: Registry) -> None:
     composed = routing_of(whole.compose("sailing")).router
     shares = torch.tensor(list(prior_shares({"general": None, "sailing": None}).values()))
-    alone = build_router([packs[0], packs[2]], shares, width=32)
+    alone = base_router([packs[0], packs[2]], shares, whole.base)
 
     assert composed is not None
     assert digest_of_tensors(composed.named_buffers()) == digest_of_tensors(alone.named_buffers())
@@ -133,14 +133,14 @@ def test_joint_temperatures_are_means_in_any_order(packs: list[DomainPack]) -> N
 def test_packs_with_different_feature_layers_are_not_routed_together(packs: list[DomainPack]) -> None:
 
     with pytest.raises(IntegrityError, match="together"):
-        build_router([packs[0], replace(packs[1], feature_layer=2)], torch.ones(2), width=32)
+        build_router([packs[0], replace(packs[1], feature_layer=2)], torch.ones(2), width=32, roles=None)
 
 
 def test_experts_below_the_feature_layer_disable_hidden_evidence(packs: list[DomainPack]) -> None:
     low = ExpertBank(layers={0: packs[2].bank.layers[packs[2].bank.first_layer]})
     shares = torch.tensor([0.7, 0.1, 0.2])
 
-    router = build_router([*packs[:2], replace(packs[2], bank=low)], shares, width=32)
+    router = build_router([*packs[:2], replace(packs[2], bank=low)], shares, width=32, roles=None)
 
     ids, mask = torch.randint(6, 300, (1, 16), generator=torch.Generator().manual_seed(0)), torch.ones(1, 16).bool()
     found = [router.slot_gates(router.increments(ids, hidden, mask).cumsum(1)) for hidden in torch.randn(2, 1, 16, 32)]

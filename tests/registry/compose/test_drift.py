@@ -92,7 +92,8 @@ def test_drift_needs_neither_text_nor_experts(packs: dict[str, DomainPack]) -> N
 
 
 def test_the_manifest_holds_the_drift(whole: Registry, packs: dict[str, DomainPack]) -> None:
-    drift = measure_drift(packs["general"], {"cooking": packs["cooking"]}, packs["sailing"], width=WIDTH)
+    others, roles = {"cooking": packs["cooking"]}, whole.base.roles
+    drift = measure_drift(packs["general"], others, packs["sailing"], width=WIDTH, roles=roles)
 
     assert whole.show("sailing").proof["drift"] == {f.name: getattr(drift, f.name) for f in fields(Drift)}
     assert whole.show("cooking").proof["drift"]["domains"] == 0

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from lorary.adapters.layer.routing import recording_routes
-from lorary.domains.data.blocks import encode, pack_blocks
+from lorary.domains.data.blocks import encode
 from lorary.domains.data.catalog import everyday_questions
 from lorary.domains.data.example import Example
 from lorary.domains.errors import GateFailedError
-from lorary.domains.statistics.statistics import DomainStatistics, measure_statistics
+from lorary.domains.statistics.measure import measure_statistics
+from lorary.domains.statistics.statistics import DomainStatistics
 from lorary.registry import Registry
 from lorary.registry.learn.chat_probe import ChatProbe, OlderText, ProbedText, probe_chat
 from lorary.registry.measure.held_out import held_out_at_hand, stored_held_out
@@ -39,7 +40,7 @@ def of_questions(whole: Registry, packs: dict[str, DomainPack]) -> DomainStatist
     """Statistics of the everyday questions themselves."""
     rows = [encode(Example(completion=question), whole.tokenizer) for question in everyday_questions()]
     base, layer = whole.base, packs["general"].feature_layer
-    return measure_statistics(base.model, base.layout, pack_blocks(rows, 64), layer=layer)[0]
+    return measure_statistics(base.model, base.layout, rows, layer=layer, roles=base.roles)
 
 
 @pytest.fixture
@@ -105,12 +106,13 @@ def test_the_probe_has_the_gates_that_a_composed_model_reads_each_prompt_with(
     text: str | None, whole: Registry, probe: Any, template: Any
 ) -> None:
     template(text)
-    model, tokenizer, prompts = whole.compose("cooking+sailing"), whole.tokenizer, everyday_questions()
+    model: Any = whole.compose("cooking+sailing")
+    tokenizer, prompts = whole.tokenizer, everyday_questions()
     if text:
         talks = [[{"role": "user", "content": question}] for question in prompts]
         prompts = [str(tokenizer.apply_chat_template(t, tokenize=False, add_generation_prompt=True)) for t in talks]
     padded: dict[str, Any] = {"padding": True, "padding_side": "left", "return_tensors": "pt"}
-    with recording_routes(model) as routes:
+    with recording_routes(model) as routes, model.reading_prompts():
         model(**tokenizer(prompts, add_special_tokens=not text, **padded))
     expected = routes[-1].slot_gate[:, -1]
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lorary.adapters.router.router import router_rows
+from lorary.adapters.router.evidence import token_evidence
+from lorary.adapters.router.router import discriminant_rows
 from lorary.domains.data.corpus import read_examples, split
 from lorary.domains.errors import InputError, IntegrityError
 from lorary.registry import Registry
@@ -377,11 +378,13 @@ def test_versions_of_several_domains_route_in_any_mix(retrained: Any, both_store
     plan = registry.plan("sailing@1+cooking@2")
     statistics = {slot.name: read_pack(mixed, slot.manifest).statistics for slot in plan.slots}
     orders = [["general", "cooking", "sailing"], ["sailing", "general", "cooking"]]
-    first, second = (router_rows([statistics[name] for name in order]) for order in orders)
+    slots = [[statistics[name] for name in order] for order in orders]
+    first, second = map(discriminant_rows, slots)
     places = [orders[1].index(name) for name in orders[0]]
     for part in ("rows", "bias"):
         torch.testing.assert_close(getattr(second, part)[places], getattr(first, part), rtol=1e-6, atol=0)
-    torch.testing.assert_close(second.token_evidence[:, places], first.token_evidence, rtol=1e-6, atol=0)
+    evidence = [token_evidence([one.token_counts for one in part]) for part in slots]
+    torch.testing.assert_close(evidence[1][:, places], evidence[0], rtol=1e-6, atol=0)
 
 
 def _version(registry: Registry, reference: str) -> tuple[Store, Any]:

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from lorary.adapters.layer.attach import trained_bank
-from lorary.adapters.router.router import RouterRows, router_rows
 from lorary.domains.progress import Progress
-from lorary.domains.statistics.statistics import MIN_COUNT
 from lorary.registry import Registry
+from lorary.registry.compose.build import base_router
 from lorary.registry.learn import train as learning
 from lorary.registry.learn.proof import digest_of_tensors
 from lorary.registry.learn.run import TrainingRun
@@ -125,12 +124,12 @@ def test_a_neighbour_of_another_shape_lends_nothing(
     assert added.copied_from is None
 
 
-def test_rare_tokens_are_not_stored(whole: Registry) -> None:
+def test_all_tokens_are_stored(whole: Registry) -> None:
     statistics = read_pack(whole.store, whole.show("cooking")).statistics
 
     for counts in (statistics.token_counts, statistics.pair_counts):
         assert counts.sum() > 200
-        assert counts[counts > 0].min() >= MIN_COUNT
+        assert counts[counts > 0].min() == 1
 
 
 def test_the_order_of_adding_does_not_matter_to_the_router(
@@ -140,10 +139,10 @@ def test_the_order_of_adding_does_not_matter_to_the_router(
     for name in ("sailing", "cooking"):
         other.add_domain(name, data=[texts[name]], **short_run(steps=1))
 
-    found, expected = _rows(other), _rows(Registry.open(both_store))
+    found, expected = _router(other), _router(Registry.open(both_store))
 
-    for part in ("token_evidence", "rows", "bias"):
-        torch.testing.assert_close(getattr(found, part), getattr(expected, part), rtol=1e-6, atol=0)
+    for part in ("starts", "columns", "values", "rows", "bias", "ridge"):
+        torch.testing.assert_close(found[part], expected[part], rtol=1e-4, atol=1e-6)
 
 
 def test_progress_is_told_to_the_end(cooking_store: Path, fresh_copy: Any, texts: Any, short_run: Any) -> None:
@@ -202,6 +201,6 @@ def _plain(pack: DomainPack) -> dict[str, Any]:
     return digests | {"tempers": pack.temperatures, "feature_layer": pack.feature_layer}
 
 
-def _rows(registry: Registry) -> RouterRows:
-    names = ("general", "cooking", "sailing")
-    return router_rows([read_pack(registry.store, registry.show(name)).statistics for name in names])
+def _router(registry: Registry) -> dict[str, torch.Tensor]:
+    packs = [read_pack(registry.store, registry.show(name)) for name in ("general", "cooking", "sailing")]
+    return base_router(packs, torch.tensor([0.6, 0.2, 0.2]), registry.base).tensors()

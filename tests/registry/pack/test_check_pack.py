@@ -171,6 +171,11 @@ def written(index: Any, value: float) -> Callable[[Tensor], Tensor]:
     return change
 
 
+def only_diagonal(triangle: Tensor) -> Tensor:
+    rows, columns = torch.triu_indices(32, 32)
+    return triangle.where(rows == columns, 0.0)
+
+
 ROUTER_CHANGES = {
     "a tensor more": lambda tensors: tensors | {"statistics.more": torch.zeros(1)},
     "gates of a layer without experts": lambda t: t | {"layers.0.expert_gate": torch.zeros(1, 32)},
@@ -191,10 +196,25 @@ ROUTER_CHANGES = {
     "sums as float32": set_to("statistics.feature_sum", lambda t: t.float()),
     "sums too large for their squares": set_to("statistics.feature_sum", lambda t: t * 1e6),
     "sums of no text": set_to("statistics.feature_sum", lambda t: t + 10 * t.norm()),
-    "a negative square": set_to("statistics.feature_outer", lambda t: -t),
-    "squares that are not symmetric": set_to("statistics.feature_outer", lambda t: written((0, 1), 0.0)(t)),
-    "squares that overflow": set_to("statistics.feature_outer", lambda t: t * 1e300),
-    "squares of no text": set_to("statistics.feature_outer", lambda t: t.diagonal().diag()),
+    "a negative square": set_to("statistics.feature_triangle", lambda t: -t),
+    "squares that overflow": set_to("statistics.feature_triangle", lambda t: t * 1e30),
+    "squares of no text": set_to("statistics.feature_triangle", only_diagonal),
+    "a square less": set_to("statistics.feature_triangle", lambda t: t[:-1]),
+    "squares as float64": set_to("statistics.feature_triangle", lambda t: t.double()),
+    "squares of the first edition": lambda t: (
+        without("statistics.feature_triangle")(t) | {"statistics.feature_outer": torch.eye(32, dtype=torch.float64)}
+    ),
+    "half a hashed row": set_to("statistics.hashed_rows", written(0, 7.5)),
+    "a negative rest": set_to("statistics.hashed_rows", written(1, -1.0)),
+    "a hashed row without its rest": set_to("statistics.hashed_rows", lambda t: t[:1]),
+    "no hashed mean": without("statistics.hashed_mean"),
+    "a hashed mean less": set_to("statistics.hashed_mean", lambda t: t[:-1]),
+    "a hashed mean of no rows": set_to("statistics.hashed_mean", lambda t: t + 100),
+    "a hashed mean as float64": set_to("statistics.hashed_mean", lambda t: t.double()),
+    "huge factors": set_to("statistics.hashed_factors", lambda t: t + 1000),
+    "factors as float32": set_to("statistics.hashed_factors", lambda t: t.float()),
+    "more factors than eigenpairs": set_to("statistics.hashed_factors", lambda t: t[:1].repeat(129, 1)),
+    "factors of other features": set_to("statistics.hashed_factors", lambda t: t[:, :-1]),
     "a prototype that is long": set_to("prototypes", lambda t: t * 2),
     "a prototype of zeros": set_to("prototypes", lambda t: t * 0),
     "prototypes as float64": set_to("prototypes", lambda t: t.double()),
@@ -226,8 +246,14 @@ def test_router_data_that_no_text_can_give_is_refused(change: Change, loose: Any
         {"feature_width": 31},
         {"features": 31},
         {"features": 1 << 40},
-        {"tempers": {"token": 1e9, "hidden": 0.1}},
-        {"tempers": {"token": 0.1, "hidden": True}},
+        {"tempers": {"token": 1e9, "hidden": 0.1, "ridge": 0.1}},
+        {"tempers": {"token": 0.1, "hidden": True, "ridge": 0.1}},
+        {"tempers": {"token": 0.1, "hidden": 0.1}},
+        {"tempers": {"token": 0.1, "hidden": 0.1, "ridge": -0.1}},
+        {"half_life": 0},
+        {"half_life": None},
+        {"half_life": True},
+        {"half_life": 1e300},
         {"decoder_layers": "a b"},
         {"decoder_layers": "../../etc"},
         {"decoder_layers": None},
@@ -242,7 +268,7 @@ def test_an_altered_router_config_is_refused(change: dict[str, Any], loose: Any)
 
 
 def test_the_config_of_another_program_is_refused_as_such(loose: Any) -> None:
-    assert isinstance(refusal(with_json(loose(), ROUTER_CONFIG, projection_seed=1)), IncompatibleError)
+    assert isinstance(refusal(with_json(loose(), ROUTER_CONFIG, projection="sha256:0")), IncompatibleError)
 
 
 # --- files ---

@@ -288,8 +288,12 @@ def audit_router(router: dict[str, np.ndarray], pack: DomainPack) -> None:
     counts[router["statistics.token_ids"].astype(int)] = router["statistics.token_counts"]
     assert counts.min() >= 0
     assert np.array_equal(pack.statistics.token_counts.numpy(), counts)
-    rows, outer = router["statistics.rows"].item(), router["statistics.feature_outer"]
-    assert np.array_equal(pack.statistics.feature_outer.numpy(), outer)
+    rows, outer = router["statistics.rows"].item(), pack.statistics.feature_outer.numpy()
+    assert np.array_equal(outer[np.triu_indices(len(outer))], router["statistics.feature_triangle"].astype(float))
+    assert np.array_equal(outer, outer.T)
+    factors = router["statistics.hashed_factors"].astype(float)
+    assert np.square(factors).sum() < 1e5
+    assert router["statistics.hashed_rows"].min() >= 0
     assert np.linalg.eigvalsh(outer / max(rows, 1)).min() > -1e-3
     for index, layer in pack.bank.layers.items():
         assert np.array_equal(layer.expert_gate.double().numpy(), router[f"layers.{index}.expert_gate"])
