@@ -2,7 +2,8 @@
 
 import inspect
 import itertools
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -198,7 +199,10 @@ def _common_parent(first: str, second: str) -> str:
 
 
 def hidden_states_at(model: PreTrainedModel, layout: ModelLayout, layer: int, **inputs: Tensor) -> Tensor:
-    """Return the input of decoder layer `layer`, without running that layer or any after it."""
+    """Return the input of decoder layer `layer`, without running that layer or any after it.
+
+    Other threads may call the same model meanwhile.
+    """
     captured: list[Tensor] = []
 
     def capture(_module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -206,7 +210,7 @@ def hidden_states_at(model: PreTrainedModel, layout: ModelLayout, layer: int, **
         raise _LayerReachedError
 
     layers: Any = model.get_submodule(layout.layers)
-    handle = layers[layer].register_forward_pre_hook(capture, with_kwargs=True)
+    handle = layers[layer].register_forward_pre_hook(for_this_thread(capture), with_kwargs=True)
     try:
         model(**inputs, use_cache=False)
     except _LayerReachedError:
@@ -214,6 +218,16 @@ def hidden_states_at(model: PreTrainedModel, layout: ModelLayout, layer: int, **
     finally:
         handle.remove()
     return captured[0]
+
+
+def for_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a hook that does nothing in other threads: a module has its hooks for all that call it."""
+    owner = threading.get_ident()
+
+    def run(*args: Any) -> Any:
+        return hook(*args) if threading.get_ident() == owner else None
+
+    return run
 
 
 def first_tensor(args: tuple, kwargs: dict) -> Tensor:

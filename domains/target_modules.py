@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from .base_model import DECODER_ONLY, ModelLayout, first_tensor
+from .base_model import DECODER_ONLY, ModelLayout, first_tensor, for_this_thread
 from .errors import IncompatibleError, InputError
 from .linear import linear_modules
 
@@ -211,16 +211,15 @@ class _Observer:
         ids = probe_ids(self.model)
         with ExitStack() as hooks, torch.no_grad():
             decoder = self.model.get_submodule(self.layout.decoder)
-            hooks.enter_context(_removed(decoder.register_forward_pre_hook(self._check_decoder, with_kwargs=True)))
+            before, check = for_this_thread(self._check_decoder), for_this_thread(self._check_layer)
+            hooks.enter_context(_removed(decoder.register_forward_pre_hook(before, with_kwargs=True)))
             for layer in self.layers:
-                hooks.enter_context(_removed(layer.register_forward_pre_hook(self._check_layer, with_kwargs=True)))
-            last = self.layers[-1].register_forward_hook(
-                lambda _m, _args, output: self._check_causal(output if isinstance(output, Tensor) else output[0])
-            )
+                hooks.enter_context(_removed(layer.register_forward_pre_hook(check, with_kwargs=True)))
+            last = self.layers[-1].register_forward_hook(for_this_thread(self._check_output))
             hooks.enter_context(_removed(last))
             for key, module in self.modules.items():
-                hook = module.register_forward_hook(partial(self._check, key), with_kwargs=True)
-                hooks.enter_context(_removed(hook))
+                hook = for_this_thread(partial(self._check, key))
+                hooks.enter_context(_removed(module.register_forward_hook(hook, with_kwargs=True)))
             self.model.generate(
                 input_ids=ids.to(self.model.device),
                 attention_mask=torch.ones_like(ids).to(self.model.device),
@@ -257,6 +256,9 @@ class _Observer:
             self.skipping.add(layer)
         else:
             self._check_causal(hidden)
+
+    def _check_output(self, _layer: nn.Module, _args: tuple, output: Any) -> None:
+        self._check_causal(output if isinstance(output, Tensor) else output[0])
 
     def _check_causal(self, hidden: Tensor) -> None:
         """Refuse a model in which earlier positions depend on the last token, the only one that differs."""
