@@ -71,12 +71,29 @@ def load_base_model(
     config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
     quantisation = quantisation_of(config)
     if quantisation is None:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, output_loading_info=True, **options)
+        model, info = loaded
+        _check_complete(source, info)
         model = model.to(device)
     else:
         model = _load_quantised(source, quantisation, dtype=wanted, device_map={"": device}, **options)
     model = model.eval().requires_grad_(False)
     return model, AutoTokenizer.from_pretrained(source, **options)
+
+
+def _check_complete(source: str | Path, info: Mapping[str, Any]) -> None:
+    """Raise an error if weights of the model were not in its files: they are random, and others at every load.
+
+    Raises:
+        IncompatibleError: The message names the first.
+    """
+    missing = sorted(str(key) for key in info.get("missing_keys") or ())
+    if missing:
+        raise IncompatibleError(
+            f"The base model {source} is incomplete.",
+            cause=f"its files lack {len(missing)} of its weights, such as {missing[0]}, which would be random numbers",
+            fix="download the model again, or save the whole causal language model with model.save_pretrained(folder)",
+        )
 
 
 def _load_gguf(path: Path, *, device: str, dtype: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ...domains.base_model import ModelLayout, bind_arguments, first_tensor
 from ...domains.errors import InputError
 from ...domains.statistics.fading import faded_sums
-from ..router.cache import find_cache, positions_in, router_layer, seen_by_themselves
+from ..router.cache import check_cache, find_cache, positions_in, router_layer, seen_by_themselves
 from ..router.packed import text_ends, text_starts
 from ..router.router import DomainRouter, last_tokens, whole_prompts
 from .active import Part, close_small_gates, plan_parts
@@ -202,7 +202,9 @@ class Routing:
         is_text = router.text_mask(ids, is_real)
         kept = before = None
         if cache is not None:
-            kept = router_layer(cache, past=state.past, layers=self.layout.count, sums=router.sums)
+            kept = router_layer(
+                cache, past=state.past, layers=self.layout.count, sums=router.sums, router=router.identity
+            )
             before = kept.last_tokens()
         last = last_tokens(ids, is_text, before, starts)
         increments = router.increments(ids, hidden, is_text, last).float()
@@ -261,6 +263,8 @@ class RoutedForward:
                 fix="call generate, or merge_experts on a static composition",
             )
         cache = find_cache(named.values())
+        if cache is not None:
+            check_cache(cache, None if self.routing.router is None else self.routing.router.identity)
         past = 0 if cache is None else positions_in(cache)
         if named.get("input_ids") is None:
             named = _with_outer_inputs(named, outer_inputs(self.routing))

@@ -19,6 +19,8 @@ from ...domains.statistics.fading import faded_sums
 class RouterCacheLayer(DynamicLayer):
     """Sums up to each position, as `keys` of shape (batch, 1, seq, sums); `values` the last token."""
 
+    router: str | None = None  # identity of the router that they are of
+
     def last_tokens(self) -> Int64[Tensor, " batch"] | None:
         """Return the last text token of each sequence, -1 if there is none yet; None before the first position."""
         if not self.get_seq_length() or self.values is None:
@@ -48,6 +50,7 @@ class StaticRouterLayer(StaticLayer):
 
     keys: Tensor
     values: Tensor
+    router: str | None = None
 
     def __init__(self) -> None:
         super().__init__(max_cache_len=1)
@@ -78,7 +81,7 @@ class StaticRouterLayer(StaticLayer):
 RouterLayer = RouterCacheLayer | StaticRouterLayer
 
 
-def router_layer(cache: Cache, *, past: int | Tensor, layers: int, sums: int) -> RouterLayer:
+def router_layer(cache: Cache, *, past: int | Tensor, layers: int, sums: int, router: str | None = None) -> RouterLayer:
     """Return the router's layer of a cache, adding it if there is none yet.
 
     Args:
@@ -87,6 +90,7 @@ def router_layer(cache: Cache, *, past: int | Tensor, layers: int, sums: int) ->
             tensor for a static cache.
         layers: Number of decoder layers of the model; the router's layer comes after theirs.
         sums: Number of sums that the router keeps.
+        router: Its identity; None if any will do.
 
     Raises:
         InputError: If the cache was filled by another model or composition.
@@ -108,8 +112,32 @@ def router_layer(cache: Cache, *, past: int | Tensor, layers: int, sums: int) ->
         layer = StaticRouterLayer() if cache.is_compileable else RouterCacheLayer()
         cache.layers.append(layer)
     if layer.is_initialized and layer.keys is not None and layer.keys.numel() and layer.keys.shape[-1] != sums:
-        raise InputError("The key-value cache was filled by another composition.")
+        raise _other_composition()
+    layer.router = router
     return layer
+
+
+def check_cache(cache: Cache, router: str | None) -> None:
+    """Raise an error if a cache was filled by another composition; called before anything is computed.
+
+    Args:
+        cache: The key-value cache of a forward pass.
+        router: Identity of the composition's router; None if it has none.
+
+    Raises:
+        InputError: It was.
+    """
+    layer = next((one for one in cache.layers if isinstance(one, RouterLayer)), None)
+    if layer is not None and layer.router != router and int(layer.get_seq_length()):  # not after a reset
+        raise _other_composition()
+
+
+def _other_composition() -> InputError:
+    return InputError(
+        "The key-value cache was filled by another composition.",
+        cause="keys and values of its text were computed with other experts or another prior",
+        fix="start with an empty cache, or omit past_key_values",
+    )
 
 
 def positions_in(cache: Cache) -> int | Tensor:

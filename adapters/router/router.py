@@ -27,6 +27,7 @@ The router is computed from additive statistics of the chosen slots only: it doe
 has no trained parameters.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -176,6 +177,8 @@ class DomainRouter(nn.Module):
         # the last kind, where there is no pair, has the last row, which is empty
         places = torch.cat([places, places.new_full((1,), 2 * HASHED)])
         self.register_buffer("places", places, persistent=False)
+        parts = (self.log_odds, self.log_weight, self.bias, self.rows, self.step)
+        self.identity = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in parts)).hexdigest()
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "DomainRouter":

@@ -1,5 +1,6 @@
 """Stream rows from Parquet files and Hugging Face Hub data sets, using the optional package `datasets`."""
 
+import glob
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ def read_parquet(path: Path) -> Iterator[Row]:
     """
     datasets = _datasets(f"{path} is a Parquet file")
     try:
-        table = datasets.load_dataset("parquet", data_files=str(path), split="train", streaming=True)
+        table = datasets.load_dataset("parquet", data_files=glob.escape(str(path)), split="train", streaming=True)
         yield from _rows(table, {})
     except (OSError, ValueError) as error:  # pyarrow.ArrowInvalid is a ValueError
         raise InputError(f"{path} cannot be read as Parquet.", cause=str(error)) from error

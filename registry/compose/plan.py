@@ -127,11 +127,20 @@ def prior_shares(weights: dict[str, float | None]) -> dict[str, float]:
     """Return the prior of each slot, which sum to 1.
 
     KP has `KP_PRIOR` unless it has a weight; domains share the rest in proportion to their weights (default 1).
+
+    Raises:
+        InputError: The weights are too large to add up.
     """
     domains = {name: 1.0 if weight is None else weight for name, weight in weights.items() if name != GENERAL}
     total = sum(domains.values())
     general = weights.get(GENERAL) or total * KP_PRIOR / (1 - KP_PRIOR) or 1.0
     whole = total + general
+    if not math.isfinite(whole):
+        raise InputError(
+            "The weights of a composition are too large to add up.",
+            cause=f"the largest is {max(weight or 0.0 for weight in weights.values()):g}",
+            fix="only their ratios count: medicine:2+legal:1",
+        )
     return {GENERAL: general / whole} | {name: weight / whole for name, weight in domains.items()}
 
 

@@ -1,5 +1,6 @@
 """Base models are loaded frozen; decoder layers are found in every model family."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier, current_thread
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertModel, PreTrainedModel
 
@@ -261,3 +263,18 @@ def test_a_missing_device_is_refused_before_loading(tmp_path: Path) -> None:
 
 def test_the_cpu_is_always_there() -> None:
     check_device("cpu")
+
+
+@pytest.mark.parametrize("missing", ["lm_head.weight", "model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_a_base_model_whose_files_lack_a_weight_is_refused(missing: str, saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    shutil.copytree(saved, folder)
+    tensors = load_file(folder / "model.safetensors")
+    name = missing if missing in tensors else next(name for name in tensors if name.endswith("up_proj.weight"))
+    del tensors[name]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(IncompatibleError) as caught:
+        load_base_model(folder)
+
+    assert name in str(caught.value.cause)

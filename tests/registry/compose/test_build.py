@@ -12,7 +12,7 @@ from lorary.adapters.bank import ExpertBank
 from lorary.adapters.layer.active import SLOT_THRESHOLD
 from lorary.adapters.layer.routing import recording_routes, routing_of
 from lorary.adapters.router.router import Temperatures
-from lorary.domains.errors import IntegrityError
+from lorary.domains.errors import InputError, IntegrityError
 from lorary.registry import Registry
 from lorary.registry.compose.build import base_router, build_router, joint_temperatures
 from lorary.registry.compose.plan import prior_shares
@@ -146,3 +146,17 @@ def test_experts_below_the_feature_layer_disable_hidden_evidence(packs: list[Dom
     found = [router.slot_gates(router.increments(ids, hidden, mask).cumsum(1)) for hidden in torch.randn(2, 1, 16, 32)]
     assert torch.equal(*found)
     assert (found[0][0, -1] - shares).abs().max() > 0.01
+
+
+def test_a_cache_goes_on_only_in_the_composition_that_filled_it(whole: Registry) -> None:
+    ids = torch.randint(5, 200, (1, 8), generator=torch.Generator().manual_seed(0))
+    models: list[Any] = [whole.compose(text) for text in ("cooking", "sailing", "cooking:2+general:1", "cooking")]
+    models.insert(1, whole.compose("cooking", static=True))
+    filled = models[0](ids[:, :7], use_cache=True).past_key_values
+
+    for other in models[1:4]:
+        with pytest.raises(InputError, match="another composition"):
+            other(ids[:, 7:], past_key_values=filled)
+    again = models[4](ids[:, 7:], past_key_values=filled).logits
+
+    torch.testing.assert_close(again, models[0](ids).logits[:, -1:], rtol=1e-4, atol=1e-4)

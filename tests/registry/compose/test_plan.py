@@ -139,3 +139,8 @@ def test_text_in_a_plan_cannot_become_markup(whole: Registry) -> None:
 def test_runs_of_equal_layers_are_shortened() -> None:
     assert _per_layer([0, 0, 4, 4, 4, 6]) == "2 x 0, 3 x 4, 6"
     assert _per_layer(()) == ""
+
+
+def test_weights_that_do_not_add_up_are_refused() -> None:
+    with pytest.raises(InputError, match="too large"):
+        prior_shares({"general": None, "medicine": 1e308, "legal": 1e308})
