@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..errors import IncompatibleError
 from .hashed_rows import HashedRows, no_hashed_rows
-from .hashing import HASHED, PAIR_BUCKETS
+from .hashing import HASHED, MAX_FEATURES, PAIR_BUCKETS
 
 MIN_COUNT = 2  # lower counts of tokens and pair buckets are not published
 MAX_TOKENS = 1 << 22  # limit on the vocabulary size that stored tensors may claim
@@ -102,7 +102,7 @@ class DomainStatistics:
             raise IncompatibleError(
                 "Statistics of two editions of the router cannot be combined.",
                 cause=f"the base model is {width} wide, and {len(self.feature_sum)} features were kept",
-                fix="retrain the older domain from its data: registry retrain NAME --mode fresh --data FILE",
+                fix="learn both in a new registry: registry init FOLDER, then registry add-domain",
             )
         matrix = matrix.double()
         return replace(
@@ -155,7 +155,7 @@ class DomainStatistics:
             tensors[name] for name in ("feature_triangle", "hashed_mean", "hashed_factors", "hashed_rows")
         )
         features = total.numel()  # compared before a square of this size is made
-        if total.shape != (features,) or triangle.shape != (features * (features + 1) // 2,):
+        if features > MAX_FEATURES or total.shape != (features,) or triangle.shape != (features * (features + 1) // 2,):
             raise ValueError(f"moments of shapes {total.shape} and {triangle.shape}")
         if mean.shape != (HASHED,) or factors.shape[1:] != (HASHED,) or sizes.shape != (2,):
             raise ValueError(f"hashed moments of shapes {mean.shape}, {factors.shape} and {sizes.shape}")

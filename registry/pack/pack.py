@@ -185,7 +185,12 @@ def _read_router(files: PackSource, manifest: PackManifest) -> tuple[dict[str, T
 
 def _routing_fields(router: dict[str, Tensor], config: dict[str, Any], source: str) -> dict[str, Any]:
     return {
-        "statistics": _read_statistics(router, features=config["features"], source=source),
+        "statistics": _read_statistics(
+            router,
+            features=config["features"],
+            is_first_edition=config["schema"] == FIRST_ROUTER_SCHEMA,
+            source=source,
+        ),
         "prototypes": router["prototypes"],
         "temperatures": _temperatures(config),
         "feature_layer": config["feature_layer"],
@@ -260,13 +265,18 @@ def _check_router_config(config: Any, source: str) -> None:
         raise IntegrityError(f"The router of {source} cannot be used.", cause=cause)
 
 
-def _read_statistics(router: dict[str, Tensor], *, features: int, source: str) -> DomainStatistics:
+def _read_statistics(
+    router: dict[str, Tensor], *, features: int, is_first_edition: bool, source: str
+) -> DomainStatistics:
     tensors = {k.removeprefix("statistics."): v for k, v in router.items() if k.startswith("statistics.")}
     try:
         statistics = DomainStatistics.from_tensors(tensors)
         shapes = statistics.feature_sum.shape, statistics.feature_outer.shape, router["prototypes"].shape[1:]
     except (KeyError, IndexError, RuntimeError, ValueError) as error:
         raise IntegrityError(f"The router tensors of {source} are incomplete.", cause=str(error)) from error
+    if is_first_edition != (statistics.hashed is None):
+        cause = f"{ROUTER_CONFIG} is of the {'first' if is_first_edition else 'second'} edition, the tensors are not"
+        raise IntegrityError(f"The statistics of {source} do not fit its router.", cause=cause)
     if shapes != ((features,), (features, features), (features,)) or statistics.smallest_count < 0:
         cause = f"{ROUTER_CONFIG} says {features} features, the tensors have {shapes}; counts are not negative"
         raise IntegrityError(f"The statistics of {source} do not fit its router.", cause=cause)

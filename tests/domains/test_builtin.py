@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from lorary.domains.data.catalog import find_domain
+from lorary.domains.data.catalog import builtin_domains, everyday_questions, everyday_requests, find_domain
 from lorary.domains.data.corpus import check_corpus, corpus_counts, read_examples, split
 
 NAMES = ["code", "finance", "general", "legal", "medicine"]
@@ -91,3 +91,14 @@ def test_a_tenth_can_be_held_out(corpus):
     train, held_out = split(corpus, 0.1)
 
     assert len(train) > len(held_out) >= 1
+
+
+def test_everyday_requests_are_many_and_none_is_asked_elsewhere() -> None:
+    requests = [words(request.completion) for request in everyday_requests()]
+    asked = {words(question) for question in everyday_questions()}
+    for spec in builtin_domains().values():
+        asked |= {words(re.sub(r"^Question:|\nAnswer:$", "", row.prompt)) for row in read_examples([spec.questions])}
+
+    assert len(requests) > 300
+    assert len(set(requests)) == len(requests)
+    assert not set(requests) & asked

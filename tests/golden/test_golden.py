@@ -38,7 +38,7 @@ ADDED = {
     "route": {"left_out"},
     "generate": {"finish"},
     "compose": {"answer.finish"},
-    "manifest": {"proof.chat"},
+    "manifest": {"proof.chat", "base.template_tokens"},
 }
 # these commands made plain text of a prompt; later ones a turn of the base's chat template, but with --raw
 RAW = {"compose-prompt", "generate", "generate-sampled", "route", "route-in"}
@@ -294,15 +294,23 @@ def test_the_same_commands_make_the_same_but_for_trained_numbers(release, last, 
         found, was = json.loads((made / path).read_bytes()), json.loads((kept / path).read_bytes())
         drop_added(found, was, "manifest")
         assert not differences(found, was, same=same_but_trained), path
+        is_one_edition = schema_of(made, found) == schema_of(kept, was)
         for file, before in zip(found["files"], was["files"], strict=True):
-            assert file == before or not file["path"].endswith(".json")
-        check_tensors(router_of(made, found), router_of(kept, was), only="statistics.")
+            is_of_edition = file["path"].startswith("router/") and not is_one_edition
+            assert file == before or not file["path"].endswith(".json") or is_of_edition
+        if is_one_edition:
+            check_tensors(router_of(made, found), router_of(kept, was), only="statistics.")
         if "run" in found["train"]:
             assert (made / "runs" / found["train"]["run"]).is_dir()
 
 
-def router_of(store: Path, manifest: dict[str, Any]) -> Path:
-    (digest,) = [file["sha256"] for file in manifest["files"] if file["path"] == "router/router.safetensors"]
+def schema_of(store: Path, manifest: dict[str, Any]) -> str:
+    """The schema of the router's files: a store that is made today routes by another edition than older releases."""
+    return json.loads(router_of(store, manifest, "router/router.json").read_bytes())["schema"]
+
+
+def router_of(store: Path, manifest: dict[str, Any], path: str = "router/router.safetensors") -> Path:
+    (digest,) = [file["sha256"] for file in manifest["files"] if file["path"] == path]
     name = digest.removeprefix("sha256:")
     return store / "blobs" / "sha256" / name[:2] / name
 

@@ -122,7 +122,7 @@ def test_emptied_statistics_add_nothing(first: bool) -> None:
 @pytest.mark.parametrize("other", [{"vocabulary": 31}, {"features": 7}])
 def test_statistics_of_different_models_cannot_be_added(other: Any) -> None:
     with pytest.raises(IncompatibleError, match="different base models"):
-        random_statistics(0) + random_statistics(0, **other)
+        _ = random_statistics(0) + random_statistics(0, **other)
 
 
 @settings(max_examples=20)
