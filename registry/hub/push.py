@@ -18,7 +18,6 @@ from .card import model_card
 from .client import MAX_ATTEMPTS, Hub, RemoteFile, Snapshot, UncertainCommitError, git_oid
 from .errors import is_missing_repo
 from .origins import Origin, record_origin
-from .publish import published
 
 CARD_FILE: Final = "README.md"
 REPO_PREFIX: Final = "lorary-"
@@ -98,7 +97,7 @@ def push(
     """
     hub.require_token()
     store.verify(manifest)
-    job = _PushJob(store, published(store, manifest), destination_repo(destination, manifest.name, hub), options, hub)
+    job = _PushJob(store, manifest, destination_repo(destination, manifest.name, hub), options, hub)
     failed = 0
     for _ in range(MAX_STEPS):
         try:

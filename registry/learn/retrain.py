@@ -6,13 +6,14 @@ fresh       nothing is taken from the parent
 """
 
 import copy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from ...adapters.bank import ExpertBank, LayerExperts
 from ...adapters.config import TrainingConfig
 from ...domains.data.corpus import corpus_digest
 from ...domains.errors import IntegrityError
 from ...domains.progress import OnProgress
+from ...domains.statistics.statistics import DomainStatistics
 from ..base.load import LoadedBase
 from ..measure.evaluate import score_new_domain
 from ..measure.held_out import general_examples
@@ -22,6 +23,7 @@ from ..store.store import LATEST, Store
 from .acceptance import AcceptanceCheck, check_acceptance
 from .chat_probe import ChatProbe, OnProbe, check_probe
 from .proof import digest_of_tensors
+from .rare_tokens import with_rare_tokens
 from .retrain_plan import RetrainingPlan
 from .run import TrainingRun
 
@@ -80,7 +82,7 @@ def retrain(
     if stored:
         return _repeated(run, older, stored, plan, strict=strict)
     run.prepare(new_experts=plan.mode != "continue")
-    _start(run, older, plan.mode)
+    _start(run, older, plan.mode, with_rare_tokens(store, parent, older.statistics))
     probe = run.probe(parent=older)
     on_probe(probe)
     if strict:
@@ -104,10 +106,10 @@ def retrain(
     )
 
 
-def _start(run: TrainingRun, parent: DomainPack, mode: str) -> None:
-    """Set the bank to be trained, and what is kept of the parent's text."""
+def _start(run: TrainingRun, parent: DomainPack, mode: str, statistics: DomainStatistics) -> None:
+    """Set the bank to be trained, and what is kept of the parent's text, which has these statistics."""
     if mode != "fresh":
-        run.keep_text(parent.routing())
+        run.keep_text(replace(parent.routing(), statistics=statistics))
     if mode == "continue":
         run.bank = copy.deepcopy(parent.bank)
     else:

@@ -70,6 +70,7 @@ from ..store.manifest import BaseRecord, PackManifest, check_same_base
 from ..store.store import LATEST, Store
 from ..store.strict_json import canonical_json
 from .chat_probe import ChatProbe, probe_chat
+from .rare_tokens import keep_rare_tokens
 from .train import train_frozen
 
 TOOL = "lorary"
@@ -342,7 +343,7 @@ class TrainingRun:
         Raises:
             IncompatibleError: It was measured for another edition of the router, whose features cannot be computed.
         """
-        before, now = one_edition([older, self._routing_data()], self.width)
+        before, now = one_edition([older, self._routing_data(all_tokens=True)], self.width)
         shares = [before.statistics.rows, now.statistics.rows]
         self.prototypes = join_prototypes([before.prototypes, now.prototypes], shares)
         self.statistics = before.statistics + now.statistics
@@ -419,16 +420,16 @@ class TrainingRun:
     def _packed(self, bank: ExpertBank) -> DomainPack:
         return DomainPack(
             bank=bank,
-            statistics=self.statistics,
+            statistics=self.statistics.without_rare_tokens(),
             prototypes=self.prototypes,
             temperatures=self._temperatures,
             feature_layer=self.feature_layer,
         )
 
-    def _routing_data(self) -> RoutingData:
-        """Return what routes the bank in training."""
+    def _routing_data(self, *, all_tokens: bool = False) -> RoutingData:
+        """Return what routes the bank in training: the statistics that will be stored, or those of all tokens."""
         return RoutingData(
-            statistics=self.statistics,
+            statistics=self.statistics if all_tokens else self.statistics.without_rare_tokens(),
             prototypes=self.prototypes,
             temperatures=self._temperatures,
             feature_layer=self.feature_layer,
@@ -503,6 +504,7 @@ class TrainingRun:
             tool=tool_record(),
         )
         files = pack_files(self.pack, layout=self.base.layout, base_id=self.record.id, revision=self.record.revision)
+        keep_rare_tokens(self.folder, self.statistics)
         manifest = self.store.commit(draft, files, first_only=first_only, alias=alias)
         self._write_record({"state": "done", "version": manifest.version})
         discard_checkpoints(self.folder)

