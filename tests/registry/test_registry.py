@@ -57,7 +57,7 @@ def test_a_finished_run_leaves_no_checkpoint(whole: Registry) -> None:
     runs = sorted(whole.store.runs.iterdir())
 
     assert [run.name.partition("-")[0] for run in runs] == ["cooking", "general", "sailing"]
-    assert {path.name for run in runs for path in run.iterdir()} == {"run.json"}
+    assert {path.name for run in runs for path in run.iterdir()} == {"run.json", "rare.safetensors"}
 
 
 def test_a_composed_model_is_finite_and_not_the_base(whole: Registry, logits_of: Any) -> None:

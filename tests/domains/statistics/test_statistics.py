@@ -178,7 +178,7 @@ def test_of_wider_bases_no_first_edition_can_be_computed() -> None:
 
     assert "1536" in str(caught.value.cause)
     assert "1024" in str(caught.value.cause)
-    assert "retrain" in str(caught.value.fix)
+    assert "registry init" in str(caught.value.fix)
 
 
 def test_the_projection_of_the_first_edition_never_changes() -> None:

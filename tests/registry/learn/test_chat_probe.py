@@ -180,7 +180,7 @@ def test_a_copy_of_an_older_domain_takes_its_text(
             ("cooking", "held-out text" if at_hand else "statistics")
         ]
     assert distinct.older[0].after < copy.older[0].after
-    assert 0.05 < copy.older[0].after <= 0.5
+    assert 0.05 < copy.older[0].after <= 0.5 + 1e-3
     assert any("cooking" in problem for problem in copy.problems)
     assert any("registry retrain cooking --data FILE" in one for one in copy.advice)
 

@@ -75,6 +75,7 @@ def test_checkpoints_are_safetensors_and_json_only(killed_adding: Path) -> None:
 
     assert files == {
         "run.json",
+        "rare.safetensors",  # of the KP bank's run
         "order.json",
         "bank.safetensors",
         "optimizer.safetensors",
