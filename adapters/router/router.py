@@ -14,12 +14,12 @@ with weights relative to the largest. So the gate of KP does not depend on the n
 domains take no more from it than one.
 
 *Token evidence* is naive Bayes over tokens and pairs of tokens, summed over the text (evidence.py). *Hidden-state
-evidence* is linear discriminant analysis on the mean of hidden-state features: with within-class covariance C, the mean
-of the slots' covariances, and class means mu, row w = C^-1 mu and bias b = -1/2 mu^T C^-1 mu (Fisher 1936; Hastie,
-Tibshirani and Friedman, Elements of Statistical Learning, eq. 4.10). *Ridge evidence* is a regression on hashed token
-features (ridge.py), divided by the root of the number of tokens; between general text and a domain it would learn how
-texts are worded rather than what they are about, so it only tells domains apart. Tokens are not independent, so each
-term is scaled by its temperature.
+evidence* is linear discriminant analysis on the mean of hidden-state features, in which common tokens weigh little
+(token_roles.py): with within-class covariance C, the mean of the slots' covariances, and class means mu, row
+w = C^-1 mu and bias b = -1/2 mu^T C^-1 mu (Fisher 1936; Hastie, Tibshirani and Friedman, Elements of Statistical
+Learning, eq. 4.10). *Ridge evidence* is a regression on hashed token features (ridge.py), divided by the root of the
+number of tokens; between general text and a domain it would learn how texts are worded rather than what they are about,
+so it only tells domains apart. Tokens are not independent, so each term is scaled by its temperature.
 
 Tokens of the chat template and padding carry no evidence, and nothing fades at them.
 
@@ -43,9 +43,9 @@ from ...domains.statistics.token_roles import NEUTRAL, TokenRoles, ends_of_sente
 from .evidence import expected_evidence, look_up, sparse_evidence
 from .ridge import ridge_weights
 
-METHOD = 3  # part of cache keys: increased when the same statistics and text give different gates
+METHOD = 4  # part of cache keys: increased when the same statistics and text give different gates
 RIDGE = 0.01  # of the mean variance, added to the covariance
-LEAST_COUNT = 1e-6  # of tokens, avoids division by 0; less is left of a text only after many ends of sentences
+LEAST_COUNT = 1e-6  # avoids division by 0; less is left of a text only after many ends of sentences
 TYPICAL_TOKENS = 8  # of the typical text on which drift is measured; gates of longer texts saturate and hide it
 
 
@@ -54,9 +54,10 @@ class Temperatures:
     """Scale of each evidence term; saved in the pack, so that it is always routed as in training (docs/log.md)."""
 
     token: float = 0.6
-    hidden: float = 0.4
+    hidden: float = 0.8
     ridge: float = 0.2
     half_life: float | None = HALF_LIFE  # tokens after which evidence counts half; None in the first edition
+    is_weighted: bool = True  # whether the features of common tokens weigh less; not in older packs
 
     @property
     def is_first_edition(self) -> bool:
@@ -64,7 +65,7 @@ class Temperatures:
         return self.half_life is None
 
 
-FIRST_EDITION = Temperatures(token=0.4, hidden=0.4, ridge=0.0, half_life=None)
+FIRST_EDITION = Temperatures(token=0.4, hidden=0.4, ridge=0.0, half_life=None, is_weighted=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,7 @@ class DomainRouter(nn.Module):
     log_weight: Tensor
     step: Tensor
     flags: Tensor
+    weights: Tensor
     places: Tensor
 
     def __init__(
@@ -149,6 +151,7 @@ class DomainRouter(nn.Module):
         rows = closed.rows if projection is None else closed.rows @ projection.double()
         ignores_roles = roles is None or temperatures.is_first_edition
         flags = torch.zeros(vocabulary, dtype=torch.uint8) if roles is None or ignores_roles else roles.flags
+        weights = roles.weights if roles is not None and temperatures.is_weighted else None
         # if no domain has any weight, KP takes everything and this value does not matter
         weight = prior[1:] / prior[1:].max() if prior[1:].any() else torch.ones_like(prior[1:])
         self._register(
@@ -163,6 +166,7 @@ class DomainRouter(nn.Module):
                 "log_weight": weight.log().float(),
                 "step": torch.tensor([0.0 if temperatures.half_life is None else 1 / temperatures.half_life]),
                 "flags": flags,
+                "weights": torch.ones(vocabulary) if weights is None else weights,
             }
         )
 
@@ -171,13 +175,13 @@ class DomainRouter(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
         self.slots, self.vocabulary = len(self.bias), len(self.flags)
         self.has_ridge = len(self.ridge) > 0
-        self.sums = self.slots * (3 if self.has_ridge else 2) + 1
+        self.sums = self.slots * (3 if self.has_ridge else 2) + 2
         self.most = int(self.starts.diff().max().clamp(min=1))
         places = signed_places(self.vocabulary) if self.has_ridge else torch.zeros(0, dtype=torch.int16)
         # the last kind, where there is no pair, has the last row, which is empty
         places = torch.cat([places, places.new_full((1,), 2 * HASHED)])
         self.register_buffer("places", places, persistent=False)
-        parts = (self.log_odds, self.log_weight, self.bias, self.rows, self.step)
+        parts = (self.log_odds, self.log_weight, self.bias, self.rows, self.step, self.weights)
         self.identity = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in parts)).hexdigest()
 
     @classmethod
@@ -226,7 +230,7 @@ class DomainRouter(nn.Module):
         is_text: Bool[Tensor, "batch seq"],
         last: Int64[Tensor, "batch later"] | None = None,  # `last_tokens`; None: of this text alone
     ) -> Float[Tensor, "batch seq sums"]:
-        """Return what each position adds to the sums: evidence and scores by slot, and a count of 1."""
+        """Return what each position adds to the sums: evidence and scores by slot, its weight, and a count of 1."""
         last = last_tokens(ids, is_text, None) if last is None else last
         earlier, none = last[:, :-1], self.vocabulary + PAIR_BUCKETS
         pairs = self.vocabulary + pair_buckets(earlier.clamp(min=0), ids)
@@ -234,26 +238,28 @@ class DomainRouter(nn.Module):
         kinds = torch.where(is_text[..., None], kinds, none)
         table = {"starts": self.starts, "columns": self.columns, "values": self.values}
         found = [look_up(table, kinds, slots=self.slots, most=self.most)]
+        weights = self.weights[ids][..., None]
         # the projection is folded into the rows
-        found.append(hidden_features(hidden, None) @ self.rows.T)
+        found.append(weights * (hidden_features(hidden, None) @ self.rows.T))
         if self.has_ridge:
             found.append(self.ridge[self.places[kinds].long()].sum(-2))
-        found.append(is_text[..., None].to(found[0].dtype))
+        found += [weights, torch.ones_like(weights)]
         # padding may be NaN, which no product with 0 removes
         return torch.where(is_text[..., None], torch.cat(found, dim=-1), 0.0)
 
     def slot_gates(self, sums: Float[Tensor, "batch seq sums"]) -> Float[Tensor, "batch seq slots"]:
         """Return the gates of KP and the domains, given the sums up to each position."""
-        tokens, scores, count = sums[..., : self.slots], sums[..., self.slots : 2 * self.slots], sums[..., -1:]
+        tokens, scores = sums[..., : self.slots], sums[..., self.slots : 2 * self.slots]
+        weight, count = sums[..., -2:-1], sums[..., -1:]
         # before the first token of text there is no evidence: the prior alone decides
-        hidden = torch.where(count > 0, scores / count.clamp(min=LEAST_COUNT) + self.bias, 0.0)
+        hidden = torch.where(count > 0, scores / weight.clamp(min=LEAST_COUNT) + self.bias, 0.0)
         evidence = tokens + hidden
         if self.slots == 1:
             return torch.ones_like(evidence)
         domains = evidence[..., 1:] + self.log_weight
         kp = torch.sigmoid(self.log_odds + evidence[..., :1] - domains.amax(-1, keepdim=True))
         if self.has_ridge:  # among domains only
-            domains = domains + sums[..., 2 * self.slots + 1 : -1] * torch.rsqrt(count.clamp(min=LEAST_COUNT))
+            domains = domains + sums[..., 2 * self.slots + 1 : -2] * torch.rsqrt(count.clamp(min=LEAST_COUNT))
         return torch.cat([kp, (1 - kp) * torch.softmax(domains, dim=-1)], dim=-1)
 
     @torch.inference_mode()
@@ -328,7 +334,8 @@ def typical_gates(router: DomainRouter, statistics: Sequence[DomainStatistics]) 
             assert one.hashed is not None
             # rows are divided by the root of their number of tokens already
             parts.append(TYPICAL_TOKENS**0.5 * (one.hashed.mean @ router.ridge[:HASHED]))
-        sums.append(torch.cat([*parts, torch.full((1,), float(TYPICAL_TOKENS))]))
+        # feature means are of weighted features already
+        sums.append(torch.cat([*parts, torch.full((2,), float(TYPICAL_TOKENS))]))
     return router.slot_gates(torch.stack(sums).unsqueeze(0))[0]
 
 

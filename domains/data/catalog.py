@@ -12,6 +12,8 @@ from .example import Example
 from .spec import DomainSpec
 
 BUILTIN = Path(__file__).resolve().parents[1] / "builtin"  # domain specs and corpora, and the pocket base
+REQUESTS = BUILTIN / "general" / "requests.txt"
+ORDINARY_TEXT = (REQUESTS, BUILTIN / "general" / "corpus.jsonl")  # where common words are counted
 
 
 def builtin_domains() -> dict[str, DomainSpec]:
@@ -29,8 +31,7 @@ def everyday_questions() -> list[str]:
 
 def everyday_requests() -> list[Example]:
     """Return other such questions and requests, for the statistics of general text, which has few."""
-    lines = (BUILTIN / "general" / "requests.txt").read_text(encoding="utf-8").splitlines()
-    return [Example(completion=line) for line in lines]
+    return [Example(completion=line) for line in REQUESTS.read_text(encoding="utf-8").splitlines()]
 
 
 def domains_in(folder: Path) -> dict[str, DomainSpec]:

@@ -1,7 +1,7 @@
 """Measure the statistics of a domain's text, as routing will see it.
 
 Every example is read alone, from its own start, and without the tokens of the chat template. Feature vectors are the
-faded means that the router computes while it reads:
+faded means that the router computes while it reads, in which common tokens weigh little:
 
 - of running text at the positions 1, 2, 4, 8, ... and the last, of windows of `WINDOW` tokens;
 - of a prompt, and of each turn of a conversation that somebody wrote, at its end, where its gates are taken; and at the
@@ -185,7 +185,8 @@ def _rows_of_batch(
     is_text = mask & ~roles.neutral[ids]
     features = torch.where(is_text[..., None], hidden_features(hidden.cpu(), projection), 0.0)
     steps = reading_steps(ids, is_text, is_prompt, roles, half_life)
-    sums = faded_sums(torch.cat([features, is_text[..., None].float()], dim=-1), steps)
+    weights = is_text.float() if roles.weights is None else torch.where(is_text, roles.weights[ids], 0.0)
+    sums = faded_sums(torch.cat([weights[..., None] * features, weights[..., None]], dim=-1), steps)
     places = []
     for prompt, text in zip(is_prompt.tolist(), is_text, strict=True):
         where = text.nonzero().flatten()

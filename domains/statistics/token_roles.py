@@ -1,7 +1,11 @@
-"""Roles of tokens in routing: those that carry no evidence, and those that end a sentence or a line.
+"""Roles of tokens in routing: those that carry no evidence, those that end a sentence or a line, and common ones.
 
 The tokens of a chat template (markers, roles, the default system prompt) and special tokens say nothing about a field.
 They enter no statistics and no evidence, so that a text is routed alike with the template around it and without.
+
+Common tokens ("the", "how", a comma) say little, and most of a short question is made of them. In the mean of a text's
+features each token weighs a / (a + p), where p is its share of ordinary text (smooth inverse frequency; Arora, Liang
+and Ma 2017, "A simple but tough-to-beat baseline for sentence embeddings").
 """
 
 import re
@@ -12,12 +16,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64, UInt8
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..data.catalog import everyday_requests
+from ..data.catalog import ORDINARY_TEXT
 from ..data.chat import TEMPLATE_ERRORS
+from ..data.corpus import read_examples
+from ..data.example import Example
 from ..data.frame import text_ids
 from .hashing import PAIR_BUCKETS, pair_buckets
 
@@ -44,6 +50,8 @@ SENTENCE = 2  # ends a sentence if white space follows, as in no number or abbre
 LINE = 4  # ends a line, or a sentence of a script without spaces
 OPENS = 8  # begins with white space
 
+COMMON_SHARE = 3e-4  # a: share of ordinary text at which a token's features weigh half
+
 
 @dataclass(frozen=True)
 class TokenRoles:
@@ -52,6 +60,7 @@ class TokenRoles:
     flags: UInt8[Tensor, " vocabulary"]  # sum of the roles of each token
     # counts of tokens and pairs in everyday requests, whose wording says nothing about a field
     requests: tuple[Int64[Tensor, " vocabulary"], Int64[Tensor, " buckets"]] | None = None
+    weights: Float[Tensor, " vocabulary"] | None = None  # of each token's features; None if all weigh the same
 
     @cached_property
     def neutral(self) -> Bool[Tensor, " vocabulary"]:
@@ -89,13 +98,20 @@ def token_roles(
                 | (OPENS if _OPENS.match(piece) else 0)
             )
     flags[[token for token in sorted(found) if token < vocabulary]] |= NEUTRAL
-    return TokenRoles(flags, _count_requests(tokenizer, flags))
+    counts = [_count(read_examples([file]), tokenizer, flags) for file in ORDINARY_TEXT]
+    return TokenRoles(flags, counts[0], feature_weights([tokens for tokens, _ in counts]))
 
 
-def _count_requests(
-    tokenizer: PreTrainedTokenizerBase, flags: UInt8[Tensor, " vocabulary"]
+def feature_weights(ordinary: Sequence[Int64[Tensor, " vocabulary"]]) -> Float[Tensor, " vocabulary"]:
+    """Return the weight of each token's features, given counts in several kinds of ordinary text."""
+    shares = torch.stack([counts.double() / counts.sum().clamp(min=1) for counts in ordinary]).mean(0)
+    return (COMMON_SHARE / (COMMON_SHARE + shares)).float()
+
+
+def _count(
+    examples: Iterable[Example], tokenizer: PreTrainedTokenizerBase, flags: UInt8[Tensor, " vocabulary"]
 ) -> tuple[Int64[Tensor, " vocabulary"], Int64[Tensor, " buckets"]]:
-    texts = [torch.tensor(text_ids(request.completion, tokenizer)) for request in everyday_requests()]
+    texts = [torch.tensor(text_ids(example.completion, tokenizer)) for example in examples]
     return count_kinds((ids[(flags[ids] & NEUTRAL) == 0] for ids in texts), len(flags))
 
 

@@ -100,8 +100,8 @@ def build_router(
     """Return the router of these slots, computed from the statistics of their packs.
 
     Experts below the feature layer change the hidden state that the router reads there. Compositions with such experts
-    (imported adapters often start at layer 0) are routed by the tokens alone. Where one pack was made for the first
-    edition of the router, all are routed by it.
+    (imported adapters often start at layer 0) are routed by the tokens alone. All are routed by the oldest edition of
+    the router that one of the packs was made for.
 
     Args:
         packs: The KP slot first.
@@ -136,6 +136,7 @@ def joint_temperatures(packs: Sequence[Routable]) -> Temperatures:
         hidden=math.fsum(one.hidden for one in each) / len(each),
         ridge=math.fsum(one.ridge for one in each) / len(each),
         half_life=_geometric_mean(half_lives) if half_lives else None,
+        is_weighted=all(one.is_weighted for one in each),
     )
 
 

@@ -16,7 +16,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -141,6 +141,7 @@ class TrainingRun:
         if self.name != GENERAL:
             self._preservation_manifest = plan_composition(store, GENERAL, base=record).slots[0].manifest
             self.preservation = read_pack(store, self._preservation_manifest)
+        self.temperatures = self._usual_temperatures()
 
     def _identity(self, origin: tuple[str, ...]) -> bytes:
         assert self.bank_config is not None
@@ -277,8 +278,8 @@ class TrainingRun:
             self.base.layout,
             encoded,
             layer=self.feature_layer,
-            roles=self.base.roles,
-            first_edition=self._is_first_edition,
+            roles=self.base.roles if self.temperatures.is_weighted else replace(self.base.roles, weights=None),
+            first_edition=self.temperatures.is_first_edition,
             on_batch=lambda done, total: self.on_progress(Progress(f"reading {self.name}", done, total)),
         )
         general = self.statistics if self.preservation is None else self.preservation.statistics
@@ -287,7 +288,7 @@ class TrainingRun:
             self.base.layout,
             self.blocks,
             layer=self.feature_layer,
-            first_edition=self._is_first_edition,
+            first_edition=self.temperatures.is_first_edition,
         )
         self.prototypes = make_prototypes(means, general.feature_mean)
 
@@ -298,11 +299,6 @@ class TrainingRun:
         self._write_record({"state": "running"})
         self.statistics = self.kp.statistics.emptied()
         self.prototypes = self.kp.prototypes[:0].clone()
-
-    @property
-    def _is_first_edition(self) -> bool:
-        """Whether the KP bank was made for the first edition of the router, which then routes the new domain, too."""
-        return self.preservation is not None and self.preservation.temperatures.is_first_edition
 
     def initialize(self, neighbours: Sequence[Neighbour] = (), *, beside: ExpertBank | None = None) -> None:
         """Make a new bank: a copy of the nearest domain's experts if that is close, else fresh ones.
@@ -346,7 +342,7 @@ class TrainingRun:
         before, now = one_edition([older, self._routing_data(all_tokens=True)], self.width)
         shares = [before.statistics.rows, now.statistics.rows]
         self.prototypes = join_prototypes([before.prototypes, now.prototypes], shares)
-        self.statistics = before.statistics + now.statistics
+        self.statistics, self.temperatures = before.statistics + now.statistics, now.temperatures
 
     def _check_settings(self, bank: BankConfig) -> None:
         """Refuse what the base model has no room for.
@@ -422,7 +418,7 @@ class TrainingRun:
             bank=bank,
             statistics=self.statistics.without_rare_tokens(),
             prototypes=self.prototypes,
-            temperatures=self._temperatures,
+            temperatures=self.temperatures,
             feature_layer=self.feature_layer,
         )
 
@@ -431,14 +427,17 @@ class TrainingRun:
         return RoutingData(
             statistics=self.statistics if all_tokens else self.statistics.without_rare_tokens(),
             prototypes=self.prototypes,
-            temperatures=self._temperatures,
+            temperatures=self.temperatures,
             feature_layer=self.feature_layer,
             first_layer=self.feature_layer,
         )
 
-    @property
-    def _temperatures(self) -> Temperatures:
-        return FIRST_EDITION if self.statistics.hashed is None else Temperatures()
+    def _usual_temperatures(self) -> Temperatures:
+        """Return the temperatures of the edition of the router that the KP bank was made for."""
+        if self.preservation is None or self.preservation.temperatures.is_weighted:
+            return Temperatures()
+        given = self.preservation.temperatures
+        return FIRST_EDITION if given.is_first_edition else given
 
     # --- commit ---
 

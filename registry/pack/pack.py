@@ -21,9 +21,11 @@ from ...adapters.bank import Expert, ExpertBank, LayerExperts, concat_layers
 from ...adapters.layer.gates import TEMPERATURE
 from ...adapters.router.router import FIRST_EDITION, Temperatures
 from ...domains.base_model import ModelLayout
+from ...domains.data.catalog import ORDINARY_TEXT
 from ...domains.errors import IncompatibleError, IntegrityError
 from ...domains.statistics.hashing import feature_projection
 from ...domains.statistics.statistics import FIRST_PROJECTION_SEED, DomainStatistics, first_projection
+from ...domains.statistics.token_roles import COMMON_SHARE
 from ..store.blobs import sha256_of
 from ..store.manifest import ADAPTER_CONFIG, ADAPTER_TENSORS, ROUTER_CONFIG, ROUTER_TENSORS, ExpertRecord, PackManifest
 from ..store.strict_json import canonical_json, parse_json
@@ -31,7 +33,8 @@ from .pack_source import PackSource
 from .peft_config import bank_config, expert_config, parse_key, tensor_key
 from .tensor_file import load_tensors, save_tensors
 
-ROUTER_SCHEMA = "lorary.router/2.1"
+ROUTER_SCHEMA = "lorary.router/2.2"
+SECOND_ROUTER_SCHEMA = "lorary.router/2.1"  # all tokens' features weigh the same
 FIRST_ROUTER_SCHEMA = "lorary.router/2"
 MAX_WIDTH = 1 << 17  # of a hidden state
 MAX_HALF_LIFE = 1e9  # tokens
@@ -99,13 +102,18 @@ class RoutingData:
 
 
 def one_edition(packs: Sequence["Routable"], width: int) -> list[RoutingData]:
-    """Return the routing data of packs that are routed together: of the first edition if one of them is.
+    """Return the routing data of packs that are routed together, all of the oldest edition among them.
 
     Raises:
         IncompatibleError: The features of the first edition cannot be computed.
     """
     found = [pack.routing() for pack in packs]
-    return [one.first_edition(width) for one in found] if any(one.is_first_edition for one in found) else found
+    if any(one.is_first_edition for one in found):
+        return [one.first_edition(width) for one in found]
+    if all(one.temperatures.is_weighted for one in found):
+        return found
+    # means of weighted features are near enough to those of features that all weigh the same
+    return [replace(one, temperatures=replace(one.temperatures, is_weighted=False)) for one in found]
 
 
 Routable = DomainPack | RoutingData
@@ -200,7 +208,7 @@ def _routing_fields(router: dict[str, Tensor], config: dict[str, Any], source: s
 def _router_config(pack: DomainPack, layout: ModelLayout) -> dict[str, Any]:
     temperatures = pack.temperatures
     config = {
-        **_fixed_keys(temperatures.is_first_edition, layout.width),
+        **_fixed_keys(_schema(temperatures), layout.width),
         "feature_layer": pack.feature_layer,
         "feature_width": layout.width,
         "features": len(pack.statistics.feature_sum),
@@ -213,13 +221,28 @@ def _router_config(pack: DomainPack, layout: ModelLayout) -> dict[str, Any]:
     return config
 
 
-def _fixed_keys(is_first_edition: bool, width: int) -> dict[str, Any]:
+def _schema(temperatures: Temperatures) -> str:
+    if temperatures.is_first_edition:
+        return FIRST_ROUTER_SCHEMA
+    return ROUTER_SCHEMA if temperatures.is_weighted else SECOND_ROUTER_SCHEMA
+
+
+def _fixed_keys(schema: str, width: int) -> dict[str, Any]:
     """Return what every pack of an edition says about a base model of this width."""
-    if is_first_edition:
-        edition: dict[str, Any] = {"schema": FIRST_ROUTER_SCHEMA, "projection_seed": FIRST_PROJECTION_SEED}
+    edition: dict[str, Any] = {"schema": schema}
+    if schema == FIRST_ROUTER_SCHEMA:
+        edition["projection_seed"] = FIRST_PROJECTION_SEED
     else:
-        edition = {"schema": ROUTER_SCHEMA, "projection": projection_digest(width)}
+        edition["projection"] = projection_digest(width)
+    if schema == ROUTER_SCHEMA:
+        edition["common_tokens"] = {"share": COMMON_SHARE, "text": ordinary_text_digest()}
     return edition | {"expert_gate_temperature": TEMPERATURE}
+
+
+@cache
+def ordinary_text_digest() -> str:
+    """Return the digest of the text in which common tokens are counted."""
+    return sha256_of(b"".join(file.read_bytes() for file in ORDINARY_TEXT))
 
 
 @cache
@@ -233,7 +256,8 @@ def _temperatures(config: dict[str, Any]) -> Temperatures:
     terms = {term: float(value) for term, value in config["tempers"].items()}
     if config["schema"] == FIRST_ROUTER_SCHEMA:
         return replace(FIRST_EDITION, **terms)
-    return Temperatures(**terms, half_life=float(config["half_life"]))
+    is_weighted = config["schema"] == ROUTER_SCHEMA
+    return Temperatures(**terms, half_life=float(config["half_life"]), is_weighted=is_weighted)
 
 
 def _check_router_config(config: Any, source: str) -> None:
@@ -241,8 +265,10 @@ def _check_router_config(config: Any, source: str) -> None:
     config = config if isinstance(config, dict) else {}
     width = config.get("feature_width")
     has_sizes = all(type(config.get(key)) is int for key in ("feature_layer", "feature_width", "features"))
-    is_first = config.get("schema") == FIRST_ROUTER_SCHEMA
-    known = _fixed_keys(is_first, width) if has_sizes and 0 < width <= MAX_WIDTH else {}
+    schema = config.get("schema")
+    is_first = schema == FIRST_ROUTER_SCHEMA
+    schema = schema if schema in (FIRST_ROUTER_SCHEMA, SECOND_ROUTER_SCHEMA) else ROUTER_SCHEMA
+    known = _fixed_keys(schema, width) if has_sizes and 0 < width <= MAX_WIDTH else {}
     for key, expected in known.items():
         if config.get(key) != expected:
             raise IncompatibleError(

@@ -68,7 +68,9 @@ def router(statistics: list[DomainStatistics]) -> DomainRouter:
     flags[WORDS : WORDS + MARKERS] = NEUTRAL
     flags[STOP] = SENTENCE
     prior = torch.tensor([2.0, 1.0, 1.0, 1.0])
-    return DomainRouter(statistics, prior=prior, temperatures=Temperatures(), width=WIDTH, roles=TokenRoles(flags))
+    weights = torch.linspace(0.01, 1.0, VOCABULARY)
+    roles = TokenRoles(flags, weights=weights)
+    return DomainRouter(statistics, prior=prior, temperatures=Temperatures(), width=WIDTH, roles=roles)
 
 
 def gates_of(router: DomainRouter, ids: Tensor, *, as_prompt: bool = False) -> Tensor:
@@ -86,8 +88,8 @@ def test_all_three_terms_are_at_work(router: DomainRouter) -> None:
     increments, _ = sums_and_steps(router, zipf_text(1, 20))
 
     assert router.has_ridge
-    assert increments.shape[-1] == router.sums == 3 * SLOTS + 1
-    assert all(part.abs().max() > 0 for part in increments.split([SLOTS, SLOTS, SLOTS, 1], -1))
+    assert increments.shape[-1] == router.sums == 3 * SLOTS + 2
+    assert all(part.abs().max() > 0 for part in increments.split([SLOTS, SLOTS, SLOTS, 1, 1], -1))
 
 
 # --- in any parts ---
@@ -324,7 +326,7 @@ def test_a_full_stop_within_a_number_does_not_end_a_sentence(statistics: list[Do
 def test_the_order_of_domains_changes_no_gate(
     order: list[int], seed: int, router: DomainRouter, statistics: list[DomainStatistics]
 ) -> None:
-    prior, roles = torch.tensor([2.0, 1.0, 1.0, 1.0]), TokenRoles(router.flags)
+    prior, roles = torch.tensor([2.0, 1.0, 1.0, 1.0]), TokenRoles(router.flags, weights=router.weights)
     other = DomainRouter(
         [statistics[i] for i in (0, *order)], prior=prior, temperatures=Temperatures(), width=WIDTH, roles=roles
     )
