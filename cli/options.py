@@ -61,7 +61,10 @@ Device = Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1 or 
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
     typer.Option(
-        metavar="TYPE", help="dtype of the base model: auto, float32, bfloat16 or float16.", rich_help_panel=_MACHINE
+        metavar="TYPE",
+        help="dtype of the base model: float32, bfloat16, float16, or auto: what the registry was made with; else on a "
+        "CPU float32, or bfloat16 where the model is stored in it and this CPU is clearly faster in it.",
+        rich_help_panel=_MACHINE,
     ),
 ]
 Strict = Annotated[

@@ -21,6 +21,7 @@ from ..adapters.config import BankConfig, TrainingConfig
 from ..domains.data.corpus import Data, Source, as_sources
 from ..domains.errors import ConflictError, InputError, IntegrityError
 from ..domains.progress import OnProgress, silent
+from .base.dtype import AUTO, ChosenDtype, check_dtype, choose_dtype, keep_speedup
 from .base.find import POCKET, fetch_base, find_base, has_name
 from .base.fingerprint import fingerprint
 from .compose.plan import Plan, plan_composition
@@ -64,13 +65,19 @@ class Registry:
     Args:
         store: The store.
         device: Where the base model is loaded: cpu, cuda, cuda:1 or mps.
-        dtype: The dtype in which it is loaded; `auto` keeps that of its files.
+        dtype: The dtype in which it is loaded: float32, bfloat16 or float16. `auto` is what the registry was made with;
+            else, on a CPU, float32, or bfloat16 where the model is stored in it and this CPU is clearly faster in it;
+            elsewhere the dtype of its files.
+
+    Raises:
+        InputError: There is no such dtype.
     """
 
     def __init__(self, store: Store, *, device: str = "cpu", dtype: str = "auto"):
         self.store = store
         self.device = device
-        self.dtype = dtype
+        self.dtype = check_dtype(dtype)
+        self._chosen: ChosenDtype | None = None
         self._base: LoadedBase | None = None
 
     # --- create and open ---
@@ -103,11 +110,13 @@ class Registry:
             raw: Read prompts and completions as plain text, not as turns of the base's chat template.
             bank: Shape of the experts.
             training: How they are trained.
+            dtype: As for the class; other than `auto` it is kept, and later commands need not repeat it.
 
         Raises:
             ConflictError: There is a complete registry already, or an unfinished one for another base model.
             IncompatibleError: The base model brings Python code that is not trusted.
         """
+        check_dtype(dtype)
         folder = find_base(base, revision=revision, trust_remote_code=trust_remote_code, on_progress=on_progress)
         root = locate_store(path, os.environ, Path.cwd())
         record = fingerprint(folder, source=base, revision=revision, trust_remote_code=trust_remote_code)
@@ -116,10 +125,16 @@ class Registry:
         }
         if trust_remote_code:
             settings["trust_remote_code"] = True
+        if dtype == AUTO:
+            dtype = _pinned_dtype(root)
+        if dtype != AUTO:
+            settings["dtype"] = dtype
         from ..domains.statistics.token_roles import template_tokens
         from .base.load import LoadedBase
 
-        loaded = LoadedBase(folder, device=device, dtype=dtype, trust_remote_code=trust_remote_code)
+        cache = root / "cache"
+        chosen = choose_dtype(dtype, pinned=None, device=device, record=record, folder=lambda: folder, cache=cache)
+        loaded = LoadedBase(folder, device=device, dtype=chosen.name, trust_remote_code=trust_remote_code)
         record = replace(record, template_tokens=template_tokens(loaded.tokenizer))
         settings["base"] = record_to_json(record)
         if not (root / STORE_FILE).exists():
@@ -131,8 +146,9 @@ class Registry:
             store = Store.open(root)
             if store.versions(GENERAL) or store.settings != settings:
                 raise
+        keep_speedup(store.cache, chosen)
         registry = cls(store, device=device, dtype=dtype)
-        registry._base = loaded
+        registry._base, registry._chosen = loaded, chosen
         from .learn.add_domain import train_preservation
 
         train_preservation(
@@ -187,8 +203,23 @@ class Registry:
         if self._base is None:
             from .base.load import open_base
 
-            self._base = open_base(self.store, self.base_record, device=self.device, dtype=self.dtype)
+            self._base = open_base(self.store, self.base_record, device=self.device, dtype=self.base_dtype.name)
         return self._base
+
+    @property
+    def base_dtype(self) -> ChosenDtype:
+        """The dtype in which the base model is loaded on this machine, and why; measured once for each machine."""
+        if self._chosen is None:
+            self._chosen = choose_dtype(
+                self.dtype,
+                pinned=self.store.settings.get("dtype"),
+                device=self.device,
+                record=self.base_record,
+                folder=lambda: find_base(self.store.settings["source"], revision=self.base_record.revision),
+                cache=self.store.cache,
+            )
+            keep_speedup(self.store.cache, self._chosen)
+        return self._chosen
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -673,7 +704,7 @@ class Registry:
             lambda: self.base,
             self.base_record,
             [domains] if isinstance(domains, str) else domains,
-            machine={"device": self.device, "dtype": self.dtype},
+            machine={"device": self.device, "dtype": self.base_dtype.name},
             questions=questions,
             max_bytes=max_bytes,
             on_progress=on_progress,
@@ -816,8 +847,13 @@ class Registry:
         from .compose.build import packs_of
         from .interop.export import export_composition
 
-        packs = packs_of(self.store, composition, plan)
-        return export_composition(plan, packs, self.base, Path(out), to=to, served_base=served_base)
+        packs, base = packs_of(self.store, composition, plan), self.base
+        if to == "merged" and self.base_dtype.speedup is not None and self.base_dtype.name != "float32":
+            from .base.load import open_base
+
+            # speed is no reason to round the sums that are written
+            base = open_base(self.store, self.base_record, device=self.device, dtype="float32")
+        return export_composition(plan, packs, base, Path(out), to=to, served_base=served_base)
 
     # last: below it, `list` in annotations would mean this method
 
@@ -825,6 +861,11 @@ class Registry:
         """Return the manifest of every domain's latest version, KP's first."""
         manifests = [self.store.manifest(name) for name in self.store.domains()]
         return sorted(manifests, key=lambda manifest: (manifest.name != GENERAL, manifest.name))
+
+
+def _pinned_dtype(root: Path) -> str:
+    """Return the dtype that an unfinished registry was begun with, so that a repeated `init` need not say it again."""
+    return Store.open(root).settings.get("dtype", AUTO) if (root / STORE_FILE).exists() else AUTO
 
 
 _HEADINGS = ("domain", "version", "role", "experts", "base bits/byte", "routed bits/byte")

@@ -103,6 +103,7 @@ def init_page(registry: "Registry") -> Page:
     rows = [
         ("registry", cell(str(registry.store.path))),
         ("base", facts.base(manifest)),
+        ("dtype", cell(str(registry.base_dtype))),
         ("bank", cell(facts.reference(manifest))),
         ("digest", cell(manifest.digest)),
         ("experts", facts.experts(manifest)),
@@ -117,6 +118,7 @@ def init_page(registry: "Registry") -> Page:
             "store": str(registry.store.path),
             **facts.record(manifest),
             "base": {"id": manifest.base.id, "revision": manifest.base.revision, "weights": manifest.base.weights},
+            "dtype": registry.base_dtype.name,
             "losses": manifest.train["losses"],
             "scores": manifest.evaluation,
             "proof": manifest.proof,

@@ -26,7 +26,7 @@ class LoadedBase:
 
     folder: Path
     device: str = "cpu"
-    dtype: str = "auto"
+    dtype: str = "auto"  # as `choose_dtype` resolves it
     trust_remote_code: bool = False
     template_tokens: tuple[int, ...] | None = None  # those of the store's base record; None if it has none
 

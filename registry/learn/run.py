@@ -149,12 +149,19 @@ class TrainingRun:
         parts = [self.name, self.data.record["digest"], self.record.weights, *settings, *origin]
         if self.is_chat and any(example.prompt for example in (*self.data.train, *self.data.held_out)):
             parts.append("chat")
+        if self._dtype != "float32":  # a checkpoint of another dtype is not resumed
+            parts.append(self._dtype)
         return json.dumps(parts, sort_keys=True).encode()
 
     @property
     def is_chat(self) -> bool:
         """Whether a prompt and its completion are turns of the base's chat template."""
         return not self.data.raw and self.record.chat_template is not None
+
+    @property
+    def _dtype(self) -> str:
+        """The dtype in which the base model computes."""
+        return str(self.base.model.dtype).removeprefix("torch.")
 
     @property
     def kp(self) -> DomainPack:
@@ -517,6 +524,7 @@ class TrainingRun:
         return {
             "bank": bank | {"targets": None if targets is None else list(targets)},
             "settings": asdict(self.training),
+            "dtype": self._dtype,
             "losses": self.figures["losses"],
             "tokens": self.figures["tokens"],
             "steps": self.figures["steps"],

@@ -1,6 +1,7 @@
 """Diagnose a machine and its registry, for bug reports.
 
-Nothing is changed, except that two small files are created and deleted in the store's cache to probe the file system.
+Nothing is changed, except that two small files are created and deleted in the store's cache to probe the file system,
+and that the speed of this CPU in bfloat16 is kept there where the base model is stored in it.
 """
 
 import os
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Literal
 
 from ...domains.errors import LoraryError
+from ..base.dtype import AUTO, choose_dtype, keep_speedup
 from ..base.find import find_base
 from ..base.named import BASES, named_folder
 from ..store.files import TEMPORARY_PREFIX
 from ..store.gc import QUARANTINE
+from ..store.manifest import BaseRecord
 from ..store.store import BALLAST, STORE_FILE, Store
 
 PACKAGES = ("lorary", "torch", "transformers", "safetensors", "huggingface-hub", "faiss-cpu", "accelerate", "peft")
@@ -75,6 +78,7 @@ def _store(store: Store) -> Iterator[Finding]:
     source = str(store.settings.get("source", "unknown"))
     revision = (store.settings.get("base") or {}).get("revision")
     yield Finding("base model", source + (f" at {revision}" if revision else ""), *_check_base(source, revision))
+    yield from _dtype(store, source)
     names = store.domains()
     versions = sum(len(store.versions(name)) for name in names)
     removed = sum(len(store.removed(name)) for name in store.domains(removed=True))
@@ -94,6 +98,21 @@ def _check_base(source: str, revision: str | None) -> tuple[Verdict, str]:
     except LoraryError as error:
         return "bad", error.message
     return "ok", ""
+
+
+def _dtype(store: Store, source: str) -> Iterator[Finding]:
+    """Find the dtype in which the base model is loaded on a CPU."""
+    folder = named_folder(BASES[source]) if source in BASES else Path(source)
+    try:
+        record, pinned = BaseRecord(**store.settings["base"]), store.settings.get("dtype")
+        chosen = choose_dtype(
+            AUTO, pinned=pinned, device="cpu", record=record, folder=lambda: folder, cache=store.cache
+        )
+    except (KeyError, TypeError, ValueError, LoraryError) as error:
+        yield Finding("dtype on the CPU", f"unknown: {error}", "bad")
+        return
+    keep_speedup(store.cache, chosen)
+    yield Finding("dtype on the CPU", str(chosen))
 
 
 def _leftover_files(store: Store) -> Iterator[Finding]:

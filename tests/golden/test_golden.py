@@ -33,14 +33,14 @@ ROUTED = {"share_interval", "share_of_oracle_gain", "routed_right", "similarity"
 TRAINED = PASSING | {"tool", "description"}
 # keys of documents and manifests that came after a release: programs that read the older ones pass over them
 ADDED = {
-    "init": {"adaptable"},
+    "init": {"adaptable", "dtype"},
     "add-domain": {"chat_probe", "proof.chat"},
     "retrain": {"chat_probe", "proof.chat"},
     "import": {"chat_probe", "routing"},
     "route": {"left_out"},
     "generate": {"finish"},
     "compose": {"answer.finish"},
-    "manifest": {"proof.chat", "base.template_tokens"},
+    "manifest": {"proof.chat", "base.template_tokens", "train.dtype"},
 }
 # these commands made plain text of a prompt; later ones a turn of the base's chat template, but with --raw
 RAW = {"compose-prompt", "generate", "generate-sampled", "route", "route-in"}
