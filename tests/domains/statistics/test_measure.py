@@ -3,6 +3,8 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import reduce
+from operator import add
 from typing import Any
 
 import pytest
@@ -51,7 +53,7 @@ def answered(prompt: Tokens, answer: Tokens) -> Encoded:
 
 def mean_at(ids: Tokens, model: LlamaForCausalLM, roles: TokenRoles = ROLES) -> Tensor:
     """The faded and weighted mean of the text's features at its end."""
-    embeddings = model.get_input_embeddings().weight.detach().double()
+    embeddings = model.get_parameter("model.embed_tokens.weight").detach().double()
     text = [token for token in ids if not roles.neutral[token]]
     total, weight = torch.zeros(embeddings.shape[1], dtype=torch.float64), 0.0
     for age, token in enumerate(reversed(text)):
@@ -152,9 +154,9 @@ def test_texts_together_are_the_sum_of_each_alone(texts: list[tuple[Tokens, Toke
     """Whatever else is in a batch, and however much padding."""
     examples = [answered(*text) if i % 2 else running(sum(text, [])) for i, text in enumerate(texts)]
 
-    alone = [measure(example, layer=layer) for example in examples]
+    first, *rest = [measure(example, layer=layer) for example in examples]
 
-    assert_near(measure(*examples, layer=layer), sum(alone[1:], start=alone[0]))
+    assert_near(measure(*examples, layer=layer), reduce(add, rest, first))
 
 
 @settings(max_examples=8)
@@ -181,7 +183,7 @@ def test_texts_of_nothing_but_the_template_are_no_text(measure: Any) -> None:
 
 def test_the_first_edition_counts_every_token_and_forgets_nothing(measure: Any, model: LlamaForCausalLM) -> None:
     text = [5, MARKER, 9, 9, 30]
-    embeddings = model.get_input_embeddings().weight.detach().double()
+    embeddings = model.get_parameter("model.embed_tokens.weight").detach().double()
     features = embeddings * torch.rsqrt(embeddings.square().mean(1, keepdim=True) + 1e-6)
 
     found = measure(running(text), first_edition=True)
