@@ -10,6 +10,7 @@ from ..show import output
 from ..show.page import Cell, Page, Paragraph, Part, cell, fields, line, title
 from ..show.progress import show_progress
 from ..startup import open_registry
+from .push import warn_of_named_others
 
 if TYPE_CHECKING:
     from ...registry.interop.export_plan import ExportResult
@@ -68,6 +69,8 @@ def export(
     registry = open_registry(store, device=device, dtype=dtype)
     with show_progress("exporting", as_json=as_json):
         exported = registry.export(spec, out, to=to, static=static, served_base=served_base)
+    if to == "tar":
+        warn_of_named_others(registry.show(exported.pinned), as_json=as_json)
     output.show(exported_page(exported, to), command="export", as_json=as_json)
 
 

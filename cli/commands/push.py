@@ -15,6 +15,7 @@ from ..startup import open_registry
 
 if TYPE_CHECKING:
     from ...registry.hub.push import PushResult
+    from ...registry.store.manifest import PackManifest
 
 
 def push(
@@ -52,7 +53,7 @@ def push(
     Example: registry push legal acme/lorary-legal
     """
     registry = open_registry(store)
-    registry.show(ref)
+    warn_of_named_others(registry.show(ref), as_json=as_json)
     with show_progress(f"pushing {ref}", as_json=as_json) as progress:
         done = registry.push(
             ref,
@@ -67,6 +68,16 @@ def push(
     output.show(push_page(done), command="push", as_json=as_json)
     if done.state == "planned" and not as_json:
         output.hint(f"\nThe model card would be:\n\n{done.card}")
+
+
+def warn_of_named_others(manifest: "PackManifest", *, as_json: bool) -> None:
+    """Warn if a pack that leaves the registry names other domains of it."""
+    others = manifest.named_others
+    if others and as_json:
+        output.write_json_line({"names_others": list(others)})
+    elif others:
+        text = f"Warning: the manifest of {facts.reference(manifest)} names other domains of this registry: "
+        output.hint(f"{text}{', '.join(others)}. One that is trained now does not: registry retrain {manifest.name}")
 
 
 def push_page(done: "PushResult") -> Page:

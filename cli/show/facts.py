@@ -171,10 +171,13 @@ def proof(manifest: "PackManifest") -> Cell | None:
     frozen = manifest.proof.get("frozen")
     if not frozen or not manifest.proof.get("unchanged"):
         return None
-    packs = frozen["packs"]
-    parts = [f"base {brief(frozen['base'])}", *(f"{name} {brief(digest)}" for name, digest in packs.items())]
-    counted = f"{plural(frozen['tensors'], 'tensor')} and {plural(len(packs), 'pack')} unchanged"
-    plain = [f"base {frozen['base']}", *(f"{name} {digest}" for name, digest in packs.items())]
+    packs: dict[str, str] = frozen.get("packs", {})  # of manifests that name them; later ones have the store's root
+    roots = {"store": frozen["store"]["before"]} if "store" in frozen else {}
+    digests = {"base": frozen["base"], **roots, **packs}
+    older = "every stored version" if roots else plural(len(packs), "pack")
+    parts = [f"{name} {brief(digest)}" for name, digest in digests.items()]
+    counted = f"{plural(frozen['tensors'], 'tensor')} and {older} unchanged"
+    plain = [f"{name} {digest}" for name, digest in digests.items()]
     return cell(line(Span(counted, "good"), faint(", " + ", ".join(parts))), ", ".join([counted, *plain]))
 
 

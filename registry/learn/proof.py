@@ -1,14 +1,18 @@
 """The frozen proof: digests of everything that must not change, taken before and after training and compared.
 
 What is proved frozen: every tensor of the base model and every older expert and gate in the model that trains, by
-hashing them before and after; and all stored versions: each manifest's content digest is the same before and after, and
-each file of a version that is not removed has the bytes of its digest (gc deletes those of removed versions). A file is
-hashed unless it was hashed since it was last written to (see registry/store/hashed_files.py).
+hashing them before and after; and all stored versions: each manifest has the same bytes before and after, and each file
+of a version that is not removed has the bytes of its digest (gc deletes those of removed versions). A file is hashed
+unless it was hashed since it was last written to (see registry/store/hashed_files.py).
+
+The proof names no stored version, because the pack may be published: it has the store's root (registry/store/root.py)
+before and after. The roots differ only by what other processes committed, removed or renamed meanwhile.
 """
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ...domains.errors import IntegrityError
 from ..store.hashed_files import check_files
+from ..store.root import StoreState, read_state
 from ..store.store import Store
 
 
@@ -25,7 +30,7 @@ class FrozenDigests:
 
     base: str  # of all tensors of the base model
     attached: str  # of all frozen expert tensors and gates in the composed model
-    packs: dict[str, str]  # content digest of each version, removed ones too; the files of all others are verified
+    store: StoreState  # manifests, of removed versions too, aliases and tombstones; other versions' files are verified
     tensors: int  # how many tensors the first two cover
 
 
@@ -40,12 +45,12 @@ def frozen_digests(base: PreTrainedModel, composed: PreTrainedModel, store: Stor
     trainable = {id(p) for p in trainable_parameters(composed)}
     frozen = [(n, t) for n, t in [*composed.named_parameters(), *composed.named_buffers()] if id(t) not in trainable]
     attached = {name: tensor for name, tensor in _stored_tensors(frozen) if tensor.data_ptr() not in own}
-    manifests = [manifest for name in store.domains(removed=True) for manifest in store.history(name)]
-    check_files(store, manifests)
+    state = read_state(store)
+    check_files(store, [manifest for name in store.domains(removed=True) for manifest in store.history(name)])
     return FrozenDigests(
         digest_of_tensors(base_tensors.items()),
         digest_of_tensors(attached.items()),
-        {f"{manifest.name}@{manifest.version}": manifest.digest for manifest in manifests},
+        state,
         len(base_tensors) + len(attached),
     )
 
@@ -72,7 +77,7 @@ def check_only_new_is_trainable(composed: PreTrainedModel) -> None:
             )
 
 
-def prove(before: FrozenDigests, after: FrozenDigests) -> dict[str, object]:
+def prove(before: FrozenDigests, after: FrozenDigests) -> dict[str, Any]:
     """Compare two sets of digests and return the proof that the manifest records.
 
     Raises:
@@ -80,9 +85,16 @@ def prove(before: FrozenDigests, after: FrozenDigests) -> dict[str, object]:
     """
     for part in ("base", "attached"):
         _compare(f"tensors of the {part} model", getattr(before, part), getattr(after, part))
-    for name, digest in before.packs.items():
-        _compare(f"pack {name}", digest, after.packs.get(name, "missing"))
-    return {"frozen": asdict(before), "unchanged": True}
+    versions = after.store.versions  # others may have been committed meanwhile
+    for name, digest in before.store.versions.items():
+        _compare(f"pack {name}", digest, versions.get(name, "missing"))
+    frozen = {
+        "base": before.base,
+        "attached": before.attached,
+        "store": {"before": before.store.root, "after": after.store.root},
+        "tensors": before.tensors,
+    }
+    return {"frozen": frozen, "unchanged": True}
 
 
 def digest_of_tensors(named: Iterable[tuple[str, Tensor]]) -> str:

@@ -128,6 +128,7 @@ class TrainingRun:
         self.on_progress = on_progress
         self.frozen: ExpertBank | None = None
         self.copied_from: str | None = None
+        self._lender: str | None = None  # its digest: a pack names no other domain
         self.proof: dict[str, Any] = {}
         self.figures: dict[str, Any] = {}
         self.blocks: Blocks
@@ -337,6 +338,7 @@ class TrainingRun:
             if can_copy_experts(donor, self.bank):
                 copy_experts(donor, self.bank)
                 self.copied_from = nearest.name
+                self._lender = self.others[nearest.name].digest
                 return
         seed_expert_gates(self.bank, self.base.model, self.blocks)
 
@@ -528,7 +530,7 @@ class TrainingRun:
             "losses": self.figures["losses"],
             "tokens": self.figures["tokens"],
             "steps": self.figures["steps"],
-            "warm_start": self.copied_from,
+            "warm_start": self._lender,
             "seconds": self.figures["seconds"],
         }
 

@@ -71,7 +71,13 @@ _FORMS: Final[dict[str, Any]] = {
     },
     "evaluation": _SCORES,
     "proof": {
-        "frozen": {"base!": str, "attached": str, "packs!": {"": str}, "tensors!": int},
+        "frozen": {
+            "base!": str,
+            "attached": str,
+            "store": {"before!": str, "after!": str},
+            "packs": {"": str},  # in place of the store's roots until those were kept
+            "tensors!": int,
+        },
         "unchanged": bool,
         "inherited": {"from!": str, "experts!": int, "digest!": str},
         "drift": {"domains!": int, "mean_kl!": _NUMBER, "top1_flips!": int, "newcomer_share!": _NUMBER},

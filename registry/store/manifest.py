@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Final
 
+from ...adapters.composition import GENERAL
 from ...domains.errors import IncompatibleError, NotFoundError
-from ...domains.names import WINDOWS_NAMES, check_name
+from ...domains.names import WINDOWS_NAMES, check_name, is_name
 from .blobs import is_digest, sha256_of
 from .strict_json import (
     EXTRA,
@@ -205,6 +206,16 @@ class PackManifest:
         """Whether the router can tell the domain's text; not if it was imported without any."""
         imported = self.train.get("imported")
         return not (isinstance(imported, dict) and imported.get("routing") == NO_ROUTING)
+
+    @property
+    def named_others(self) -> tuple[str, ...]:
+        """Other domains of its registry that the manifest names, as those of the first manifests do in their proof."""
+        frozen = self.proof.get("frozen")
+        packs = frozen.get("packs") if isinstance(frozen, dict) else None
+        names = {str(reference).partition("@")[0] for reference in packs} if isinstance(packs, dict) else set()
+        lender = self.train.get("warm_start")
+        names |= {lender} if isinstance(lender, str) and is_name(lender) else set()
+        return tuple(sorted(names - {self.name, GENERAL}))
 
     def file(self, path: str) -> PackFile:
         """Return the file at a path of the pack.

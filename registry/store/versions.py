@@ -48,6 +48,16 @@ class DomainFolder:
                 removed[version] = (self.path / "removed" / str(version)).read_text("utf-8").strip()
         return removed
 
+    def files(self) -> list[Path]:
+        """Return the manifests, aliases and tombstones, sorted within each kind."""
+        aliases = (name for name in _entries(self.path / "aliases") if re.fullmatch(NAME_PATTERN, name))
+        tombstones = (name for name in _entries(self.path / "removed") if re.fullmatch(VERSION_PATTERN, name))
+        return [
+            *(self.manifest_path(number) for number in self.numbers()),
+            *(self.path / "aliases" / name for name in sorted(aliases)),
+            *(self.path / "removed" / name for name in sorted(tombstones, key=int)),
+        ]
+
     def manifest_path(self, version: int) -> Path:
         """Return the path of a version's manifest; it need not exist."""
         return self.path / f"{version}.json"

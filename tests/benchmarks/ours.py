@@ -114,7 +114,8 @@ def _added(registry: Registry, bench: Bench, book: ScoreBook, domain: Domain) ->
                 domain.name, data=[domain.source], bank=BANK, training=bench.recipe, on_progress=bench.on_progress
             )
         manifest = registry.show(domain.name)
-        found = {"lender": manifest.train["warm_start"], "drift": manifest.proof["drift"]}
+        by_digest = {registry.show(name).digest: name for name in registry.store.domains()}
+        found = {"lender": by_digest.get(manifest.train["warm_start"]), "drift": manifest.proof["drift"]}
         found["explicit"] = book.cell(_explicit(registry, domain, "when added"), domain, with_questions=False)
         known[domain.name] = found
         notes.write_text(json.dumps(known), encoding="utf-8")

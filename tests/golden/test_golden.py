@@ -33,15 +33,17 @@ ROUTED = {"share_interval", "share_of_oracle_gain", "routed_right", "similarity"
 TRAINED = PASSING | {"tool", "description"}
 # keys of documents and manifests that came after a release: programs that read the older ones pass over them
 ADDED = {
-    "init": {"adaptable", "dtype"},
-    "add-domain": {"chat_probe", "proof.chat"},
-    "retrain": {"chat_probe", "proof.chat"},
+    "init": {"adaptable", "dtype", "proof.frozen.store"},
+    "add-domain": {"chat_probe", "proof.chat", "proof.frozen.store"},
+    "retrain": {"chat_probe", "proof.chat", "proof.frozen.store"},
     "import": {"chat_probe", "routing"},
     "route": {"left_out"},
     "generate": {"finish"},
     "compose": {"answer.finish"},
-    "manifest": {"proof.chat", "base.template_tokens", "train.dtype"},
+    "manifest": {"proof.chat", "base.template_tokens", "train.dtype", "proof.frozen.store"},
 }
+# keys that a release wrote and later programs do not; they are read all the same
+GONE = {"proof.frozen.packs"}  # named every stored version
 # these commands made plain text of a prompt; later ones a turn of the base's chat template, but with --raw
 RAW = {"compose-prompt", "generate", "generate-sampled", "route", "route-in"}
 RAW |= {"init", "add-cooking", "add-sailing", "retrain-extend", "retrain-continue", "retrain-fresh", "import"}
@@ -163,14 +165,22 @@ def check_printed(release: Path, command: dict[str, Any], *, same: Callable[...,
 
 
 def drop_added(found: dict[str, Any], before: dict[str, Any], kind: str) -> None:
-    """Delete the keys that a release did not write yet."""
+    """Delete the keys that a release did not write yet, and those that are not written any more."""
     for path in ADDED.get(kind, set()):
-        *parents, key = path.split(".")
-        ours, theirs = found, before
-        for parent in parents:
-            ours, theirs = ours.get(parent) or {}, theirs.get(parent) or {}
+        ours, theirs, key = inside(found, path), inside(before, path), path.rpartition(".")[2]
         if key not in theirs:
             ours.pop(key, None)
+    for path in GONE:
+        ours, theirs, key = inside(found, path), inside(before, path), path.rpartition(".")[2]
+        if key not in ours:
+            theirs.pop(key, None)
+
+
+def inside(document: dict[str, Any], path: str) -> dict[str, Any]:
+    """The object that holds the last key of a path; empty where it is missing."""
+    for parent in path.split(".")[:-1]:
+        document = document.get(parent) or {}
+    return document
 
 
 def tree(folder: Path) -> dict[str, bytes]:

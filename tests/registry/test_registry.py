@@ -94,7 +94,7 @@ def test_the_manifest_says_how_the_domain_came_to_be(whole: Registry) -> None:
     assert manifest.train["data"]["rows"] == 24
     assert manifest.train["steps"] == len(manifest.train["losses"]) == 6
     assert manifest.proof["unchanged"] is True
-    assert set(manifest.proof["frozen"]["packs"]) == {"general@1", "cooking@1"}
+    assert set(manifest.proof["frozen"]) == {"base", "attached", "store", "tensors"}
     assert manifest.allocation["counts"] == [0, 1, 2, 3]
     assert math.isfinite(manifest.evaluation["routed"])
 

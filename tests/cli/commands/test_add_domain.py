@@ -25,7 +25,7 @@ def test_add_domain_says_what_it_brought(built, document):
     assert set(found["scores"]) >= {"base", "alone", "routed", "share_of_oracle_gain", "general_base", "general_routed"}
     assert [near["name"] for near in found["neighbours"]] == ["medicine"]
     assert found["drift"]["domains"] == 1
-    assert set(found["proof"]["frozen"]["packs"]) == {"general@1", "medicine@1"}
+    assert set(found["proof"]["frozen"]) == {"base", "attached", "store", "tensors"}
 
 
 def test_progress_with_json_is_json_line_by_line(built):
@@ -48,7 +48,13 @@ def test_add_domain_prints_plan_progress_and_result(run, bare, rows, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert "Adding contracts from new.jsonl: 16 rows" in result.stderr
     assert "training contracts: 50 % (1 of 2)  loss" in result.stderr
-    for word in ("contracts was added", "contracts@1", "loss", "tensors and 1 pack unchanged", "general text"):
+    for word in (
+        "contracts was added",
+        "contracts@1",
+        "loss",
+        "tensors and every stored version unchanged",
+        "general text",
+    ):
         assert word in result.stdout
     assert "q_proj" in run("show", "contracts", store=bare).stdout
 

@@ -5,8 +5,11 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+
+from lorary.registry.store.store import Store
 
 REPO = "acme/lorary-legal"
 
@@ -44,6 +47,24 @@ def test_push_for_programs(run, mine, local_hub, document):
     assert (pushed["state"], pushed["tag"], pushed["repo"]) == ("pushed", "v1", REPO)
     assert len(pushed["commit"]) == 40
     assert local_hub.repos.all[REPO].private
+
+
+def test_push_warns_of_a_manifest_that_names_other_domains(run, mine, local_hub):
+    store = Store.open(mine)
+    legal = store.manifest("legal")
+    packs = {"general@1": "sha256:a", "secret@2": "sha256:b"}
+    named = replace(legal, name="older", proof={"frozen": {"packs": packs, "base": "sha256:c", "tensors": 1}})
+    store.adopt(named, alias="latest")
+
+    warned = run("push", "older", "acme/older", "--dry-run", store=mine)
+    quiet = run("push", "legal", REPO, "--dry-run", store=mine)
+
+    assert (warned.exit_code, quiet.exit_code) == (0, 0)
+    assert "names other domains of this registry: secret." in warned.stderr
+    assert "names other domains" not in quiet.stderr
+    assert run("push", "older", "acme/older", "--dry-run", "--json", store=mine).stderr.startswith(
+        '{"names_others": ["secret"]}'
+    )
 
 
 def test_a_dry_run_shows_the_card_beside_the_result(run, mine, local_hub):

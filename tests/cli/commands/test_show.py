@@ -45,7 +45,14 @@ def test_show_tells_everything(run, store):
     result = run("show", "medicine", store=store, tty=True)
 
     assert result.exit_code == 0
-    for word in ("medicine@1, latest", "per layer", "loss", "frozen", "tensors and 1 pack unchanged", "ORACLE GAIN"):
+    for word in (
+        "medicine@1, latest",
+        "per layer",
+        "loss",
+        "frozen",
+        "tensors and every stored version unchanged",
+        "ORACLE GAIN",
+    ):
         assert word in result.stdout
 
 

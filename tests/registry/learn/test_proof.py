@@ -24,7 +24,11 @@ from lorary.registry.learn.proof import (
 )
 from lorary.registry.maintenance.verify import verify_store
 from lorary.registry.store.gc import collect_garbage
+from lorary.registry.store.root import StoreState, read_state
+from lorary.registry.store.strict_json import canonical_json
+from lorary.registry.store.versions import DomainFolder
 
+LEGAL = StoreState("store", {"domains/legal/1.json": "sha256:c"})
 BASE_WEIGHT = "model.layers.2.mlp.down_proj"
 FUSED = "model.layers.2.mlp.down_proj"
 
@@ -241,7 +245,7 @@ def test_a_domain_can_be_added_after_gc_has_deleted_a_removed_version(
 
     added = add_sailing(registry).manifest
 
-    assert added.proof["frozen"]["packs"].keys() == {"general@1", "cooking@1"}
+    assert added.proof["unchanged"] is True
     assert {one.state for one in verify_store(registry.store)} == {"ok"}
     with pytest.raises(NotFoundError, match="cooking@1 cannot be restored"):
         registry.restore("cooking@1")
@@ -326,13 +330,13 @@ def test_the_proof_covers_the_base_everything_attached_and_every_pack(whole: Reg
 
     kp_buffers = sum(1 for name, _ in composed.named_buffers() if name.endswith((".A", ".Bt0", ".rows")))
     assert digests.tensors >= len(whole.base.model.state_dict()) + kp_buffers
-    assert digests.packs == {f"{m.name}@1": m.digest for m in whole.list()}
+    assert digests.store.versions.keys() == {f"{m.name}@1" for m in whole.list()}
     assert prove(digests, digests)["unchanged"] is True
 
 
 @pytest.mark.parametrize("part", ["base", "attached"])
 def test_a_difference_is_named_with_both_digests(part: str) -> None:
-    before = FrozenDigests("sha256:a", "sha256:b", {"legal@1": "sha256:c"}, 3)
+    before = FrozenDigests("sha256:a", "sha256:b", LEGAL, 3)
 
     with pytest.raises(IntegrityError, match=part) as caught:
         prove(before, replace(before, **{part: "sha256:d"}))
@@ -341,8 +345,68 @@ def test_a_difference_is_named_with_both_digests(part: str) -> None:
     assert "sha256:d" in str(caught.value.cause)
 
 
-def test_a_pack_that_vanished_is_named() -> None:
-    before = FrozenDigests("sha256:a", "sha256:b", {"legal@1": "sha256:c"}, 3)
+@pytest.mark.parametrize("files", [{}, {"domains/legal/1.json": "sha256:d"}], ids=["vanished", "changed"])
+def test_a_pack_that_vanished_or_changed_is_named(files: dict[str, str]) -> None:
+    before = FrozenDigests("sha256:a", "sha256:b", LEGAL, 3)
 
     with pytest.raises(IntegrityError, match="legal@1"):
-        prove(before, replace(before, packs={}))
+        prove(before, replace(before, store=replace(LEGAL, files=files)))
+
+
+def test_what_others_commit_meanwhile_changes_the_root_and_breaks_no_proof() -> None:
+    before = FrozenDigests("sha256:a", "sha256:b", LEGAL, 3)
+    later = replace(LEGAL, files={**LEGAL.files, "domains/tax/1.json": "sha256:d"})
+
+    assert prove(before, before)["frozen"]["store"] == {"before": LEGAL.root, "after": LEGAL.root}
+    assert prove(before, replace(before, store=later))["frozen"]["store"] == {"before": LEGAL.root, "after": later.root}
+
+
+# --- a pack tells of nobody else ---
+
+
+def test_a_version_names_no_other_domain(cooking_store: Path, fresh_copy: Any, texts: Any, short_run: Any) -> None:
+    registry = fresh_copy(cooking_store)
+    store, cooking = registry.store, registry.show("cooking")
+    for number in range(2):
+        store.adopt(replace(cooking, name=f"secret-{number}"), alias="latest")
+
+    added = registry.add_domain("baking", data=[texts["sailing"], texts["cooking"]], **short_run(steps=1))
+
+    document = added.manifest.to_json().decode()
+    assert not [name for name in ("cooking@", "secret") if name in document]
+    assert added.manifest.named_others == ()
+
+
+def test_the_proof_has_the_same_size_beside_any_number_of_versions(cooking_store: Path, fresh_copy: Any) -> None:
+    registry = fresh_copy(cooking_store)
+    store, cooking = registry.store, registry.show("cooking")
+    composed = registry.compose("cooking")
+    sizes = set()
+    for others in (0, 40):
+        for number in range(others):
+            name = DomainFolder(store.path, f"other-{number}")
+            name.link(1, replace(cooking, name=f"other-{number}").to_json())
+        digests = frozen_digests(registry.base.model, composed, store)
+        assert len(digests.store.versions) == 2 + others
+        sizes.add(len(canonical_json(prove(digests, digests))))
+
+    assert len(sizes) == 1
+
+
+def test_the_root_covers_every_byte_of_manifests_aliases_and_tombstones(cooking_store: Path, fresh_copy: Any) -> None:
+    store = fresh_copy(cooking_store).store
+    store.set_alias("cooking", "production", 1)
+    DomainFolder(store.path, "cooking").remove(1, time="2026-01-02")
+    whole = read_state(store)
+
+    roots = {whole.root}
+    for path in whole.files:
+        data = (store.path / path).read_bytes()
+        (store.path / path).write_bytes(data[:-2] + bytes([data[-2] ^ 1]) + data[-1:])
+        roots.add(read_state(store).root)
+        (store.path / path).write_bytes(data)
+
+    assert len(whole.files) == 6  # two manifests, latest of both, production, a tombstone
+    assert len(roots) == 7
+    assert read_state(store) == whole
+    assert replace(whole, id="another").root != whole.root

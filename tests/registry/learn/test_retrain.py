@@ -85,7 +85,7 @@ def test_a_new_version_is_stored_with_its_lineage_and_both_scores(mode: Any, ret
     assert gate["parent"] == pytest.approx(parent.evaluation["routed"], abs=2e-5)
     assert gate["new"] > 0
     assert manifest.proof["unchanged"] is True
-    assert set(manifest.proof["frozen"]["packs"]) == {"general@1", "cooking@1"}
+    assert set(manifest.proof["frozen"]) == {"base", "attached", "store", "tensors"}
     assert manifest.proof["drift"]["domains"] == 0  # no other domain to compare
     check_pack(registry.store, manifest)
 
