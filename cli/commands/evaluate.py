@@ -1,11 +1,12 @@
 """`registry evaluate`: scores of the domains of a composition on held-out text."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..options import Data, Device, Dtype, Json, NoQuestions, Spec, StorePath
 from ..show import facts, output
 from ..show.numbers import exact, percent, plural
-from ..show.page import Cell, Page, Table, cell, fields, table
+from ..show.page import Block, Cell, Page, Paragraph, Span, Table, cell, fields, line, table
 from ..show.progress import show_progress
 from ..startup import open_registry
 from .pull import pull_named_packs
@@ -50,7 +51,15 @@ def evaluation_page(plan: "Plan", scores: "dict[str, DomainScores]") -> Page:
         "pinned": plan.pinned,
         "domains": {name: found.as_json() for name, found in scores.items()},
     }
-    return Page(data=data, blocks=(about, listed, *([_question_table(accuracies)] if accuracies else [])))
+    blocks: list[Block] = [about, listed, *([_question_table(accuracies)] if accuracies else [])]
+    reasons = {name: found.share_reason for name, found in scores.items() if found.share_reason}
+    blocks += [Paragraph(line(Span(not_measurable(reasons), "warn")), in_pipes=False)] if reasons else []
+    return Page(data=data, blocks=tuple(blocks))
+
+
+def not_measurable(reasons: Mapping[str, str]) -> str:
+    """Say which shares are not measurable, a line each."""
+    return "\n".join(f"{name}: the share of oracle gain is not measurable: {why}." for name, why in reasons.items())
 
 
 def _row(name: str, found: "DomainScores") -> list[Cell]:

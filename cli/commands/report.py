@@ -12,6 +12,7 @@ import typer
 
 from ...domains.errors import InputError
 from ..options import Device, Dtype, Json, NoQuestions, StorePath
+from ..report.formatting import not_measurable
 from ..report.html import PageSource, retention_html
 from ..report.svg import retention_svg
 from ..report.terminal import (
@@ -22,10 +23,11 @@ from ..report.terminal import (
     heat_table,
     questions_table,
     verdict_lines,
+    verdicts_table,
 )
 from ..show import output
 from ..show.numbers import exact
-from ..show.page import Block, Page, Paragraph, faint, line, title
+from ..show.page import Block, Page, Paragraph, Span, faint, line, title
 from ..show.progress import show_progress
 from ..startup import open_registry
 
@@ -123,6 +125,8 @@ def _page_source(registry: "Registry", report: "RetentionReport", verdicts: "lis
 def retention_page(report: "RetentionReport", verdicts: "list[Verdict]") -> Page:
     """Make the page for the terminal."""
     blocks: list[Block] = [
+        title("Verdict", *(_headline(report))),
+        verdicts_table(report),
         title("Retention", faint("   bits per byte after each step, lower is better")),
         heat_table(report.bits),
     ]
@@ -134,13 +138,20 @@ def retention_page(report: "RetentionReport", verdicts: "list[Verdict]") -> Page
             heat_table(report.accuracy),
         ]
     blocks += [title("Domains"), domains_table(report)]
-    blocks += [questions_table(report.accuracy)] if report.accuracy else []
+    blocks += [questions_table(report, report.accuracy)] if report.accuracy else []
     blocks += [title("Routing", faint("   held-out texts by the slot with the largest gate"))]
     blocks += [confusion_table(report), title("Figures", faint("   " + SYMBOLS)), figures_table(report.figures)]
     blocks += verdict_lines(verdicts)
     hints = [f"Left out: {name}: {why}" for name, why in report.left_out.items()]
+    hints += [f"Not measurable: {what} of {name}: {why}" for (what, name), why in not_measurable(report).items()]
     data = report.as_json() | {"gates": [verdict.as_json() for verdict in verdicts]}
     return Page(data=data, blocks=tuple(blocks), hints=tuple(hints))
+
+
+def _headline(report: "RetentionReport") -> tuple[Span, Span]:
+    """Say first whether something got worse."""
+    names = ", ".join(dict.fromkeys(change.domain for change in report.worse))
+    return Span("   "), Span(f"worse: {names}", "bad") if names else Span("nothing got worse", "good")
 
 
 def cells_csv(report: "RetentionReport") -> str:

@@ -9,7 +9,7 @@ from ...adapters.composition import GENERAL
 from ..options import Json, Reference, StorePath
 from ..show import facts, output
 from ..show.numbers import brief, size
-from ..show.page import Cell, Page, Part, cell, fields, table, title
+from ..show.page import Cell, Page, Paragraph, Part, Span, cell, fields, line, table, title
 from ..startup import open_registry
 
 if TYPE_CHECKING:
@@ -71,7 +71,10 @@ def show_page(registry: "Registry", manifest: "PackManifest") -> Page:
         "digest": manifest.digest,
         "manifest": json.loads(manifest.to_json()),
     }
-    return Page(data=data, blocks=(title(manifest.name), fields(rows), facts.scores(manifest)))
+    reason = manifest.evaluation.get("share_reason")
+    note = f"The share of oracle gain is not measurable: {reason}."
+    notes = (Paragraph(line(Span(note, "warn")), in_pipes=False),) if reason else ()
+    return Page(data=data, blocks=(title(manifest.name), fields(rows), facts.scores(manifest), *notes))
 
 
 def files_page(manifest: "PackManifest") -> Page:

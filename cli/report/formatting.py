@@ -1,13 +1,16 @@
 """Format the figures of a retention report: values, intervals, steps, and the colour levels of a heat map."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from ...registry.measure.measurable import NOT_MEASURABLE, SMALL_SAMPLE
 from ..show.charts import heat
 from ..show.numbers import bits, percent
 
 if TYPE_CHECKING:
-    from ...registry.measure.report import Interval, ScoreTable
+    from ...registry.measure.report import Interval, RetentionReport, ScoreTable, Value
     from ...registry.measure.thresholds import Verdict
+
+VERDICT_STYLES: Final = {"worse": "bad", "unclear": "warn", "kept": "good"}
 
 
 def heat_levels(scores: "ScoreTable", column: int, *, levels: int) -> list[int | None]:
@@ -22,6 +25,13 @@ def heat_levels(scores: "ScoreTable", column: int, *, levels: int) -> list[int |
     known = [loss for loss in losses if loss is not None]
     min_span = max(known) / 20 if is_lower else 0.2
     return [None if loss is None else heat(loss, known, levels=levels, min_span=min_span) for loss in losses]
+
+
+def worse_columns(report: "RetentionReport", scores: "ScoreTable") -> set[int]:
+    """Return the columns of a retention matrix whose last score is worse beyond its interval."""
+    metric = "bits per byte" if scores.matrix.lower_is_better else "accuracy"
+    names = {change.domain for change in report.worse if change.metric == metric}
+    return {j for j, name in enumerate(scores.matrix.domains) if name in names}
 
 
 def score_unit(scores: "ScoreTable") -> str:
@@ -43,6 +53,27 @@ def format_value(value: float | None, unit: str) -> str:
     return f"{value:g}" if unit == "count" else bits(value)
 
 
+def format_figure(value: "Value | None", unit: str) -> str:
+    """Format the value of a figure; one that should have a value and has none says so."""
+    if value is not None and value.reason is not None:
+        return NOT_MEASURABLE
+    return format_value(None if value is None else value.value, unit)
+
+
+def not_measurable(report: "RetentionReport") -> dict[tuple[str, str], str]:
+    """Return why shares are not measurable, by title of the figure and domain."""
+    return {(f.title, name): why for f in report.figures for name, why in f.not_measurable.items()}
+
+
+def format_count(count: int) -> str:
+    """Format the number of texts or questions, marked where it is small.
+
+    >>> format_count(7), format_count(120)
+    ('n = 7, few', 'n = 120')
+    """
+    return f"n = {count}, few" if count < SMALL_SAMPLE else f"n = {count}"
+
+
 def format_interval(interval: "Interval | None", unit: str) -> str:
     """Format an interval in the unit of its figure, both bounds with the same number of digits.
 
@@ -61,7 +92,10 @@ def format_interval(interval: "Interval | None", unit: str) -> str:
 
 def format_failed(verdict: "Verdict") -> str:
     """Format the domains that miss a threshold, with their values."""
-    return ", ".join(f"{name} {format_value(value, 'nats')}" for name, value in verdict.failed.items())
+    return ", ".join(
+        f"{name} {NOT_MEASURABLE if name in verdict.reasons else format_value(value, 'nats')}"
+        for name, value in verdict.failed.items()
+    )
 
 
 def _digits(share: float) -> int:

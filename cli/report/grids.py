@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from ..show.numbers import percent
-from .formatting import format_interval, format_step, format_value, heat_levels, score_unit
+from .formatting import format_count, format_interval, format_step, format_value, heat_levels, score_unit, worse_columns
 
 if TYPE_CHECKING:
     from ...registry.measure.report import RetentionReport, ScoreTable
@@ -55,26 +55,29 @@ class Grid:
     style: str = ""
 
 
-def heat_grid(scores: "ScoreTable", name: str) -> Grid:
+def heat_grid(report: "RetentionReport", scores: "ScoreTable", name: str) -> Grid:
     """Build the heat map of a retention matrix: a row for each step, a column for each domain."""
     matrix = scores.matrix
+    worse = worse_columns(report, scores)
     levels = [heat_levels(scores, j, levels=HEAT_LEVELS) for j in range(len(matrix.domains))]
     rows = [
-        (format_step(i, step), [_heat_cell(scores, i, j, column[i]) for j, column in enumerate(levels)])
+        (format_step(i, step), [_heat_cell(scores, i, j, column[i], worse) for j, column in enumerate(levels)])
         for i, step in enumerate(matrix.steps)
     ]
-    columns = [Column(title=domain, note=f"n = {scores.counts[domain]}") for domain in matrix.domains]
+    columns = [Column(title=domain, note=format_count(scores.counts[domain])) for domain in matrix.domains]
     return Grid(name=name, corner="after", columns=columns, rows=rows, is_wide=len(columns) > MAX_COLUMNS)
 
 
-def _heat_cell(scores: "ScoreTable", step: int, column: int, level: int | None) -> GridCell:
+def _heat_cell(scores: "ScoreTable", step: int, column: int, level: int | None, worse: set[int]) -> GridCell:
     if level is None:
         return GridCell()
-    unit = score_unit(scores)
+    unit, matrix = score_unit(scores), scores.matrix
+    is_worse = step == matrix.last and column in worse
+    tip = f"95 % {format_interval(scores.intervals[step][column], unit)}"
     return GridCell(
         text=format_value(scores.value(step, column), unit),
-        style=f"h{level} own" if step == scores.matrix.learned[column] else f"h{level}",
-        tip=f"95 % {format_interval(scores.intervals[step][column], unit)}",
+        style=f"h{level}{' own' * (step == matrix.learned[column])}{' worse' * is_worse}",
+        tip=f"{tip}, worse" if is_worse else tip,
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from .formatting import format_value
+from .formatting import format_value, not_measurable
 from .grids import HEAT_LEVELS, confusion_grid, heat_grid, layers_grid
 from .pictures import lineage_picture, prototype_map, shares_picture
 from .templates import read_asset, render
@@ -80,6 +80,8 @@ class DomainRow:
     accuracy_before: float | None
     accuracy_now: float | None
     accuracy_interval: "Interval | None"
+    verdict: str  # of bits per byte
+    accuracy_verdict: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +115,8 @@ def retention_html(source: PageSource) -> str:
         summary=_summary(figures),
         cards=[_card(figures[name]) for name in CARDS if name in figures],
         heat_levels=HEAT_LEVELS,
-        bits_grid=heat_grid(report.bits, "Bits per byte after each step"),
-        accuracy_grid=heat_grid(report.accuracy, "Accuracy after each step") if report.accuracy else None,
+        bits_grid=heat_grid(report, report.bits, "Bits per byte after each step"),
+        accuracy_grid=heat_grid(report, report.accuracy, "Accuracy after each step") if report.accuracy else None,
         domain_rows=list(_domain_rows(report)),
         shares=shares_picture(report),
         confusion=confusion_grid(report),
@@ -124,6 +126,7 @@ def retention_html(source: PageSource) -> str:
         lineage_left_out=len(source.history) - len(drawn),
         data_rows=list(_data_rows(report)),
         symbols=SYMBOLS,
+        not_measurable=not_measurable(report),
     )
 
 
@@ -149,7 +152,9 @@ def _summary(figures: "Mapping[str, Figure]") -> str:
     """Write the report as one sentence."""
     kept, oracle, general = (figures[name].whole.value for name in ("retention", "oracle_share", "general_delta"))
     parts = []
-    if kept is not None:
+    if kept is None:
+        parts.append("how much of the gain is retained is not measurable")
+    else:
         parts.append(f"{format_value(kept, 'share')} of the gain is retained")
     if oracle is not None:
         parts.append(f"routing reaches {format_value(oracle, 'share')} of the gain of each domain's own experts alone")
@@ -168,6 +173,7 @@ def _card(figure: "Figure") -> Card:
 
 def _domain_rows(report: "RetentionReport") -> Iterator[DomainRow]:
     last, scores = len(report.steps) - 1, report.accuracy
+    verdicts = {(change.domain, change.metric): change.verdict for change in report.changes}
     for j, name in enumerate(report.columns):
         k = scores.matrix.domains.index(name) if scores and name in scores.matrix.domains else None
         yield DomainRow(
@@ -179,6 +185,8 @@ def _domain_rows(report: "RetentionReport") -> Iterator[DomainRow]:
             accuracy_before=scores.value(0, k) if scores and k is not None else None,
             accuracy_now=scores.value(last, k) if scores and k is not None else None,
             accuracy_interval=scores.intervals[last][k] if scores and k is not None else None,
+            verdict=verdicts[name, "bits per byte"],
+            accuracy_verdict=verdicts.get((name, "accuracy")),
         )
 
 

@@ -3,10 +3,12 @@
 `picture.svg.jinja` draws them and escapes their text.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, Literal
 
+from ...registry.measure.measurable import NOT_MEASURABLE
 from ..show.numbers import percent
 from ..show.page import slot_style
 
@@ -67,7 +69,9 @@ def shares_picture(report: "RetentionReport") -> Picture:
         shapes.append(text(percent(tick), x(tick), 16, style="tick", anchor="middle"))
     for row, name in enumerate(report.domains):
         y = 34 + step * row + step / 2
-        shapes.append(text(name, left - 14, y + 4, style="label", anchor="end"))
+        is_worse = any(change.domain == name for change in report.worse)
+        words = f"{name}: worse" if is_worse else name
+        shapes.append(text(words, left - 14, y + 4, style="label bad" if is_worse else "label", anchor="end"))
         for style, figure, offset in _KINDS:
             shapes += _whisker(values[style].get(name), figure, y + offset, style, x)
     title = "Kept share and share of the oracle's gain of each domain"
@@ -76,6 +80,9 @@ def shares_picture(report: "RetentionReport") -> Picture:
 
 def _whisker(value: "Value | None", figure: str, y: float, style: str, x: Callable[[float], float]) -> Sequence[Shape]:
     """Draw a dot with its interval."""
+    if value is not None and value.reason is not None:
+        words = f"{figure.replace('_', ' ')}: {NOT_MEASURABLE}"
+        return (text(words, x(-math.inf) + 8, y + 4, style="tick warn"),)
     if value is None or value.value is None:
         return ()
     low, high = value.interval or (value.value, value.value)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
-from .formatting import format_step, format_value, heat_levels, score_unit
+from .formatting import format_figure, format_step, format_value, heat_levels, score_unit, worse_columns
 from .grids import HEAT_LEVELS, MAX_COLUMNS
 from .pictures import Picture, Shape, circle, rectangle, shares_picture, text
 from .templates import read_asset, render
@@ -28,11 +28,12 @@ def retention_picture(report: "RetentionReport") -> Picture:
     tables = [report.bits, *([report.accuracy] if report.accuracy else [])]
     left = _EDGE + _LEFT
     top = 68 + _heading_height(report.columns)
-    shapes: list[Shape] = [text(_headline(report), _EDGE, 28, style="headline")]
+    style = "headline bad" if report.worse else "headline"
+    shapes: list[Shape] = [text(_headline(report), _EDGE, 28, style=style)]
     x = left
     for table, title in zip(tables, titles, strict=False):
         shapes.append(text(title, x, 56, style="caption"))
-        shapes += _heat_map(table, x, top, names_steps=table is tables[0])
+        shapes += _heat_map(report, table, x, top)
         map_width = _cell_size(table)[0] * len(table.matrix.domains)
         x += max(map_width, 6.5 * len(title)) + _GAP  # the caption may be the wider of the two
     bottom = top + max(_cell_size(table)[1] for table in tables) * len(report.steps)
@@ -47,9 +48,10 @@ def retention_picture(report: "RetentionReport") -> Picture:
 
 def _headline(report: "RetentionReport") -> str:
     labels = {"retention": "gain retained", "oracle_share": "oracle's gain reached", "general_delta": "general text"}
-    values = {name: report.figure(name).whole.value for name in labels}
-    known = {name: value for name, value in values.items() if value is not None}
-    return " · ".join(f"{labels[name]}: {format_value(value, 'share')}" for name, value in known.items())
+    values = {name: report.figure(name).whole for name in labels}
+    parts = [f"{labels[name]}: {format_figure(value, 'share')}" for name, value in values.items()]
+    names = dict.fromkeys(change.domain for change in report.worse)
+    return " · ".join([*([f"worse: {', '.join(names)}"] if names else []), *parts])
 
 
 def _heading_height(names: Sequence[str]) -> float:
@@ -62,9 +64,10 @@ def _cell_size(scores: "ScoreTable") -> tuple[int, int]:
     return (62, 28) if len(scores.matrix.domains) <= MAX_COLUMNS else (14, 14)
 
 
-def _heat_map(scores: "ScoreTable", left: float, top: float, *, names_steps: bool) -> list[Shape]:
-    """Draw one matrix, with the step at which each domain was learned outlined."""
+def _heat_map(report: "RetentionReport", scores: "ScoreTable", left: float, top: float) -> list[Shape]:
+    """Draw one matrix, with the step at which each domain was learned outlined, and what got worse in red."""
     matrix, unit = scores.matrix, score_unit(scores)
+    worse = worse_columns(report, scores)
     width, height = _cell_size(scores)
     shapes: list[Shape] = []
     for j, domain in enumerate(matrix.domains):
@@ -77,10 +80,12 @@ def _heat_map(scores: "ScoreTable", left: float, top: float, *, names_steps: boo
             value = format_value(scores.value(i, j), unit)
             tip = f"{domain}, {format_step(i, matrix.steps[i])}: {value}"
             own = " own" * (i == matrix.learned[j])
+            if i == matrix.last and j in worse:
+                own, tip = f"{own} worse", f"{tip}, worse"
             shapes.append(rectangle(x + 1, y + 1, width - 2, height - 2, style=f"h{level}{own}", title=tip))
             if height > 20:
                 shapes.append(text(value, x + width / 2, y + 18, style=f"t{level}", anchor="middle"))
-    if names_steps:
+    if scores is report.bits:
         for i, step in enumerate(matrix.steps):
             middle = top + height * i + height / 2
             shapes.append(text(format_step(i, step), left - 10, middle + 4, style="label", anchor="end"))

@@ -6,7 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from ..show.numbers import bits, brief, exact, percent, plural, size
 from ..show.safe_text import clean
-from .formatting import format_failed, format_interval, format_step, format_value
+from .formatting import (
+    VERDICT_STYLES,
+    format_count,
+    format_failed,
+    format_figure,
+    format_interval,
+    format_step,
+    format_value,
+)
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -32,6 +40,9 @@ def environment() -> "Environment":
         "as_bits": bits,
         "as_percent": lambda share: _unbroken(percent(share)),
         "as_size": lambda number: _unbroken(size(number)),
+        "as_figure": lambda value, unit: (
+            format_figure(value, unit) if value.reason else _unbroken(format_figure(value, unit))
+        ),
         "as_value": lambda value, unit: _unbroken(format_value(value, unit)),
         "as_interval": format_interval,
         "brief": brief,
@@ -39,7 +50,7 @@ def environment() -> "Environment":
         "failed": format_failed,
         "plural": plural,
     }
-    made.globals |= {"format_step": format_step}
+    made.globals |= {"format_step": format_step, "format_count": format_count, "verdict_styles": VERDICT_STYLES}
     return made
 
 

@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ...adapters.composition import GENERAL
+from ...registry.measure.measurable import NOT_MEASURABLE, SMALL_SAMPLE
 from ..show import facts
 from ..show.charts import HEAT_LEVELS
 from ..show.numbers import bits, exact, percent
 from ..show.page import Block, Cell, Span, Table, cell, faint, line, table, title
-from .formatting import format_failed, format_interval, format_step, format_value, heat_levels
+from .formatting import VERDICT_STYLES, format_failed, format_interval, format_step, format_value, heat_levels
 
 if TYPE_CHECKING:
     from ...registry.measure.report import Figure, Interval, RetentionReport, ScoreTable, Value
@@ -40,14 +42,16 @@ def _heat_cell(scores: "ScoreTable", step: int, column: int, level: int | None, 
 def domains_table(report: "RetentionReport") -> Table:
     """Make the table of domains: scores of the base, when learned, and now; shares of the gain."""
     figures = {figure.name: figure for figure in report.figures}
+    verdicts = {change.domain: change for change in report.changes if change.metric == "bits per byte"}
     columns = ("DOMAIN", "BASE", "LEARNED", "NOW", "95 %", "KEPT", "ORACLE GAIN", "95 %")
     rows = []
     for j, name in enumerate(report.columns):
-        interval = report.bits.intervals[-1][j]
+        now, interval = report.bits.value(-1, j), report.bits.intervals[-1][j]
         share = figures["oracle_share"].domains.get(name)
         row = [
             cell("general text" if j == 0 else name, name),
-            *(facts.number(report.bits.value(i, j)) for i in (0, j + 1, len(report.steps) - 1)),
+            *(facts.number(report.bits.value(i, j)) for i in (0, j + 1)),
+            cell(Span(bits(now), VERDICT_STYLES[verdicts[name].verdict]), exact(now)),
             _interval(interval, "bits/byte"),
             _shown(figures["retention"].domains.get(name), "share"),
             _shown(share, "share"),
@@ -55,17 +59,42 @@ def domains_table(report: "RetentionReport") -> Table:
         ]
         rows.append(tuple(row))
     numbers = frozenset(range(1, len(columns)))
-    # on a narrow terminal, the one heading of two words breaks before a number is cut off
-    return Table(columns, tuple(rows), right=numbers, no_wrap=numbers - {columns.index("ORACLE GAIN")})
+    # on a narrow terminal, what has two words breaks before a number is cut off
+    wrapped = {columns.index("KEPT"), columns.index("ORACLE GAIN")}
+    return Table(columns, tuple(rows), right=numbers, no_wrap=numbers - wrapped)
 
 
-def questions_table(scores: "ScoreTable") -> Table:
+def verdicts_table(report: "RetentionReport") -> Table:
+    """Make the table of what became of each domain, the worst first: a word, and its colour."""
+    columns = ("DOMAIN", "VERDICT", "BEFORE", "NOW", "95 % OF CHANGE", "N")
+    rows = []
+    for change in report.changes:
+        unit = "bits/byte" if change.metric == "bits per byte" else "share"
+        rows.append(
+            [
+                cell("general text" if change.domain == GENERAL else change.domain, change.domain),
+                cell(Span(change.words, VERDICT_STYLES[change.verdict])),
+                cell(format_value(change.before, unit), exact(change.before)),
+                cell(format_value(change.now, unit), exact(change.now)),
+                _interval(change.interval, "share"),
+                cell(
+                    Span(f"{change.samples}, few", "warn") if change.samples < SMALL_SAMPLE else str(change.samples),
+                    change.samples,
+                ),
+            ]
+        )
+    return table(columns, rows, right=columns[2:], no_wrap=(columns[0], *columns[2:]))
+
+
+def questions_table(report: "RetentionReport", scores: "ScoreTable") -> Table:
     """Make the table of accuracies: of the base, and after the last step."""
     last, rows = len(scores.matrix.steps) - 1, []
+    verdicts = {change.domain: change.verdict for change in report.changes if change.metric == "accuracy"}
     for j, name in enumerate(scores.matrix.domains):
         before, after = scores.value(0, j), scores.value(last, j)
         interval = _interval(scores.intervals[last][j], "share")
-        rows.append([cell(name), cell(percent(before), exact(before)), cell(percent(after), exact(after)), interval])
+        now = Span(percent(after), VERDICT_STYLES[verdicts[name]])
+        rows.append([cell(name), cell(percent(before), exact(before)), cell(now, exact(after)), interval])
     columns = ("QUESTIONS", "BASE", "NOW", "95 %")
     return table(columns, rows, right=columns[1:], no_wrap=columns)
 
@@ -114,6 +143,8 @@ def verdict_lines(verdicts: Sequence["Verdict"]) -> list[Block]:
 
 def _shown(value: "Value | None", unit: str) -> Cell:
     number = None if value is None else value.value
+    if value is not None and value.reason is not None:
+        return cell(Span(NOT_MEASURABLE, "warn"), NOT_MEASURABLE)
     return cell(format_value(number, unit), exact(number))
 
 

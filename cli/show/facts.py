@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ...domains.names import is_name
+from ...registry.measure.measurable import MIN_GAIN, NOT_MEASURABLE
 from .charts import layers, sparkline
 from .numbers import bits, brief, duration, exact, percent, plural, short
 from .page import Block, Cell, Line, Paragraph, Part, Span, Table, cell, faint, line, table
@@ -87,15 +88,26 @@ def score_table(rows: Iterable[Iterable[Cell | Part]]) -> Table:
 
 def score_row(name: str, found: dict[str, Any]) -> list[Cell]:
     """Make a row of `score_table` from a manifest's evaluation."""
-    share = found.get("share_of_oracle_gain")
     return [
         cell(name),
         number(found.get("base")),
         number(found.get("alone")),
         cell(compared_score(found.get("base"), found.get("routed")), exact(found.get("routed"))),
         interval(found.get("interval")),
-        cell(percent(share), exact(share)),
+        oracle_share(found),
     ]
+
+
+def oracle_share(found: dict[str, Any]) -> Cell:
+    """Make the cell of the share of oracle gain of a manifest's evaluation, or say that it is not measurable."""
+    share = found.get("share_of_oracle_gain")
+    base, alone = found.get("base"), found.get("alone")
+    if base is None or alone is None:
+        return cell(percent(share), exact(share))
+    # older versions have a share of any gain, however small
+    if share is None or base - alone < MIN_GAIN * base:
+        return cell(Span(NOT_MEASURABLE, "warn"), NOT_MEASURABLE)
+    return cell(percent(share), exact(share))
 
 
 def number(value: float | None) -> Cell:

@@ -21,7 +21,7 @@ from ..data.blocks import encode
 from ..data.corpus import limit_bytes
 from ..data.example import Example
 from ..data.frame import begin_ids, end_ids
-from ..errors import InputError
+from ..errors import IncompatibleError, InputError
 from ..statistics.intervals import DRAWS, percentile_interval, ratio_draws
 
 # index of the text of each row, and a mask of the positions that predicted a counted token
@@ -84,6 +84,7 @@ def score_language(
 
     Raises:
         InputError: There is nothing to score.
+        IncompatibleError: The model computes what is not finite.
     """
     chosen = limit_bytes(examples, max_bytes)
     if isinstance(model, PreTrainedModel):
@@ -95,6 +96,14 @@ def score_language(
     text_bytes = [example.target_bytes for example in chosen]
     if not windows or not sum(text_bytes):
         raise InputError("There is no held-out text to score.", fix="give more data")
+    if not math.isfinite(sum(nats)):
+        unscored = sum(not math.isfinite(value) for value in nats)
+        dtype = next(model.parameters()).dtype
+        raise IncompatibleError(
+            "The model's predictions are not numbers.",
+            cause=f"the log-likelihood of {unscored} of {len(nats)} texts is not finite, in {dtype}",
+            fix="compute in more digits: --dtype float32; if it stays, look for damage: registry verify --deep",
+        )
     return LanguageScore(
         bits_per_byte=sum(nats) / math.log(2) / sum(text_bytes),
         nats=sum(nats),

@@ -6,6 +6,7 @@ Own experts alone means slot gate 1 for the domain and 0 for every other slot: t
 domain of each text. A share of 1 means that routing loses nothing.
 """
 
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +35,7 @@ from ..compose.plan import Plan, prior_shares
 from ..pack.pack import DomainPack
 from ..store.store import Store
 from .held_out import MAX_SCORED_BYTES, HeldOut, find_held_out
+from .measurable import why_not_measurable
 from .scores import CellScores
 
 ROUTED_TOKENS = 256  # tokens of each text that routing accuracy is measured on
@@ -54,22 +56,25 @@ class DomainScores:
     routed_right: float | None = None  # routing accuracy over positions
     share_interval: tuple[float, float] | None = None  # 95 %, of share_of_oracle_gain
     accuracy: dict[str, Any] = field(default_factory=dict)  # on questions, by model; empty without questions
+    share_reason: str | None = None  # why the share of oracle gain is not measurable
 
     @property
     def share_of_oracle_gain(self) -> float:
-        """(base - routed) / (base - alone); nan if the domain's own experts do not improve on the base."""
+        """(base - routed) / (base - alone); nan if it is not measurable, as without a gain of the own experts."""
         gain = self.base - self.alone
-        return (self.base - self.routed) / gain if gain > 0 else float("nan")
+        return (self.base - self.routed) / gain if gain > 0 and self.share_reason is None else float("nan")
 
     def as_json(self) -> dict[str, Any]:
-        """Return the scores for a manifest, rounded."""
+        """Return the scores for a manifest, rounded; only a share that is not measurable has a reason."""
         values = {k: round(v, 5) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        reason = values.pop("share_reason")
         share = self.share_of_oracle_gain
         return values | {
             "interval": [round(bound, 5) for bound in self.interval],
             "share_interval": self.share_interval and [round(bound, 4) for bound in self.share_interval],
             "metric": "bits per byte",
             "share_of_oracle_gain": round(share, 4) if share == share else None,
+            **({} if reason is None else {"share_reason": reason}),
         }
 
 
@@ -86,6 +91,7 @@ def score_preservation(
         routed=after.bits_per_byte,
         interval=confidence_interval(after),
         bytes=after.bytes,
+        share_reason=_oracle_share(before, after, after)[1],
     )
 
 
@@ -136,15 +142,17 @@ def score_in_composition(
         if questions:
             accuracy["alone"] = _score_questions(composed, base, questions, f"{name}, own experts", on_progress)
     routed = _score_texts(composed, base, held_out, f"{name}, routed", on_progress)
+    share_interval, share_reason = _oracle_share(before, alone, routed)
     return DomainScores(
         base=before.bits_per_byte,
         alone=alone.bits_per_byte,
         routed=routed.bits_per_byte,
         interval=confidence_interval(routed),
         bytes=routed.bytes,
-        share_interval=_share_interval(before, alone, routed),
+        share_interval=share_interval,
         routed_right=routing_accuracy(composed, base, name, limit_bytes(held_out, MAX_SCORED_BYTES)),
         accuracy=accuracy,
+        share_reason=share_reason,
     )
 
 
@@ -198,12 +206,18 @@ def _score_questions(
     }
 
 
-def _share_interval(before: LanguageScore, alone: LanguageScore, routed: LanguageScore) -> tuple[float, float] | None:
-    """Return the 95 % interval of the share of oracle gain, by the paired bootstrap over texts."""
+def _oracle_share(
+    before: LanguageScore, alone: LanguageScore, routed: LanguageScore
+) -> tuple[tuple[float, float] | None, str | None]:
+    """Return the 95 % interval of the share of oracle gain, by the paired bootstrap over texts, or why it has none."""
     nats = [score.text_nats for score in (before, alone, routed)]
-    base, oracle, composed = ratio_draws(nats, before.text_bytes).T
+    base, oracle, composed = ratio_draws(nats, before.text_bytes).T / math.log(2)
+    gain = before.bits_per_byte - alone.bits_per_byte
+    reason = why_not_measurable(gain, percentile_interval(base - oracle), texts=before.texts, base=before.bits_per_byte)
+    if reason is not None:
+        return None, reason
     has_gain = base > oracle
-    return percentile_interval((base - composed)[has_gain] / (base - oracle)[has_gain])
+    return percentile_interval((base - composed)[has_gain] / (base - oracle)[has_gain]), None
 
 
 def evaluate_composition(

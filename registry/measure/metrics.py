@@ -160,8 +160,13 @@ class Metric:
     formula: str
     source: str
     meaning: str
-    is_share: bool  # a ratio; otherwise in the unit of the scores
     compute: Callable[[RetentionMatrix], Values]  # one value for each domain
+    divisor: Callable[[RetentionMatrix], Values] | None = None  # of a share; others are in the unit of the scores
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is a ratio of gains."""
+        return self.divisor is not None
 
 
 _GEM: Final = "Lopez-Paz and Ranzato 2017, arXiv 1706.08840"
@@ -175,7 +180,6 @@ METRICS: Final = {
             formula="mean over j of R[T, j]",
             source=_GEM,
             meaning="mean score of all domains after the last step",
-            is_share=False,
             compute=final_score,
         ),
         Metric(
@@ -184,7 +188,6 @@ METRICS: Final = {
             formula="mean over L(j) < T of G[T, j] - G[L(j), j]",
             source=_GEM,
             meaning="effect of later steps on older domains; negative means forgetting",
-            is_share=False,
             compute=backward_transfer,
         ),
         Metric(
@@ -193,7 +196,6 @@ METRICS: Final = {
             formula="mean over L(j) < T of max over 1 <= i < T of G[i, j], minus G[T, j]",
             source="Chaudhry et al. 2018, arXiv 1801.10112",
             meaning="drop of older domains from their best gain; lower is better",
-            is_share=False,
             compute=forgetting,
         ),
         Metric(
@@ -202,7 +204,6 @@ METRICS: Final = {
             formula="mean over L(j) > 1 of G[L(j) - 1, j]",
             source=_GEM,
             meaning="gain of domains before they were learned",
-            is_share=False,
             compute=forward_transfer,
         ),
         Metric(
@@ -211,8 +212,8 @@ METRICS: Final = {
             formula="G[T, j] / G[L(j), j]",
             source="this project",
             meaning="share of a domain's gain, right after it was learned, that is retained",
-            is_share=True,
             compute=retention,
+            divisor=lambda matrix: matrix.own_gain,
         ),
         Metric(
             name="oracle_share",
@@ -220,8 +221,8 @@ METRICS: Final = {
             formula="(base - routed) / (base - own experts alone)",
             source="this project",
             meaning="share of the gain under the domain's own experts alone that routing achieves",
-            is_share=True,
             compute=oracle_share,
+            divisor=lambda matrix: matrix.oracle_gain,
         ),
     )
 }

@@ -17,8 +17,10 @@ from ...adapters.composition import GENERAL
 from ...domains.statistics.intervals import DRAWS, percentile_interval, ratio_draws, wilson_interval
 from ..compose.notebook import html_table
 from ..store.manifest import PackManifest
+from .changes import Change, find_changes
 from .held_out import HeldOut
-from .metrics import METRICS, RetentionMatrix, Values, mean
+from .measurable import NOT_MEASURABLE, why_not_measurable
+from .metrics import METRICS, Metric, RetentionMatrix, Values, mean
 from .scores import CellScores
 
 if TYPE_CHECKING:
@@ -32,15 +34,17 @@ _SHARE: Final = "share"
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A number with its 95 % interval; both are None where it is undefined."""
+    """A number with its 95 % interval; both are None where the figure does not apply, or cannot be measured."""
 
     value: float | None
     interval: Interval | None = None
+    reason: str | None = None  # why it is not measurable; None where it is, or does not apply
 
     def as_json(self) -> dict[str, Any]:
-        """Return the rounded content for JSON."""
+        """Return the rounded content for JSON; only what is not measurable has a reason."""
         bounds = self.interval and [round(bound, 6) for bound in self.interval]
-        return {"value": None if self.value is None else round(self.value, 6), "interval": bounds}
+        found = {"value": None if self.value is None else round(self.value, 6), "interval": bounds}
+        return found if self.reason is None else found | {"reason": self.reason}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,8 +63,13 @@ class Figure:
 
     @property
     def applying(self) -> dict[str, Value]:
-        """The domains that the metric applies to: those with a value, and those whose share is undefined."""
-        return {name: v for name, v in self.domains.items() if v.value is not None or self.unit == _SHARE}
+        """The domains that the metric applies to: those with a value, and those where it is not measurable."""
+        return {name: v for name, v in self.domains.items() if v.value is not None or v.reason is not None}
+
+    @property
+    def not_measurable(self) -> dict[str, str]:
+        """The domains without a value that should have one, with the reason."""
+        return {name: v.reason for name, v in self.domains.items() if v.reason is not None}
 
     def as_json(self) -> dict[str, Any]:
         """Return the content for JSON, with formula and source."""
@@ -141,6 +150,18 @@ class RetentionReport:
         return (*figures, *self._general(), self._routing(), *self._drift())
 
     @cached_property
+    def changes(self) -> tuple[Change, ...]:
+        """What became of each domain, and of general text: bits per byte, then accuracy; what got worse is first."""
+        tables = (self.bits, *([self.accuracy] if self.accuracy else []))
+        found = [one for t in tables for one in find_changes(t.matrix, t.draws, t.counts)]
+        return tuple(sorted(found, key=lambda one: not one.is_worse))
+
+    @property
+    def worse(self) -> tuple[Change, ...]:
+        """What got worse beyond its interval."""
+        return tuple(one for one in self.changes if one.is_worse)
+
+    @cached_property
     def confusion(self) -> dict[str, dict[str, int]]:
         """Number of texts by true domain and by the slot with the largest mean gate, after the last step."""
         last = len(self.steps) - 1
@@ -163,14 +184,15 @@ class RetentionReport:
             (
                 name,
                 *(_decimals(self.bits.value(step, j)) for step in (0, matrix.learned[j], matrix.last)),
-                *(_decimals(values[name].value) if name in values else "" for values in (retained, share)),
+                *(_decimals_of(values[name]) if name in values else "" for values in (retained, share)),
+                "; ".join(change.words for change in self.changes if change.domain == name),
             )
             for j, name in zip(columns, self.columns, strict=True)
         ]
         caption = f"Retention after {len(self.domains)} domains, bits per byte"
         if self.left_out:
             caption += f"; left out: {', '.join(self.left_out)}"
-        headings = ("domain", "base", "when learned", "now", "retention", "share of oracle gain")
+        headings = ("domain", "base", "when learned", "now", "retention", "share of oracle gain", "verdict")
         return html_table(caption, headings, rows)
 
     def figure(self, name: str) -> Figure:
@@ -200,6 +222,7 @@ class RetentionReport:
             **_table_json(self.bits, "bits per byte"),
             "accuracy": _table_json(self.accuracy, "accuracy") if self.accuracy else None,
             "figures": {figure.name: figure.as_json() for figure in self.figures},
+            "changes": [change.as_json() for change in self.changes],
             "routing": {"texts": self.confusion, "mean_gates": self.mean_gates},
             "left_out": self.left_out,
         }
@@ -307,7 +330,12 @@ def figure_names() -> set[str]:
 
 def _figure(name: str, scores: ScoreTable, domains: Sequence[str], *, prefix: str, unit: str) -> Figure:
     metric = METRICS[name]
-    values, draws = metric.compute(scores.matrix.of(domains)), metric.compute(scores.draws.of(domains))
+    matrix, drawn = scores.matrix.of(domains), scores.draws.of(domains)
+    values, draws = metric.compute(matrix), metric.compute(drawn)
+    reasons = _reasons(metric, matrix, drawn, scores.counts)
+    for j, reason in enumerate(reasons):
+        if reason is not None:
+            values[j] = draws[:, j] = np.nan
     title = metric.title if not prefix else f"{metric.title}, accuracy"
     return Figure(
         name=prefix + name,
@@ -316,8 +344,8 @@ def _figure(name: str, scores: ScoreTable, domains: Sequence[str], *, prefix: st
         source=metric.source,
         meaning=metric.meaning,
         unit=_SHARE if metric.is_share else unit,
-        whole=_value(mean(values), mean(draws)),
-        domains={domain: _value(values[j], draws[:, j]) for j, domain in enumerate(domains)},
+        whole=_value(mean(values), mean(draws), "it is not measurable for any domain" if all(reasons) else None),
+        domains={domain: _value(values[j], draws[:, j], reasons[j]) for j, domain in enumerate(domains)},
         is_less_better=name == "forgetting" or (name == "average_score" and scores.matrix.lower_is_better),
     )
 
@@ -328,9 +356,27 @@ def _cell_interval(value: float, draws: Values, count: int, lower_is_better: boo
     return percentile_interval(draws) if lower_is_better else wilson_interval(round(value * count), count)
 
 
-def _value(value: Any, draws: Values) -> Value:
+def _reasons(
+    metric: Metric, matrix: RetentionMatrix, drawn: RetentionMatrix, counts: Mapping[str, int]
+) -> list[str | None]:
+    """Return for each domain why the metric's share is not measurable; None where it is, and for other metrics."""
+    if metric.divisor is None:
+        return [None] * len(matrix.domains)
+    gains, drawn_gains = metric.divisor(matrix), metric.divisor(drawn)
+    return [
+        why_not_measurable(
+            gains[j],
+            percentile_interval(drawn_gains[:, j]),
+            texts=counts[name],
+            base=matrix.R[0, j] if matrix.lower_is_better else None,
+        )
+        for j, name in enumerate(matrix.domains)
+    ]
+
+
+def _value(value: Any, draws: Values, reason: str | None = None) -> Value:
     number = _number(value)
-    return Value(value=number, interval=None if number is None else percentile_interval(draws))
+    return Value(value=number, interval=None if number is None else percentile_interval(draws), reason=reason)
 
 
 def _share(right: int, total: int) -> Value:
@@ -343,6 +389,10 @@ def _number(value: Any) -> float | None:
 
 def _decimals(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
+
+
+def _decimals_of(value: Value) -> str:
+    return _decimals(value.value) if value.reason is None else NOT_MEASURABLE
 
 
 def _table_json(scores: ScoreTable, metric: str) -> dict[str, Any]:

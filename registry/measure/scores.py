@@ -38,6 +38,8 @@ class CellScores:
     def __post_init__(self) -> None:
         if len(self.text_nats) != len(self.text_bytes) or sum(self.text_bytes) <= 0:
             raise ValueError(f"{len(self.text_nats)} texts and {len(self.text_bytes)} sizes")
+        if not all(map(math.isfinite, self.text_nats)):
+            raise ValueError("text_nats are not all finite")
 
     @property
     def bits_per_byte(self) -> float:

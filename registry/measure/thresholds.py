@@ -5,17 +5,19 @@
     OPERATOR   >=  <=  >  <
 
 A figure with values for domains must meet the threshold for every domain, any other figure as a whole. Domains that a
-figure does not apply to are skipped (the newest domain cannot have been forgotten yet). A share that is undefined
-because the domain gained nothing fails.
+figure does not apply to are skipped (the newest domain cannot have been forgotten yet). What is not measurable, as the
+share of a gain that is not told from zero, fails.
 """
 
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from ...domains.errors import GateFailedError, InputError
+from .measurable import NOT_MEASURABLE
 from .report import Figure, RetentionReport, figure_names
 
 _COMPARE: Final[dict[str, Callable[[float, float], bool]]] = {
@@ -25,6 +27,7 @@ _COMPARE: Final[dict[str, Callable[[float, float], bool]]] = {
     "<": operator.lt,
 }
 _THRESHOLD: Final = re.compile(r"\s*([a-z][a-z0-9_]*)\s*(>=|<=|>|<)\s*([+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+))\s*")
+_DIGITS: Final = 10  # after the point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,8 @@ class Threshold:
     bound: float
 
     def __str__(self) -> str:
-        return f"{self.name}{self.operator}{self.bound:g}"
+        bound = f"{self.bound:.{_DIGITS}f}".rstrip("0").rstrip(".")
+        return f"{self.name}{self.operator}{bound}"
 
     def holds(self, value: float) -> bool:
         """Return whether a value meets the threshold."""
@@ -50,6 +54,8 @@ class Verdict:
     threshold: Threshold
     failed: dict[str, float | None]  # values by domain, or by the name of a figure without domains
     checked: int  # number of values
+    reasons: dict[str, str] = field(default_factory=dict)  # of those that are not measurable
+    held: tuple[str, ...] = ()  # the domains that meet it
 
     @property
     def holds(self) -> bool:
@@ -59,7 +65,8 @@ class Verdict:
     def as_json(self) -> dict[str, Any]:
         """Return the content for --json."""
         failed = {name: None if value is None else round(value, 6) for name, value in self.failed.items()}
-        return {"gate": str(self.threshold), "holds": self.holds, "checked": self.checked, "failed": failed}
+        found = {"gate": str(self.threshold), "holds": self.holds, "checked": self.checked, "failed": failed}
+        return found | {"reasons": self.reasons} if self.reasons else found
 
 
 def parse_threshold(text: str) -> Threshold:
@@ -116,16 +123,64 @@ def check_verdicts(verdicts: Sequence[Verdict]) -> None:
     if failed:
         raise GateFailedError(
             f"{len(failed)} of {len(verdicts)} thresholds were not met: {', '.join(str(v.threshold) for v in failed)}.",
-            cause="; ".join(f"{v.threshold.name} of {_listed(v.failed)}" for v in failed),
-            fix="retrain these domains: registry retrain NAME --data FILE; all figures: registry report --json",
+            cause="; ".join(f"{v.threshold.name} of {_listed(v)}" for v in failed),
+            fix=_fix(verdicts),
         )
 
 
 def _judge(figure: Figure, threshold: Threshold) -> Verdict:
-    values = {name: value.value for name, value in figure.applying.items()} or {figure.name: figure.whole.value}
+    found = figure.applying or {figure.name: figure.whole}
+    values = {name: value.value for name, value in found.items()}
     failed = {name: value for name, value in values.items() if value is None or not threshold.holds(value)}
-    return Verdict(threshold=threshold, failed=failed, checked=len(values))
+    return Verdict(
+        threshold=threshold,
+        failed=failed,
+        checked=len(values),
+        reasons={name: value.reason for name, value in found.items() if value.reason is not None},
+        held=tuple(name for name in figure.applying if name not in failed),
+    )
 
 
-def _listed(failed: dict[str, float | None]) -> str:
-    return ", ".join(f"{name} is {'undefined' if value is None else f'{value:.4g}'}" for name, value in failed.items())
+def _listed(verdict: Verdict) -> str:
+    return ", ".join(f"{name} is {_told(value, verdict.reasons.get(name))}" for name, value in verdict.failed.items())
+
+
+def _told(value: float | None, reason: str | None) -> str:
+    if reason is not None:
+        return f"{NOT_MEASURABLE} ({reason})"
+    return "undefined" if value is None else f"{value:.4g}"
+
+
+def _fix(verdicts: Sequence[Verdict]) -> str:
+    """Return commands that work as they stand: on what is kept exactly, and to judge by what can be reached."""
+    failed = [verdict for verdict in verdicts if not verdict.holds]
+    names = [name for verdict in failed for name in verdict.failed if name not in figure_names()]
+    unmeasured = {name for verdict in failed for name, value in verdict.failed.items() if value is None}
+    measured = [name for name in names if name not in unmeasured]
+    fixes = []
+    if measured:
+        fixes.append(f"a domain that is composed alone is as it was learned: registry compose {measured[0]}")
+    judged = [verdict for verdict in verdicts if None not in verdict.failed.values()]
+    if judged:
+        gates = " ".join(f'--gate "{_reached(verdict)}"' for verdict in judged)
+        fixes.append(f"to accept what was measured: registry report {gates}")
+    others = [name for name in dict.fromkeys(name for v in verdicts for name in v.held) if name not in unmeasured]
+    if unmeasured and others:
+        fixes.append(f"to judge the others: registry report --domains {','.join(others)}")
+    for name in sorted(unmeasured.intersection(names))[:1]:
+        fixes.append(f"to measure it on more text of your own: registry evaluate {name} --data FILE")
+    if unmeasured - set(names):
+        fixes.append(f"leave out what applies to no domain here: {', '.join(sorted(unmeasured - set(names)))}")
+    return "; ".join(fixes)
+
+
+def _reached(verdict: Verdict) -> Threshold:
+    """Return the closest threshold of four digits that the measured values meet."""
+    values = [value for value in verdict.failed.values() if value is not None]
+    if not values:
+        return verdict.threshold
+    is_least = verdict.threshold.operator.startswith(">")
+    worst = min(values) if is_least else max(values)
+    digits = 10.0 ** min(_DIGITS, 4 - math.ceil(math.log10(abs(worst)))) if worst else 1.0
+    bound = (math.floor if is_least else math.ceil)(worst * digits) / digits
+    return replace(verdict.threshold, operator=">=" if is_least else "<=", bound=bound)

@@ -33,17 +33,22 @@ ROUTED = {"share_interval", "share_of_oracle_gain", "routed_right", "similarity"
 TRAINED = PASSING | {"tool", "description"}
 # keys of documents and manifests that came after a release: programs that read the older ones pass over them
 ADDED = {
-    "init": {"adaptable", "dtype", "proof.frozen.store"},
-    "add-domain": {"chat_probe", "proof.chat", "proof.frozen.store"},
-    "retrain": {"chat_probe", "proof.chat", "proof.frozen.store"},
-    "import": {"chat_probe", "routing"},
+    "init": {"adaptable", "dtype", "scores.share_reason", "proof.frozen.store"},
+    "add-domain": {"chat_probe", "proof.chat", "scores.share_reason", "proof.frozen.store"},
+    "retrain": {"chat_probe", "proof.chat", "scores.share_reason", "proof.frozen.store"},
+    "import": {"chat_probe", "routing", "scores.share_reason"},
     "route": {"left_out"},
     "generate": {"finish"},
     "compose": {"answer.finish"},
-    "manifest": {"proof.chat", "base.template_tokens", "train.dtype", "proof.frozen.store"},
+    "report": {"changes", "figures.*.reason", "figures.*.domains.*.reason", "gates.*.reasons"},
+    "evaluate": {"domains.*.share_reason"},
+    "show": {"manifest.evaluation.share_reason"},
+    "manifest": {"proof.chat", "base.template_tokens", "train.dtype", "evaluation.share_reason", "proof.frozen.store"},
 }
 # keys that a release wrote and later programs do not; they are read all the same
 GONE = {"proof.frozen.packs"}  # named every stored version
+# shares of gains that are noise: numbers once, since then null with a reason
+WITHDRAWN = {"value", "interval", "share_of_oracle_gain", "share_interval"}
 # these commands made plain text of a prompt; later ones a turn of the base's chat template, but with --raw
 RAW = {"compose-prompt", "generate", "generate-sampled", "route", "route-in"}
 RAW |= {"init", "add-cooking", "add-sailing", "retrain-extend", "retrain-continue", "retrain-fresh", "import"}
@@ -110,6 +115,8 @@ def differences(
 ) -> list[str]:
     """Where two documents differ in keys, their order, types or values."""
     where = ".".join(map(str, at)) or "the document"
+    if is_withdrawn(found, at):
+        return []
     if type(found) is not type(kept):
         return [f"{where}: {found!r} was {kept!r}"]
     if isinstance(kept, dict):
@@ -123,6 +130,11 @@ def differences(
     else:
         return [] if same(found, kept, at) else [f"{where}: {found!r} was {kept!r}"]
     return [problem for place, one, other in pairs for problem in differences(one, other, same=same, at=place)]
+
+
+def is_withdrawn(found: Any, at: tuple[str, ...]) -> bool:
+    """Whether it is a share of noise, which is given no more."""
+    return found is None and (not WITHDRAWN.isdisjoint(at[-1:]) or at[-2:-1] == ("failed",))
 
 
 def same_value(found: Any, kept: Any, at: tuple[str, ...]) -> bool:
@@ -160,27 +172,37 @@ def check_printed(release: Path, command: dict[str, Any], *, same: Callable[...,
     assert bool(printed.stdout) == bool(kept)
     if kept:
         found, before = json.loads(printed.stdout), json.loads(kept)
+        drop_means(found, before)
         drop_added(found, before, found.get("command"))
         assert not differences(found, before, same=same)
+
+
+def drop_means(found: dict[str, Any], before: dict[str, Any]) -> None:
+    """Delete the means of shares of which one is withdrawn: they are those of the others."""
+    for name, figure in found.get("figures", {}).items():
+        if any("reason" in value for value in figure["domains"].values()):
+            for one in (figure, before["figures"][name]):
+                one["value"] = one["interval"] = None
 
 
 def drop_added(found: dict[str, Any], before: dict[str, Any], kind: str) -> None:
     """Delete the keys that a release did not write yet, and those that are not written any more."""
     for path in ADDED.get(kind, set()):
-        ours, theirs, key = inside(found, path), inside(before, path), path.rpartition(".")[2]
+        _drop(found, before, path.split("."))
+    for path in GONE:
+        _drop(before, found, path.split("."))
+
+
+def _drop(ours: Any, theirs: Any, path: list[str]) -> None:
+    key, *rest = path
+    if isinstance(ours, list):
+        ours, theirs = ({str(i): one for i, one in enumerate(many)} for many in (ours, theirs))
+    if not rest:
         if key not in theirs:
             ours.pop(key, None)
-    for path in GONE:
-        ours, theirs, key = inside(found, path), inside(before, path), path.rpartition(".")[2]
-        if key not in ours:
-            theirs.pop(key, None)
-
-
-def inside(document: dict[str, Any], path: str) -> dict[str, Any]:
-    """The object that holds the last key of a path; empty where it is missing."""
-    for parent in path.split(".")[:-1]:
-        document = document.get(parent) or {}
-    return document
+        return
+    for name in list(ours) if key == "*" else [key]:
+        _drop(ours.get(name) or {}, theirs.get(name) or {}, rest)
 
 
 def tree(folder: Path) -> dict[str, bytes]:

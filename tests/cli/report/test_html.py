@@ -56,7 +56,7 @@ def page_of(store: Path) -> Callable[..., PageSource]:
     pattern = registry.show("medicine")
 
     def cell(bits: float, name: str) -> CellScores:
-        sizes = (100, 200, 300)
+        sizes = (100, 200, 300, 100, 200, 300)
         nats = tuple(bits * (1 + k / 50) * math.log(2) * size for k, size in enumerate(sizes))
         return CellScores(
             text_nats=nats,
@@ -224,3 +224,16 @@ def test_of_many_domains_only_retrained_ones_have_a_lineage(page_of: Any):
     assert "domain-007@2, 2026-01-02" in lineage
     assert "domain-008" not in lineage
     assert "Left out: 31 domains" in retention_html(source)
+
+
+def test_what_another_domain_harmed_is_red_and_said(page_of: Any, harmed: RetentionReport):
+    source = page_of(2)
+    harmed.scores.manifests = source.report.scores.manifests  # type: ignore[misc]
+    page = retention_html(replace(source, report=harmed, verdicts=judge(harmed, [parse_threshold("retention>=0.98")])))
+
+    assert '<span class="pill bad">2 scores worse</span>' in page
+    assert '<span class="pill bad">worse: +54 % bits, most with + legal</span>' in page
+    assert '<td class="h4 worse" data-t="95 % 1.540–1.540, worse">1.540</td>' in page
+    assert page.count("not measurable") >= 4
+    assert "there is no gain over the base" in page
+    assert "medicine 0.460, legal not measurable" in page

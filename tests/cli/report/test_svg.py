@@ -40,7 +40,7 @@ def test_every_cell_has_the_colour_of_its_level_and_learned_cells_are_outlined(r
     cells = [element for element in root.iter(f"{SVG}rect") if element.find(f"{SVG}title") is not None]
     measured = [(i, j) for i in range(4) for j in range(3) if report.bits.value(i, j) is not None]
     assert len(cells) == len(measured)
-    assert all(re.fullmatch(r"h[0-8]( own)?", element.get("class", "")) for element in cells)
+    assert all(re.fullmatch(r"h[0-8]( own)?( worse)?", element.get("class", "")) for element in cells)
     assert sum("own" in element.get("class", "") for element in cells) == 3
 
 
@@ -71,3 +71,19 @@ def test_the_colours_are_the_light_ones_of_the_page():
         assert light is not None
         assert drawn is not None
         assert drawn.groups() == light.groups()
+
+
+def test_what_another_domain_harmed_is_red_and_said(harmed):
+    drawing = retention_svg(harmed)
+    root = ElementTree.fromstring(drawing)
+
+    red = [element for element in root.iter(f"{SVG}rect") if "worse" in element.get("class", "").split()]
+    assert [element.findtext(f"{SVG}title") for element in red] == [
+        "medicine, + legal: 1.540, worse",
+        "medicine, + legal: 67 %, worse",
+    ]
+    headline = next(element for element in root.iter(f"{SVG}text") if "headline" in element.get("class", ""))
+    assert "worse: medicine" in (headline.text or "")
+    assert "bad" in headline.get("class", "")
+    assert "retention: not measurable" in drawing
+    assert ".worse { stroke: #d01b13" in read_asset("picture.css")

@@ -25,13 +25,13 @@ BITS = {  # by step: general, medicine, legal
 
 
 def cell(bits: float, *, right: str = "", taken: dict[str, int] | None = None) -> CellScores:
-    sizes = (10, 20, 30)
+    sizes = (10, 20, 30, 10, 20, 30)
     nats = tuple(bits * math.log(2) * size for size in sizes)
     return CellScores(text_nats=nats, text_bytes=sizes, right=tuple(c == "+" for c in right), taken=taken or {})
 
 
 def constructed_report(**changes: Any) -> RetentionReport:
-    asked = {1: {0: "+---", 1: "+---", 2: "+++-", 3: "++--"}}
+    asked = {1: {0: "+---" * 5, 1: "+---" * 5, 2: "+++-" * 5, 3: "++--" * 5}}
     taken = {0: {"general": 3}, 1: {"medicine": 2, "general": 1}, 2: {"legal": 3}}
     cells = {
         (i, j): cell(bits, right=asked.get(j, {}).get(i, ""), taken=taken[j])
@@ -39,14 +39,14 @@ def constructed_report(**changes: Any) -> RetentionReport:
         for j, bits in enumerate(row)
     }
     manifests = [SimpleNamespace(version=1, digest="sha256:0")] * 3
-    data = [SimpleNamespace(name=n, texts=[0] * 3, questions=[], digest="sha256:1") for n in STEPS[1:]]
+    data = [SimpleNamespace(name=n, texts=[0] * 6, questions=[], digest="sha256:1") for n in STEPS[1:]]
     scores = SimpleNamespace(
         steps=STEPS,
         columns=STEPS[1:],
         manifests=manifests,
         data=data,
         cells=cells,
-        alone=(cell(1.9), cell(1.5, right="++++"), cell(3.0)),
+        alone=(cell(1.9), cell(1.5, right="++++" * 5), cell(3.0)),
         drift=(Drift(0.0, 0, 0.0, 0), Drift(0.25, 1, 0.5, 1)),
     )
     return RetentionReport(scores, **changes)  # type: ignore[arg-type]
@@ -65,7 +65,7 @@ def test_accuracies_have_wilson_intervals():
     report = constructed_report()
 
     assert report.accuracy is not None
-    assert report.accuracy.intervals[2][0] == wilson_interval(3, 4)
+    assert report.accuracy.intervals[2][0] == wilson_interval(15, 20)
     assert report.bits.intervals[0][1] == pytest.approx((4.0, 4.0))  # all texts are alike
 
 
@@ -136,8 +136,8 @@ def test_the_html_of_a_report_has_a_row_per_domain():
     page = constructed_report()._repr_html_()
 
     assert page.count("<tr>") == 1 + 3
-    assert "<td>general</td><td>2.000</td><td>1.900</td><td>2.100</td><td></td><td></td>" in page
-    assert "<td>medicine</td><td>4.000</td><td>2.000</td><td>2.500</td><td>0.750</td><td>0.600</td>" in page
+    assert "<td>general</td><td>2.000</td><td>1.900</td><td>2.100</td><td></td><td></td><td>worse: +5 % bits" in page
+    assert "<td>medicine</td><td>4.000</td><td>2.000</td><td>2.500</td><td>0.750</td><td>0.600</td><td>worse" in page
 
 
 def test_text_in_a_report_cannot_become_markup():

@@ -1,5 +1,7 @@
 """Thresholds: a small strict grammar, and the verdict over domains."""
 
+import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,7 +24,7 @@ def test_parsing_and_formatting_round_trip(operator: str, bound, space: str):
     found = parse_threshold(f"{space}retention{space}{operator}{space}{bound}")
 
     assert found == Threshold(name="retention", operator=operator, bound=float(bound))
-    assert parse_threshold(str(found)) == Threshold(name="retention", operator=operator, bound=float(f"{bound:g}"))
+    assert parse_threshold(str(found)) == Threshold(name="retention", operator=operator, bound=float(bound))
 
 
 @pytest.mark.parametrize(
@@ -59,18 +61,43 @@ def test_every_domain_must_meet_the_threshold(text: str, failed: dict):
     assert (verdict.failed, verdict.holds, verdict.checked) == (failed, not failed, 2)
 
 
-def test_an_undefined_share_fails():
-    assert _judge(figure(a=0.9, b=None), parse_threshold("retention>=0.1")).failed == {"b": None}
+@pytest.mark.parametrize("text", ["retention>=0.1", "retention<=2", "retention>-5"])
+def test_a_share_that_is_not_measurable_fails_every_threshold(text: str):
+    found = figure(a=0.9, b=None)
+    found = replace(found, domains={**found.domains, "b": Value(value=None, reason="no gain")})
+
+    verdict = _judge(found, parse_threshold(text))
+
+    assert (verdict.failed, verdict.reasons, verdict.held) == ({"b": None}, {"b": "no gain"}, ("a",))
+    with pytest.raises(GateFailedError, match="1 of 1") as caught:
+        check_verdicts([verdict])
+    assert caught.value.cause == "retention of b is not measurable (no gain)"
+    assert "registry report --domains a" in str(caught.value.fix)
 
 
-def test_a_domain_that_a_figure_does_not_apply_to_is_skipped():
-    verdict = _judge(figure("bits/byte", a=0.9, b=None), parse_threshold("retention>=0.1"))
+@pytest.mark.parametrize("unit", ["bits/byte", "share"])
+def test_a_domain_that_a_figure_does_not_apply_to_is_skipped(unit: str):
+    verdict = _judge(figure(unit, a=0.9, b=None), parse_threshold("retention>=0.1"))
 
     assert (verdict.holds, verdict.checked) == (True, 1)
 
 
 def test_a_figure_without_domains_is_judged_as_a_whole():
     assert _judge(figure(), parse_threshold("retention>=0.95")).failed == {"retention": 0.9}
+
+
+@given(st.sampled_from([">=", "<=", ">", "<"]), st.lists(st.floats(-50, 50), min_size=1, max_size=4), st.floats(-9, 9))
+def test_the_printed_thresholds_are_met_by_what_was_measured(operator: str, values: list[float], bound: float):
+    found = figure("share", 0.9, **{f"d{i}": value for i, value in enumerate(values)})
+    verdict = _judge(found, Threshold(name="retention", operator=operator, bound=bound))
+    if verdict.holds:
+        return
+
+    with pytest.raises(GateFailedError) as caught:
+        check_verdicts([verdict])
+    (printed,) = re.findall(r'--gate "(.+?)"', str(caught.value.fix))
+
+    assert _judge(found, parse_threshold(printed)).holds
 
 
 def test_an_unmet_threshold_names_domains_and_values():
