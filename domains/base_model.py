@@ -21,7 +21,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import AutoHfQuantizer
 
+from .check_base import check_complete, check_generation_config, check_stored_dtypes, loading
 from .errors import IncompatibleError, InputError
 from .linear import linear_modules, settle
 from .quantisation import cannot_load, cannot_read_gguf, is_gguf, quantisation_of
@@ -59,41 +61,44 @@ def load_base_model(
 
     Raises:
         InputError: `device` is not a device name.
-        IncompatibleError: This machine has no such device or lacks what the quantisation needs, or the model is no
-            causal language model.
+        IncompatibleError: This machine has no such device or lacks what the quantisation needs, the model is no causal
+            language model, or its files are damaged, incomplete, or say more than transformers would read.
     """
     check_device(device)
     wanted = torch.float32 if dtype == "auto" and device == "cpu" else dtype
     options: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
     if is_gguf(source):
         return _load_gguf(Path(source), device=device, dtype=torch.float32 if wanted == "auto" else wanted)
-    check_causal_lm(source, revision=revision)
-    config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-    quantisation = quantisation_of(config)
-    if quantisation is None:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, dtype=wanted, output_loading_info=True, **options)
-        model, info = loaded
-        _check_complete(source, info)
-        model = model.to(device)
-    else:
-        model = _load_quantised(source, quantisation, dtype=wanted, device_map={"": device}, **options)
-    model = model.eval().requires_grad_(False)
-    return model, AutoTokenizer.from_pretrained(source, **options)
+    check_generation_config(Path(source))
+    with loading(source):
+        check_causal_lm(source, revision=revision)
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+        quantisation = quantisation_of(config)
+        _check_method(quantisation, config)
+        if quantisation is None:
+            found: Any = AutoModelForCausalLM.from_pretrained(
+                # the error of transformers over other sizes has no names; `check_complete` has
+                source,
+                dtype=wanted,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **options,
+            )
+            model, info = found
+            check_complete(source, model, info)
+            check_stored_dtypes(source, model)
+            model = model.to(device)
+        else:
+            model = _load_quantised(source, quantisation, dtype=wanted, device_map={"": device}, **options)
+        model = model.eval().requires_grad_(False)
+        return model, AutoTokenizer.from_pretrained(source, **options)
 
 
-def _check_complete(source: str | Path, info: Mapping[str, Any]) -> None:
-    """Raise an error if weights of the model were not in its files: they are random, and others at every load.
-
-    Raises:
-        IncompatibleError: The message names the first.
-    """
-    missing = sorted(str(key) for key in info.get("missing_keys") or ())
-    if missing:
-        raise IncompatibleError(
-            f"The base model {source} is incomplete.",
-            cause=f"its files lack {len(missing)} of its weights, such as {missing[0]}, which would be random numbers",
-            fix="download the model again, or save the whole causal language model with model.save_pretrained(folder)",
-        )
+def _check_method(quantisation: str | None, config: Mapping[str, Any]) -> None:
+    """Raise an error if transformers would pass over the quantisation of a config, which it does with a warning."""
+    said = config.get("quantization_config")
+    if quantisation is not None and said and not AutoHfQuantizer.supports_quant_method(said):
+        raise cannot_load(quantisation, ValueError(f"transformers knows no quantisation {quantisation}"))
 
 
 def _load_gguf(path: Path, *, device: str, dtype: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -138,7 +138,8 @@ class Registry:
         record = replace(record, template_tokens=template_tokens(loaded.tokenizer))
         settings["base"] = record_to_json(record)
         if not (root / STORE_FILE).exists():
-            # before anything is written: a base that cannot have experts is refused here
+            # before anything is written: a base that cannot be used, or cannot have experts, is refused here
+            loaded.check()
             loaded.targets.choose((bank or BankConfig()).targets)
         try:
             store = Store.create(root, settings)

@@ -20,6 +20,12 @@ from .find import has_name
 from .named import check_named
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "spiece.model")
+# keys of tokenizer_config.json that change no token: places, versions, what is a part of its own
+_IGNORED_SETTINGS = {
+    *("name_or_path", "transformers_version", "tokenizer_file", "special_tokens_map_file", "processor_class"),
+    *("backend", "is_local", "local_files_only", "chat_template", "model_max_length"),
+}
+_UNSAID = (None, "", {}, [])
 # keys of config.json that do not affect what the model computes; every other key counts, known or unknown
 _IGNORED_KEYS = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 
@@ -56,7 +62,7 @@ def fingerprint(
         )
     config = _read_config(folder)
     code = check_custom_code(folder, source=source, trusted=trust_remote_code)
-    weights = sorted(folder.glob("*.safetensors"))
+    weights = sorted(path for path in folder.glob("*.safetensors") if path.is_file())
     if not weights or _reads_pickle(folder):
         raise IncompatibleError(
             f"{folder} has no safetensors weights.",
@@ -79,6 +85,7 @@ def fingerprint(
         + (f" code {sha256_of(canonical_json(code))}" if code else ""),
         weights=weights_digest,
         tokenizer=_tokenizer_digest(folder),
+        tokenizer_settings=_tokenizer_settings_digest(folder),
         chat_template=_template_digest(folder),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
         quantization=quantisation_of(config),
@@ -120,12 +127,35 @@ def _reads_pickle(folder: Path) -> bool:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"expected an object, found {type(config).__name__}")
-        return config
-    except (OSError, ValueError) as error:
+        return _read_object(folder / "config.json")
+    except (OSError, ValueError, RecursionError) as error:
         raise NotFoundError(f"{folder} is not a model folder.", cause=f"config.json: {error}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return a JSON object; numbers that are not finite, which canonical JSON has not, become their names."""
+    value = json.loads(path.read_text(encoding="utf-8"), parse_constant=str)
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object, found {type(value).__name__}")
+    return value
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return a JSON object beside the config; empty if there is no such file.
+
+    Raises:
+        IncompatibleError: It is broken.
+    """
+    if not path.exists():
+        return {}
+    try:
+        return _read_object(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise IncompatibleError(
+            f"The base model {path.parent} cannot be loaded.",
+            cause=f"{path.name}: {error}",
+            fix="download the model again, or save its tokenizer with tokenizer.save_pretrained(folder)",
+        ) from error
 
 
 def _tokenizer_digest(folder: Path) -> str:
@@ -135,15 +165,24 @@ def _tokenizer_digest(folder: Path) -> str:
     return sha256_of(canonical_json(files))
 
 
+def _tokenizer_settings_digest(folder: Path) -> str:
+    """Return the digest of what the tokenizer's configs say: end tokens, added tokens, which tokens it adds."""
+    settings = _read_settings(folder / "tokenizer_config.json")
+    said = {key: value for key, value in settings.items() if key not in _IGNORED_SETTINGS and value not in _UNSAID}
+    kept = {
+        "tokenizer_config": said,
+        "special_tokens_map": _read_settings(folder / "special_tokens_map.json"),
+        "added_tokens": _read_settings(folder / "added_tokens.json"),
+    }
+    return sha256_of(canonical_json(kept))
+
+
 def _template_digest(folder: Path) -> str | None:
     template = folder / "chat_template.jinja"
     if template.is_file():
         return sha256_of_file(template)
-    config = folder / "tokenizer_config.json"
-    if config.is_file():
-        text = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-        return None if text is None else sha256_of(json.dumps(text).encode())
-    return None
+    text = _read_settings(folder / "tokenizer_config.json").get("chat_template")
+    return None if text is None else sha256_of(json.dumps(text).encode())
 
 
 def _read_cache(cache: Path | None) -> dict[str, str]:

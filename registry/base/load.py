@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...domains.base_model import ModelLayout, check_device, find_layout, load_base_model
+from ...domains.check_base import check_finite, check_special_tokens
 from ...domains.errors import IntegrityError
 from ...domains.linear import linear_modules, linear_shape
 from ...domains.statistics.token_roles import TokenRoles, token_roles
@@ -45,6 +46,15 @@ class LoadedBase:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer."""
         return self._loaded[1]
+
+    def check(self) -> None:
+        """Check once, before a registry is made, what digests keep from then on: weights, tokenizer, a forward pass.
+
+        Raises:
+            IncompatibleError: A weight or what the model computes is not finite, or the tokenizer is of another model.
+        """
+        check_finite(self.folder, self.model)
+        check_special_tokens(self.folder, self.model, self.tokenizer)
 
     @cached_property
     def roles(self) -> TokenRoles:

@@ -73,6 +73,8 @@ class BaseRecord:
     chat_template: str | None  # digest; None where the tokenizer has no template
     dtype: str  # such as bfloat16
     quantization: str | None = rare(None)  # such as "bitsandbytes nf4"; missing for ordinary weights
+    # digest of what the tokenizer's configs say; missing from older records, which say nothing about it
+    tokenizer_settings: str | None = rare(None)
     # tokens that the chat template writes, which carry no evidence in routing; missing without a template
     template_tokens: tuple[int, ...] = rare(())
     extra: JsonObject = field(default_factory=dict)
@@ -81,6 +83,8 @@ class BaseRecord:
         _require(is_digest(self.weights), "weights", self.weights)
         _require(is_digest(self.tokenizer), "tokenizer", self.tokenizer)
         _require(self.chat_template is None or is_digest(self.chat_template), "chat_template", self.chat_template)
+        settings = self.tokenizer_settings
+        _require(settings is None or is_digest(settings), "tokenizer_settings", settings)
         object.__setattr__(self, "template_tokens", tuple(self.template_tokens))
         _require(all(token >= 0 for token in self.template_tokens), "template_tokens", self.template_tokens)
 
@@ -288,8 +292,8 @@ def check_same_base(*, wanted: BaseRecord, found: BaseRecord, what: str) -> None
     """Raise IncompatibleError if experts belong to another base model.
 
     Raises:
-        IncompatibleError: Quantisation, architecture, weights, tokenizer or chat template differ; the message has both
-            values.
+        IncompatibleError: Quantisation, architecture, weights, tokenizer, its settings or the chat template differ; the
+            message has both values. Records of before the settings were read fit any.
     """
     if wanted.quantization != found.quantization:
         raise IncompatibleError(
@@ -298,8 +302,10 @@ def check_same_base(*, wanted: BaseRecord, found: BaseRecord, what: str) -> None
             f" found {found.id!r}, {found.quantization or 'not quantised'}",
             fix=f"use the base model it was trained on: {wanted.id}",
         )
-    for part in ("architecture", "weights", "tokenizer", "chat_template"):
+    for part in ("architecture", "weights", "tokenizer", "tokenizer_settings", "chat_template"):
         expected, actual = getattr(wanted, part), getattr(found, part)
+        if part == "tokenizer_settings" and None in (expected, actual):
+            continue
         if expected != actual:
             fix = f"use the base model it was trained on: {wanted.id}"
             if wanted.id == found.id:

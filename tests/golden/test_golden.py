@@ -43,7 +43,10 @@ ADDED = {
     "report": {"changes", "figures.*.reason", "figures.*.domains.*.reason", "gates.*.reasons"},
     "evaluate": {"domains.*.share_reason"},
     "show": {"manifest.evaluation.share_reason"},
-    "manifest": {"proof.chat", "base.template_tokens", "train.dtype", "evaluation.share_reason", "proof.frozen.store"},
+    "manifest": {
+        *("proof.chat", "base.template_tokens", "train.dtype", "evaluation.share_reason", "proof.frozen.store"),
+        "base.tokenizer_settings",
+    },
 }
 # keys that a release wrote and later programs do not; they are read all the same
 GONE = {"proof.frozen.packs"}  # named every stored version
