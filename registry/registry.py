@@ -793,6 +793,8 @@ class Registry:
         raw: bool = False,
         same_base: bool = False,
         strict: bool = False,
+        on_neighbours: "OnNeighbours" = lambda _neighbours: None,
+        on_probe: "OnProbe" = lambda _probe: None,
         on_progress: OnProgress = silent,
     ) -> "ImportResult":
         """Import a LoRA adapter saved by PEFT as a new domain that computes exactly what the adapter computes.
@@ -805,6 +807,8 @@ class Registry:
             raw: As for `add_domain`.
             same_base: The base model that the adapter names is this registry's under another name.
             strict: Refuse a domain that takes everyday chat or older domains' text (the result's `probe`).
+            on_neighbours: Called with the stored domains, nearest first, where there is text.
+            on_probe: Called with the probe, where there is text.
 
         Raises:
             IncompatibleError: The adapter belongs to another base model, or is more than B A for linear modules.
@@ -816,7 +820,16 @@ class Registry:
         what = plan_import(self.store, name, str(adapter), _sources(data), base=base, raw=raw)
         from .interop.import_adapter import import_adapter
 
-        return import_adapter(self.store, self.base, self.base_record, what, strict=strict, on_progress=on_progress)
+        return import_adapter(
+            self.store,
+            self.base,
+            self.base_record,
+            what,
+            strict=strict,
+            on_neighbours=on_neighbours,
+            on_probe=on_probe,
+            on_progress=on_progress,
+        )
 
     def export(
         self,

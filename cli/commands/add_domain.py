@@ -2,7 +2,7 @@
 
 import shlex
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -76,7 +76,7 @@ def add_domain(
             raw=raw,
             bank=shape,
             training=training.config(),
-            on_neighbours=lambda found: _warn_of_near_duplicate(found, progress, data or [], as_json=as_json),
+            on_neighbours=lambda found: warn_of_neighbours(found, progress, data or [], as_json=as_json),
             on_probe=lambda probe: warn_of_probe(probe, progress, as_json=as_json),
             strict=strict,
             on_progress=progress.on_progress,
@@ -132,17 +132,13 @@ def plan_addition(
     )
 
 
-def _warn_of_near_duplicate(
-    found: "list[Neighbour]", progress: ProgressDisplay, data: list[str], *, as_json: bool
-) -> None:
+def warn_of_neighbours(found: "list[Neighbour]", progress: ProgressDisplay, data: list[str], *, as_json: bool) -> None:
     """Warn before training if a stored domain has nearly the same text."""
-    from ...domains.statistics.prototypes import find_near_duplicate
-
-    duplicate = find_near_duplicate(found)
-    if duplicate and as_json:
-        output.write_json_line({"near_duplicate": _duplicate_record(duplicate, data)})
-    elif duplicate:
-        progress.log(_duplicate_text(duplicate, data))
+    record = duplicate_record(found, data)
+    if record and as_json:
+        output.write_json_line({"near_duplicate": record})
+    elif record:
+        progress.log(_duplicate_text(record))
 
 
 def warn_of_probe(probe: "ChatProbe", progress: ProgressDisplay, *, as_json: bool) -> None:
@@ -173,7 +169,7 @@ def added_page(added: "AddedDomain", data: list[str]) -> Page:
     return Page(
         data=_data(added, data),
         blocks=(
-            title(f"{manifest.name} was added", *_warning(added, data)),
+            title(f"{manifest.name} was added", *duplicate_warning(added.neighbours, data)),
             fields(rows),
             facts.scores(manifest),
             *facts.probe_warning(added.probe),
@@ -182,20 +178,25 @@ def added_page(added: "AddedDomain", data: list[str]) -> Page:
     )
 
 
-def _warning(added: "AddedDomain", data: list[str]) -> tuple[Part, ...]:
-    duplicate = added.near_duplicate
-    return line("\n", Span(_duplicate_text(duplicate, data), "warn")) if duplicate else ()
+def duplicate_warning(found: "list[Neighbour]", data: list[str]) -> tuple[Part, ...]:
+    """Return what a heading adds about a stored domain with nearly the same text, if there is one."""
+    record = duplicate_record(found, data)
+    return line("\n", Span(_duplicate_text(record), "warn")) if record else ()
 
 
-def _duplicate_text(duplicate: "Neighbour", data: list[str]) -> str:
+def duplicate_record(found: "list[Neighbour]", data: list[str]) -> dict[str, Any] | None:
+    """Return the stored domain with nearly the same text for --json, with the command that retrains it; else None."""
+    from ...domains.statistics.prototypes import find_near_duplicate
+
+    duplicate = find_near_duplicate(found)
+    return duplicate and {**facts.neighbour_record(duplicate), "instead": _retrain_command(duplicate, data)}
+
+
+def _duplicate_text(record: dict[str, Any]) -> str:
     return (
-        f"Its text is nearly the same as that of {duplicate.name} (similarity {duplicate.similarity:.2f}). "
-        f"To retrain {duplicate.name} on it instead:\n{_retrain_command(duplicate, data)}"
+        f"Its text is nearly the same as that of {record['name']} (similarity {record['similarity']:.2f}). "
+        f"To retrain {record['name']} on it instead:\n{record['instead']}"
     )
-
-
-def _duplicate_record(duplicate: "Neighbour", data: list[str]) -> dict[str, object]:
-    return {**facts.neighbour_record(duplicate), "instead": _retrain_command(duplicate, data)}
 
 
 def _retrain_command(duplicate: "Neighbour", data: list[str]) -> str:
@@ -204,14 +205,14 @@ def _retrain_command(duplicate: "Neighbour", data: list[str]) -> str:
 
 
 def _data(added: "AddedDomain", data: list[str]) -> dict[str, object]:
-    manifest, duplicate = added.manifest, added.near_duplicate
+    manifest = added.manifest
     return {
         **facts.record(manifest),
         "scores": added.scores.as_json(),
         "drift": asdict(added.drift),
         "chat_probe": added.probe.as_json(),
         "neighbours": [facts.neighbour_record(near) for near in added.neighbours],
-        "near_duplicate": _duplicate_record(duplicate, data) if duplicate else None,
+        "near_duplicate": duplicate_record(added.neighbours, data),
         "warm_start": added.copied_from,
         "resumed_from": added.resumed_from,
         "losses": manifest.train["losses"],

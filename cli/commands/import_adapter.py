@@ -10,6 +10,7 @@ from ..show import facts, output
 from ..show.page import Cell, Page, Paragraph, Part, Span, cell, fields, line, title
 from ..show.progress import show_progress
 from ..startup import open_registry
+from .add_domain import duplicate_record, duplicate_warning, warn_of_neighbours, warn_of_probe
 
 if TYPE_CHECKING:
     from ...registry.interop.import_adapter import ImportResult
@@ -53,21 +54,29 @@ def import_adapter(
     constant weights (compose NAME:0.5+medicine:0.5 --static). Anything beyond plain LoRA on linear modules (DoRA,
     biases, modules_to_save) is refused by name.
 
-    The routing of everyday questions and of older domains' text is probed as in add-domain; with --strict, a domain
-    that takes them is not stored (exit code 9).
+    Near duplicates among the stored domains are pointed out as in add-domain, and the routing of everyday questions and
+    of older domains' text is probed; with --strict, a domain that takes them is not stored (exit code 9).
 
     Example: registry import biology ./my-adapter --data biology.jsonl
     """
     registry = open_registry(store, device=device, dtype=dtype)
     with show_progress("loading the base model", as_json=as_json) as progress:
         imported = registry.import_adapter(
-            name, adapter, data=data, raw=raw, same_base=same_base, strict=strict, on_progress=progress.on_progress
+            name,
+            adapter,
+            data=data,
+            raw=raw,
+            same_base=same_base,
+            strict=strict,
+            on_neighbours=lambda found: warn_of_neighbours(found, progress, data or [], as_json=as_json),
+            on_probe=lambda probe: warn_of_probe(probe, progress, as_json=as_json),
+            on_progress=progress.on_progress,
         )
-    output.show(imported_page(imported), command="import", as_json=as_json)
+    output.show(imported_page(imported, data or []), command="import", as_json=as_json)
 
 
-def imported_page(imported: "ImportResult") -> Page:
-    """Make the page about an import."""
+def imported_page(imported: "ImportResult", data: list[str]) -> Page:
+    """Make the page about an import; `data` is --data as it was given."""
     manifest = imported.manifest
     rows: list[tuple[str, Cell | Part | None]] = [
         ("version", cell(facts.reference(manifest))),
@@ -88,9 +97,10 @@ def imported_page(imported: "ImportResult") -> Page:
             "chat_probe": imported.probe and imported.probe.as_json(),
             "routing": "text" if manifest.is_routed else "none",
             "neighbours": [facts.neighbour_record(near) for near in imported.neighbours],
+            "near_duplicate": duplicate_record(imported.neighbours, data),
         },
         blocks=(
-            title(f"{manifest.name} was imported"),
+            title(f"{manifest.name} was imported", *duplicate_warning(imported.neighbours, data)),
             fields(rows),
             *((facts.scores(manifest),) if imported.scores else ()),
             *(facts.probe_warning(imported.probe) if imported.probe else ()),

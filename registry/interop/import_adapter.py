@@ -16,7 +16,8 @@ from ...domains.progress import OnProgress
 from ...domains.statistics.prototypes import Neighbour
 from ..base.load import LoadedBase
 from ..compose.drift import Drift
-from ..learn.chat_probe import ChatProbe, check_probe
+from ..learn.add_domain import OnNeighbours
+from ..learn.chat_probe import ChatProbe, OnProbe, check_probe
 from ..learn.run import TrainingRun
 from ..measure.evaluate import DomainScores, score_new_domain
 from ..measure.held_out import DomainData, general_examples
@@ -47,12 +48,22 @@ class ImportResult:
 
 
 def import_adapter(
-    store: Store, base: LoadedBase, record: BaseRecord, plan: ImportPlan, *, strict: bool, on_progress: OnProgress
+    store: Store,
+    base: LoadedBase,
+    record: BaseRecord,
+    plan: ImportPlan,
+    *,
+    strict: bool,
+    on_neighbours: OnNeighbours,
+    on_probe: OnProbe,
+    on_progress: OnProgress,
 ) -> ImportResult:
     """Convert an adapter into the bank of a new domain, evaluate it, and store version 1.
 
     Args:
         strict: Refuse a domain that takes everyday chat or older domains' text.
+        on_neighbours: Called with the stored domains, nearest first, where there is text.
+        on_probe: Called with the routing of chat and of older domains' text, where there is text.
 
     Raises:
         IncompatibleError: The adapter does not fit the base model, is not plain LoRA on linear modules, or has numbers
@@ -83,8 +94,11 @@ def import_adapter(
         manifest = run.commit(None, train=train, schedule="imported")
         return ImportResult(manifest=manifest, scores=None, drift=None, probe=None, neighbours=[])
     run.prepare()
+    neighbours = run.neighbours()
+    on_neighbours(neighbours)
     run.finish(bank)
     probe = run.probe_of(run.pack, parent=None)
+    on_probe(probe)
     if strict:
         check_probe(probe)
     drift = run.drift()
@@ -97,7 +111,7 @@ def import_adapter(
         schedule="imported",
         proof={"drift": asdict(drift), "chat": probe.record()},
     )
-    return ImportResult(manifest=manifest, scores=scores, drift=drift, probe=probe, neighbours=run.neighbours())
+    return ImportResult(manifest=manifest, scores=scores, drift=drift, probe=probe, neighbours=neighbours)
 
 
 def _check_targets(bank: ExpertBank, base: LoadedBase, source: str) -> None:

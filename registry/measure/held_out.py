@@ -89,15 +89,14 @@ def check_new_name(store: Store, name: str) -> None:
 def spec_of(name: str, data: Sequence[Source]) -> DomainSpec:
     """Return the built-in spec of a domain, or a minimal spec for a domain with the user's own data.
 
-    The licence of a built-in domain is that of its bundled corpus; the licence of the user's data is unknown.
+    The user's data has neither description nor licence of a built-in domain, even under its name.
 
     Raises:
         NotFoundError: No data is given, and no built-in domain has this name.
     """
     if not data:
         return find_domain(name)
-    own = DomainSpec(name=name, description=f"{name}, from the user's own data", license=UNKNOWN_LICENSE)
-    return replace(builtin_domains().get(name, own), license=UNKNOWN_LICENSE)
+    return DomainSpec(name=name, description=f"{name}, from the user's own data", license=UNKNOWN_LICENSE)
 
 
 def read_domain_data(spec: DomainSpec, data: Sequence[Source], *, raw: bool = False) -> DomainData:
@@ -242,7 +241,7 @@ def find_held_out(
         # all of the data: a label may be missing in the held-out rows
         lineage = [] if data else _training_lineage(store, manifest)
         known = held_out if data else without_duplicates(*(_examples_of(store, one) for one in lineage))
-        questions = find_questions(held_out, find_labels(known)) or domain_questions(manifest)
+        questions = find_questions(held_out, find_labels(known)) or domain_questions(store, manifest)
     return HeldOut(
         name=manifest.name,
         texts=tuple(limit_bytes(held_out, max_bytes)),
@@ -255,10 +254,22 @@ def general_text(*, max_bytes: int) -> HeldOut:
     return HeldOut(name=GENERAL, texts=tuple(limit_bytes(general_examples(), max_bytes)))
 
 
-def domain_questions(manifest: PackManifest) -> list[Example]:
-    """Return the questions of a built-in domain, in the form that the version reads; none for other domains."""
+def domain_questions(store: Store, manifest: PackManifest) -> list[Example]:
+    """Return the questions of a built-in domain, in the form that the version reads; none for other domains.
+
+    A version that was trained on other text alone is another domain, though its name is the same; but KP is always
+    asked general questions.
+    """
     spec = builtin_domains().get(manifest.name)
-    return _in_form(read_examples([spec.questions]), raw=is_raw(manifest)) if spec and spec.questions else []
+    if spec is None or spec.questions is None or not (manifest.name == GENERAL or _is_bundled(store, manifest, spec)):
+        return []
+    return _in_form(read_examples([spec.questions]), raw=is_raw(manifest))
+
+
+def _is_bundled(store: Store, manifest: PackManifest, spec: DomainSpec) -> bool:
+    """Return whether a version was trained on the bundled corpus, or one that it was retrained from."""
+    bundled = corpus_digest(read_examples([spec.corpus])) if spec.corpus else None
+    return any((one.train.get("data") or {}).get("digest") == bundled for one in _training_lineage(store, manifest))
 
 
 def _known_sources(store: Store, manifest: PackManifest) -> list[list[Source]]:

@@ -36,7 +36,7 @@ ADDED = {
     "init": {"adaptable", "dtype", "scores.share_reason", "proof.frozen.store"},
     "add-domain": {"chat_probe", "proof.chat", "scores.share_reason", "proof.frozen.store"},
     "retrain": {"chat_probe", "proof.chat", "scores.share_reason", "proof.frozen.store"},
-    "import": {"chat_probe", "routing", "scores.share_reason"},
+    "import": {"chat_probe", "routing", "near_duplicate", "scores.share_reason"},
     "route": {"left_out"},
     "generate": {"finish"},
     "compose": {"answer.finish"},

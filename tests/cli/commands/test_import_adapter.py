@@ -46,6 +46,22 @@ def test_import_as_one_document(run, bare, rows, tmp_path, adapter, document):
     assert found["experts_per_layer"] == [1, 1, 1, 1]
 
 
+def test_a_near_duplicate_is_pointed_out_as_when_a_domain_is_added(run, store, built, adapter, tmp_path, document):
+    copy = tmp_path / "copy"
+    shutil.copytree(store, copy)
+    data = str(built["data"] / "legal.jsonl")
+
+    result = run("import", "contracts", str(adapter), "--data", data, "--json", store=copy)
+
+    found = document(result)["near_duplicate"]
+    assert (found["name"], found["instead"]) == ("legal", f"registry retrain legal --data {data}")
+    told = [json.loads(line) for line in result.stderr.splitlines() if line.startswith("{")]
+    assert {"near_duplicate": found} in told
+    shown = run("import", "more", str(adapter), "--data", data, store=copy, tty=True)
+    assert "Its text is nearly the same as that of" in shown.stdout
+    assert "registry retrain" in shown.stdout
+
+
 def test_an_import_without_text_says_that_it_is_not_routed(run, bare, adapter, document):
     result = run("import", "notes", str(adapter), store=bare)
 

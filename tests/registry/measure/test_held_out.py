@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from lorary.domains.data.catalog import builtin_domains
+from lorary.domains.data.corpus import corpus_digest
 from lorary.registry import Registry
 from lorary.registry.measure.held_out import (
     HeldOut,
@@ -14,6 +16,7 @@ from lorary.registry.measure.held_out import (
     find_held_out,
     is_raw,
     read_checked,
+    spec_of,
     stored_held_out,
 )
 
@@ -72,8 +75,20 @@ def test_rows_that_are_given_to_evaluate_are_read_as_the_version_reads_them(
     found = find_held_out(whole.store, manifest, data=[path], max_bytes=1000, with_questions=True)
 
     assert {row.raw for row in found.texts} == {raw}
-    medicine = replace(manifest, name="medicine")
-    assert {question.raw for question in domain_questions(medicine)} == {raw}
+    bundled = {"digest": corpus_digest(read_checked([builtin_domains()["medicine"].corpus or ""]))}
+    medicine = replace(manifest, name="medicine", train=manifest.train | {"data": bundled})
+    assert {question.raw for question in domain_questions(whole.store, medicine)} == {raw}
+
+
+def test_other_text_under_a_built_in_name_is_another_domain(whole: Registry, texts: Any) -> None:
+    medicine = replace(whole.show("cooking"), name="medicine")
+    spec = spec_of("medicine", [texts["cooking"]])
+
+    assert domain_questions(whole.store, medicine) == []
+    assert spec.questions is None
+    assert "the user's own data" in spec.description
+    assert spec_of("medicine", []) == builtin_domains()["medicine"]
+    assert domain_questions(whole.store, replace(medicine, name="general")), "KP is always asked general questions"
 
 
 @pytest.mark.slow
