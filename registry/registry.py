@@ -24,6 +24,7 @@ from ..domains.progress import OnProgress, silent
 from .base.dtype import AUTO, ChosenDtype, check_dtype, choose_dtype, keep_speedup
 from .base.find import POCKET, fetch_base, find_base, has_name
 from .base.fingerprint import fingerprint
+from .base.torch_state import in_usual_torch_state
 from .compose.plan import Plan, plan_composition
 from .compose.saved import is_saved_composition, open_plan, save_composition
 from .store.manifest import BaseRecord, PackManifest
@@ -83,6 +84,7 @@ class Registry:
     # --- create and open ---
 
     @classmethod
+    @in_usual_torch_state
     def init(
         cls,
         path: str | Path | None = None,
@@ -195,6 +197,7 @@ class Registry:
         return BaseRecord(**self.store.settings["base"])
 
     @property
+    @in_usual_torch_state
     def base(self) -> "LoadedBase":
         """The base model, loaded on first use, after its files are checked against the fingerprint.
 
@@ -340,7 +343,7 @@ class Registry:
             older_than_s: Keep what was touched within this many seconds.
             dry_run: Report what would be deleted, and delete nothing.
         """
-        if older_than_s < 0:
+        if not older_than_s >= 0:  # nor NaN
             raise InputError(f"older_than_s must be 0 or more, found {older_than_s}.")
         from .store.gc import collect_garbage
 
@@ -355,6 +358,7 @@ class Registry:
 
     # --- learn ---
 
+    @in_usual_torch_state
     def add_domain(
         self,
         name: str,
@@ -406,6 +410,7 @@ class Registry:
                 on_progress=on_progress,
             )
 
+    @in_usual_torch_state
     def retrain(
         self,
         reference: str,
@@ -502,6 +507,7 @@ class Registry:
             return open_plan(Path(composition), base=self.base_record)
         return plan_composition(self.store, composition, base=self.base_record, static=static)
 
+    @in_usual_torch_state
     def compose(self, composition: str, *, static: bool = False) -> "PreTrainedModel":
         """Return a transformers model: the base with the composition's experts in one fused layer.
 
@@ -594,9 +600,11 @@ class Registry:
 
         Raises:
             InputError: A prompt has no tokens, is too long, or the chat template cannot render it; a setting is off.
+            IncompatibleError: The model was composed in a registry with another base model.
         """
-        from .compose.generate import GenerationSettings, generate
+        from .compose.generate import GenerationSettings, check_model, generate
 
+        check_model(model, self.base_record)
         settings = GenerationSettings(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, seed=seed
         )
@@ -626,13 +634,15 @@ class Registry:
             InputError: The tokenizer has no chat template, and `raw` is not set; a setting is off.
         """
         from .compose.chat import Conversation
-        from .compose.generate import GenerationSettings
+        from .compose.generate import GenerationSettings, check_model
 
+        check_model(model, self.base_record)
         settings = GenerationSettings(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k, stop=stop, seed=seed
         )
         return Conversation(model, self.tokenizer, settings, raw=raw)
 
+    @in_usual_torch_state
     def route(self, text: str, composition: str | None = None, *, raw: bool = False) -> "RouteReport":
         """Return which domain a text is routed to, with margin and nearest prototypes.
 
@@ -655,6 +665,7 @@ class Registry:
 
     # --- measure ---
 
+    @in_usual_torch_state
     def evaluate(
         self,
         composition: str,
@@ -677,6 +688,7 @@ class Registry:
             self.store, plan, model, self.base, data=_sources(data), with_questions=questions, on_progress=on_progress
         )
 
+    @in_usual_torch_state
     def retention(
         self,
         domains: str | Sequence[str] = (),
@@ -784,6 +796,7 @@ class Registry:
 
         return search(query, base=base, limit=limit, hub=Hub(on_progress=on_progress))
 
+    @in_usual_torch_state
     def import_adapter(
         self,
         name: str,
@@ -831,6 +844,7 @@ class Registry:
             on_progress=on_progress,
         )
 
+    @in_usual_torch_state
     def export(
         self,
         composition: str,

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .charts import bar
 from .numbers import exact, percent
@@ -53,8 +53,17 @@ def answer_line(answer: "Answer") -> Line:
 
 
 def answer_hints(answer: "Answer") -> tuple[str, ...]:
-    """Return why an answer is empty, if it is."""
-    return () if answer.empty_because is None else (f"The answer is empty: {answer.empty_because}.",)
+    """Return why an answer is empty, if it is, and what of the base's generation_config shaped it or was replaced."""
+    hints = [] if answer.empty_because is None else [f"The answer is empty: {answer.empty_because}."]
+    if answer.followed:
+        hints.append(f"The base's generation_config shaped the answer: {_values(answer.followed)}.")
+    if answer.not_followed:
+        hints.append(f"The base's generation_config is not followed in {_values(answer.not_followed)}.")
+    return tuple(hints)
+
+
+def _values(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 def answer_data(answer: "Answer", *, with_tokens: bool = False) -> dict[str, object]:
@@ -67,6 +76,8 @@ def answer_data(answer: "Answer", *, with_tokens: bool = False) -> dict[str, obj
         "slots": list(answer.slots),
         "route": {name: round(share, 6) for name, share in answer.route.items()},
     }
+    if answer.followed or answer.not_followed:
+        data["generation_config"] = {"followed": dict(answer.followed), "not_followed": dict(answer.not_followed)}
     if with_tokens:
         data["tokens"] = [{"text": text, "gates": [round(g, 6) for g in gates]} for text, gates in answer.tokens]
     return data

@@ -19,6 +19,7 @@ from ..store.manifest import BaseRecord, check_same_base
 from ..store.store import Store
 from .find import find_base
 from .fingerprint import fingerprint
+from .torch_state import in_usual_torch_state
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class LoadedBase:
     template_tokens: tuple[int, ...] | None = None  # those of the store's base record; None if it has none
 
     @cached_property
+    @in_usual_torch_state
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         return load_base_model(
             self.folder, device=self.device, dtype=self.dtype, trust_remote_code=self.trust_remote_code

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from ...domains.base_model import max_positions
 from ...domains.data.prompt import AS_TEXT, prompt_ids
 from ...domains.errors import InputError
-from .generate import Answer, GenerationSettings, generate
+from .generate import Answer, GenerationSettings, check_text, generate
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,10 @@ class Conversation:
             should_stop: Asked after each token whether to end the answer there.
 
         Raises:
-            InputError: The conversation has become longer than the context of the base model; it stays as it was.
+            InputError: The question is no text, or the conversation has become longer than the context of the base
+                model; it stays as it was.
         """
+        check_text(question, "The question")
         prompt: Any = [*self.messages, {"role": "user", "content": question}]
         if self.raw:
             prompt = "\n".join([*(text for turn in self.turns for text in (turn.question, turn.answer.text)), question])

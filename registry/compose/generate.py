@@ -2,9 +2,10 @@
 
 import itertools
 import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from html import escape
 from typing import Any, Final, Literal, overload
 
@@ -34,6 +35,7 @@ from ...domains.base_model import max_positions
 from ...domains.data.frame import following_ids
 from ...domains.data.prompt import Message, Prompt, prompt_ids
 from ...domains.errors import InputError
+from ..store.manifest import BaseRecord, check_same_base
 from .notebook import html_table
 
 Prompts = list[str] | list[Sequence[Message]] | list[list[dict[str, Any]]]
@@ -47,6 +49,18 @@ _READ_EARLIER_TOKENS: Final = (
     *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
     *("sequence_bias", "bad_words_ids"),
 )
+# what a generation_config says of other things than the text, and what every call says for itself
+_NO_PART_OF_THE_TEXT: Final = {
+    *("transformers_version", "_from_model_config", "eos_token_id", "bos_token_id", "pad_token_id", "use_cache"),
+    *("max_length", "max_new_tokens", "return_dict_in_generate", "cache_implementation", "cache_config"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "prefill_chunk_size"),
+}
+_SAMPLING: Final = ("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")  # what `_Sampler` follows
+_KINDS: Final[dict[str, tuple[type, str]]] = {
+    **dict.fromkeys(("max_new_tokens", "top_k", "seed"), (numbers.Integral, "whole number")),
+    **dict.fromkeys(("temperature", "top_p"), (numbers.Real, "number")),
+}
+_SEEDS: Final = range(-(2**63), 2**64)  # what torch takes
 SHOWN_CHARACTERS = 80  # of the text, in `repr`
 # what a generation_config may say otherwise; `_Sampler` samples
 ONE_GREEDY_TEXT = {
@@ -70,6 +84,8 @@ class Answer:
     slots: tuple[str, ...]
     route: dict[str, float]  # mean slot gate over the new tokens
     tokens: tuple[tuple[str, tuple[float, ...]], ...]  # every token of prompt and answer, with its slot gates
+    followed: Mapping[str, Any] = field(default_factory=dict)  # of the base's generation_config, what shaped the text
+    not_followed: Mapping[str, Any] = field(default_factory=dict)  # of it, what the settings of the call replaced
 
     @property
     def empty_because(self) -> str | None:
@@ -118,6 +134,7 @@ class GenerationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.max_new_tokens < 1:
             raise InputError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -134,6 +151,19 @@ class GenerationSettings:
             )
         if "" in self.stops:
             raise InputError("A stop string is empty.", fix='for example --stop "\\n\\n"')
+        for stop in self.stops:
+            check_text(stop, "A stop string")
+
+    def _check_types(self) -> None:
+        for name, value in vars(self).items():
+            kind, what = _KINDS.get(name, (object, ""))
+            is_left_out = value is None and name in ("top_p", "top_k")
+            if not is_left_out and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise InputError(f"{name} must be a {what}, found {value!r}.")
+        if self.seed not in _SEEDS:
+            raise InputError(f"seed must be at least -2**63 and below 2**64, found {self.seed}.")
+        if not isinstance(self.stop, Sequence) or not all(isinstance(stop, str) for stop in self.stop):
+            raise InputError(f"Stop strings are texts, found {self.stop!r}.")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -202,6 +232,35 @@ def generate(
     return _answers(model, tokenizer, prompt, settings, raw=raw, streamer=None, should_stop=should_stop)
 
 
+def check_model(model: PreTrainedModel, base: BaseRecord) -> None:
+    """Raise an error if a composed model stands on another base model than the registry that shall use it.
+
+    Raises:
+        IncompatibleError: Its tokens would mean something else.
+    """
+    plan: Any = getattr(model, "composition", None)
+    for slot in getattr(plan, "slots", ()):
+        check_same_base(wanted=base, found=slot.manifest.base, what="The registry that was asked to use the model")
+
+
+def check_text(text: Any, what: str) -> None:
+    """Raise an error if this is no text that has a UTF-8 form.
+
+    Raises:
+        InputError: It is of another type, or has half of a surrogate pair.
+    """
+    if not isinstance(text, str):
+        raise InputError(f"{what} is of type {type(text).__name__}.", fix="give a text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{what} has a character that is no text.",
+            cause=f"character {error.start + 1} is {text[error.start]!r}, half of a surrogate pair",
+            fix="decode the text as UTF-8, or replace the character",
+        ) from error
+
+
 def _is_batch(prompt: Any) -> bool:
     """Return whether these are several prompts.
 
@@ -227,6 +286,9 @@ def _answers(
     streamer: BaseStreamer | None,
     should_stop: Callable[[], bool] | None,
 ) -> Answers:
+    for prompt in prompts:
+        for text in _texts_of(prompt):
+            check_text(text, "A prompt")
     rows = [prompt_ids(prompt, tokenizer, raw=raw) for prompt in prompts]
     for number, row in enumerate(rows, start=1):
         _check_length(row, settings, max_positions(model), which=f" {number}" if len(rows) > 1 else "")
@@ -236,6 +298,15 @@ def _answers(
         found = _generate_rows(model, tokenizer, [rows[i] for i in group], ending, streamer)
         answers |= dict(zip(group, found, strict=True))
     return [answers[i] for i in range(len(rows))]
+
+
+def _texts_of(prompt: Any) -> Iterator[str]:
+    """Yield the texts of a prompt or of messages, however deep they lie."""
+    if isinstance(prompt, str):
+        yield prompt
+    elif isinstance(prompt, Mapping | list | tuple):
+        for part in prompt.values() if isinstance(prompt, Mapping) else prompt:
+            yield from _texts_of(part)
 
 
 def _check_length(row: Sequence[int], settings: GenerationSettings, context: int | None, *, which: str) -> None:
@@ -329,6 +400,7 @@ class _Ending(StoppingCriteria):
         config: Any = model.generation_config
         said = config.stop_strings or ()
         self.stops = (*settings.stops, *((said,) if isinstance(said, str) else said))
+        self.followed, self.not_followed = said_by_base(model, settings)
 
     def __call__(self, input_ids: Tensor, scores: Any, **_kwargs: Any) -> Any:
         """Return which rows are done."""
@@ -382,6 +454,8 @@ class _Ending(StoppingCriteria):
             slots=names,
             route=dict(zip(names, mean, strict=True)),
             tokens=tuple(zip(pieces, map(tuple, gates.tolist()), strict=True)),
+            followed=self.followed,
+            not_followed=self.not_followed,
         )
 
     def _ended_at(self, new: Sequence[int]) -> tuple[list[int], Finish]:
@@ -469,6 +543,23 @@ class _Sampler(LogitsProcessor):
         rows = zip(shares, self.generators, strict=True)
         drawn = torch.stack([torch.multinomial(share, 1, generator=generator) for share, generator in rows])
         return torch.full_like(scores, -math.inf).scatter(1, drawn, 0.0)
+
+
+def said_by_base(model: PreTrainedModel, settings: GenerationSettings) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what of the model's generation_config shapes an answer, and what of it the settings replace."""
+    config: Any = model.generation_config
+    followed, replaced = {}, {}
+    for name, value in config.to_diff_dict().items():
+        if name in _NO_PART_OF_THE_TEXT or value in (None, False, 0, 1, [], {}, ""):  # the last ones change nothing
+            continue
+        is_sampled = settings.temperature > 0 and name in _SAMPLING and getattr(settings, name, None) is None
+        if name == "stop_strings" or is_sampled or name not in ONE_GREEDY_TEXT:
+            followed[name] = value
+        elif value != getattr(settings, name, None):
+            replaced[name] = value
+    if config.do_sample and settings.temperature == 0:
+        replaced = {"do_sample": True, **replaced}
+    return followed, replaced
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

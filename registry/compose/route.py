@@ -14,6 +14,7 @@ from ...domains.statistics.prototypes import PrototypeIndex
 from ..base.load import LoadedBase
 from ..pack.pack import DomainPack, one_edition
 from .build import compose_packs
+from .generate import check_text
 from .notebook import html_table
 from .plan import Plan
 
@@ -45,8 +46,6 @@ class RouteReport:
 def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str, *, raw: bool = False) -> RouteReport:
     """Route a text, as a prompt that is read as a whole, in a composition of these packs, one for each slot.
 
-    A text longer than the base model's context is truncated.
-
     Args:
         plan: The composition.
         packs: One for each slot.
@@ -55,15 +54,23 @@ def route_text(plan: Plan, packs: list[DomainPack], base: LoadedBase, text: str,
         raw: Take the text as it is.
 
     Raises:
-        InputError: The text has no tokens, or the composition is static.
+        InputError: The text has no tokens or is longer than the base model's context, or the composition is static.
     """
     if plan.static:
         raise InputError("A static composition does not route.", fix="leave out --static")
-    model = compose_packs(plan, packs, base)
+    check_text(text, "The text")
     found = prompt_ids(text, base.tokenizer, raw=raw)
     if not found or not text.strip():
         raise InputError("The text is empty.", fix='registry route "some text"')
-    ids = torch.tensor([found[: max_positions(base.model)]], device=base.model.device)
+    context = max_positions(base.model)
+    if context is not None and len(found) > context:
+        raise InputError(
+            "The text is too long.",
+            cause=f"its {len(found)} tokens exceed the base model's context of {context}",
+            fix="route a part of it",
+        )
+    model = compose_packs(plan, packs, base)
+    ids = torch.tensor([found], device=base.model.device)
     mask = torch.ones_like(ids)
     with recording_routes(model) as routes, routing_of(model).reading_prompts(ids.shape[1]):
         model(input_ids=ids, attention_mask=mask, use_cache=False)

@@ -106,6 +106,7 @@ def test_values_that_cannot_be_meant_are_refused(whole: Registry, tmp_path: Path
         lambda: whole.generate(model, "text", temperature=-1.0),
         lambda: whole.retention(max_bytes=0),
         lambda: whole.gc(older_than_s=-1.0, dry_run=True),
+        lambda: whole.gc(older_than_s=float("nan"), dry_run=True),
         lambda: whole.retrain("cooking", data="rows.jsonl", bank={"rnk": 3}),
     ]
 

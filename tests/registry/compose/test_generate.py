@@ -11,8 +11,9 @@ from transformers import TextIteratorStreamer, TextStreamer
 from lorary.adapters.layer.active import SLOT_THRESHOLD
 from lorary.adapters.layer.merge import merge_experts
 from lorary.adapters.layer.routing import recording_routes
+from lorary.cli.show.slots import answer_data, answer_hints
 from lorary.domains.data.prompt import prompt_ids
-from lorary.domains.errors import InputError
+from lorary.domains.errors import IncompatibleError, InputError
 from lorary.registry import Registry
 from lorary.registry.compose.generate import MAX_ROWS, Answer, GenerationSettings, generate
 
@@ -295,6 +296,20 @@ def test_what_is_no_prompt_is_refused(whole: Registry, model: Any) -> None:
         ({"top_k": 0, "temperature": 1.0}, "top_k must"),
         ({"stop": ["x", ""]}, "stop string is empty"),
         ({"stop": ""}, "stop string is empty"),
+        ({"stop": [5]}, "Stop strings are texts"),
+        ({"stop": 5}, "Stop strings are texts"),
+        ({"stop": ["\udfff"]}, "no text"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": "2"}, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": True}, "max_new_tokens must be a whole number"),
+        ({"max_new_tokens": None}, "max_new_tokens must be a whole number"),
+        ({"top_k": 2.0, "temperature": 1.0}, "top_k must be a whole number"),
+        ({"top_p": "0.5", "temperature": 1.0}, "top_p must be a number"),
+        ({"temperature": None}, "temperature must be a number"),
+        ({"temperature": float("nan")}, "temperature must be 0 or more"),
+        ({"seed": 2**70, "temperature": 1.0}, "seed must be at least"),
+        ({"seed": -(2**63) - 1}, "seed must be at least"),
+        ({"seed": 1.0}, "seed must be a whole number"),
     ],
 )
 def test_settings_without_an_effect_or_a_sense_are_refused(
@@ -302,6 +317,73 @@ def test_settings_without_an_effect_or_a_sense_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=problem):
         whole.generate(model, "keel", **settings)
+
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -(2**63), 0])
+def test_every_seed_that_torch_takes_is_taken(seed: int, whole: Registry, model: Any) -> None:
+    assert whole.generate(model, "keel", max_new_tokens=1, temperature=1.0, seed=seed).new_tokens == 1
+
+
+@pytest.mark.parametrize("prompt", ["mast \ud800", ["keel", "\udcff"], [{"role": "user", "content": "\ud83d"}]])
+def test_half_a_surrogate_pair_is_refused(prompt: Any, whole: Registry, model: Any) -> None:
+    with pytest.raises(InputError, match="no text") as caught:
+        whole.generate(model, prompt)
+
+    assert "surrogate" in str(caught.value.cause)
+
+
+@pytest.mark.parametrize("question", [["keel"], 5, None, "\ud800"])
+def test_a_question_of_a_chat_is_one_text(question: Any, whole: Registry, model: Any) -> None:
+    with pytest.raises(InputError, match="The question"):
+        whole.chat(model, max_new_tokens=2).ask(question)
+
+
+def test_a_model_of_a_registry_with_another_base_is_refused(
+    whole: Registry, model: Any, tmp_path: Any, tiny_llama: Any, tiny_tokenizer: Any, texts: Any, short_run: Any
+) -> None:
+    folder = tmp_path / "base"
+    tiny_llama(seed=1, vocab_size=len(tiny_tokenizer), num_hidden_layers=2).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    settings = short_run(steps=1)
+    other = Registry.init(tmp_path / "store", base=str(folder), data=[texts["general"]], **settings)
+
+    for call in (lambda: other.generate(model, "keel"), lambda: other.chat(model)):
+        with pytest.raises(IncompatibleError, match="another base model"):
+            call()
+    # a registry with the same base may: the tokens are the same
+    assert Registry.open(whole.store.path).generate(model, "keel", max_new_tokens=1).new_tokens == 1
+
+
+SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
+
+
+@pytest.mark.parametrize(
+    ("said", "settings", "followed", "replaced"),
+    [
+        ({}, {}, {}, {}),
+        ({"repetition_penalty": 1.0, "temperature": 1.0, "num_beams": 1, "do_sample": False}, {}, {}, {}),
+        ({"repetition_penalty": 1.3}, {}, {"repetition_penalty": 1.3}, {}),
+        (SAMPLED, {}, {}, SAMPLED),
+        (SAMPLED, {"temperature": 0.6}, {"top_p": 0.9}, {}),
+        ({"do_sample": True, "top_k": 20}, {"temperature": 0.6}, {}, {"top_k": 20}),
+        ({"top_p": 0.9}, {"temperature": 0.6, "top_p": 0.5}, {}, {"top_p": 0.9}),
+        ({"num_beams": 4, "min_new_tokens": 2}, {}, {"min_new_tokens": 2}, {"num_beams": 4}),
+        ({"stop_strings": "x"}, {}, {"stop_strings": "x"}, {}),
+    ],
+)
+def test_an_answer_says_what_of_the_generation_config_was_followed(
+    said: dict, settings: dict, followed: dict, replaced: dict, whole: Registry
+) -> None:
+    model: Any = whole.compose("cooking")
+    model.generation_config.update(**said)
+
+    answer = whole.generate(model, "keel", max_new_tokens=3, **settings)
+
+    assert (answer.followed, answer.not_followed) == (followed, replaced)
+    data = answer_data(answer)
+    assert ("generation_config" in data) == bool(followed or replaced)
+    for name in {**followed, **replaced}:
+        assert name in " ".join(answer_hints(answer))
 
 
 def test_one_candidate_is_greedy(whole: Registry, model: Any) -> None:

@@ -1,6 +1,7 @@
 """Routing of a text: slot gates, margin, and similarity to prototypes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from lorary.registry.compose.route import RouteReport, route_text
 
 @pytest.mark.parametrize("name", ["cooking", "sailing"])
 def test_a_domain_takes_its_own_text(name: str, whole: Registry, texts: dict[str, Path]) -> None:
-    text = " ".join(example.text for example in read_examples([texts[name]]))
+    text = " ".join(example.text for example in list(read_examples([texts[name]]))[:6])
 
     report = whole.route(text)
 
@@ -68,8 +69,19 @@ def test_a_static_composition_is_refused(whole: Registry) -> None:
         route_text(plan, read_packs(whole.store, plan), whole.base, "mast")
 
 
-def test_a_text_beyond_the_context_is_truncated(whole: Registry) -> None:
-    assert whole.route("mast " * 2000).tokens == 512
+def test_a_text_beyond_the_context_is_refused_not_truncated(whole: Registry) -> None:
+    length = whole.route("mast", raw=True).tokens - 1  # without the begin token
+
+    assert whole.route("mast" * (511 // length), raw=True).tokens <= 512
+    with pytest.raises(InputError, match="too long") as caught:
+        whole.route("mast " * 2000)
+    assert "context of 512" in str(caught.value.cause)
+
+
+@pytest.mark.parametrize("text", [["mast"], 5, None, "mast \ud800", {"role": "user", "content": "mast"}])
+def test_what_is_no_text_is_refused(text: Any, whole: Registry) -> None:
+    with pytest.raises(InputError, match="The text (is of type|has a character)"):
+        whole.route(text)
 
 
 def test_routing_twice_gives_the_same(whole: Registry) -> None:
