@@ -96,11 +96,13 @@ class AdditionPlan:
     by_layer: str
     rank: int
     steps: str
+    problems: tuple[str, ...] = ()  # of the data
 
     def __str__(self) -> str:
         text = f"{', '.join(self.files)}: {plural(self.rows, 'row')}, {size(self.bytes)}"
         experts = f"{plural(self.experts, 'expert')} of rank {self.rank}, by layer {self.by_layer}"
-        return f"Adding {self.name} from {text}\n{experts}, {self.steps}; everything older stays frozen"
+        plan = f"Adding {self.name} from {text}\n{experts}, {self.steps}; everything older stays frozen"
+        return "\n".join([plan, *facts.warnings(self.problems)])
 
 
 def plan_addition(
@@ -129,6 +131,7 @@ def plan_addition(
         by_layer="as measured on the data" if is_measured else layers(counts),
         rank=bank.rank,
         steps=plural(steps, "step") if steps else "as many steps as --epochs needs",
+        problems=tuple(found["problems"]),
     )
 
 
@@ -160,6 +163,7 @@ def added_page(added: "AddedDomain", data: list[str]) -> Page:
         ("training", facts.training(manifest)),
         ("resumed", f"from step {added.resumed_from}" if added.resumed_from else None),
         ("loss", facts.loss(manifest)),
+        ("held out", facts.held_out(manifest)),
         ("neighbours", facts.neighbours(added.neighbours)),
         ("warm start", f"from the experts of {added.copied_from}" if added.copied_from else None),
         ("routing drift", facts.drift(manifest)),
@@ -216,6 +220,7 @@ def _data(added: "AddedDomain", data: list[str]) -> dict[str, object]:
         "warm_start": added.copied_from,
         "resumed_from": added.resumed_from,
         "losses": manifest.train["losses"],
+        "held_out": facts.held_out_record(manifest),
         "seconds": manifest.train["seconds"],
         "proof": manifest.proof,
     }

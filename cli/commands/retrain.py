@@ -129,7 +129,7 @@ def plan_text(plan: "RetrainingPlan") -> str:
     check = (
         f"acceptance check on {plural(len(plan.older), 'held-out row')}, tolerance {percent(plan.tolerance, digits=1)}"
     )
-    return f"Retraining {name} with {text}\n{how[plan.mode]}; {check}"
+    return "\n".join([f"Retraining {name} with {text}\n{how[plan.mode]}; {check}", *facts.warnings(record["problems"])])
 
 
 def retrained_page(done: "RetrainedDomain") -> Page:
@@ -152,6 +152,7 @@ def retrained_page(done: "RetrainedDomain") -> Page:
         ("inherited", _inherited(inherited) if inherited else None),
         ("resumed", f"from step {done.resumed_from}" if done.resumed_from else None),
         ("loss", facts.loss(manifest)),
+        ("held out", facts.held_out(manifest)),
         ("routing drift", facts.drift(manifest)),
         ("everyday chat", facts.chat(manifest)),
         ("frozen", facts.proof(manifest)),
@@ -194,6 +195,7 @@ def _data(done: "RetrainedDomain") -> dict[str, object]:
         "resumed_from": done.resumed_from,
         "scores": manifest.evaluation,
         "losses": manifest.train["losses"],
+        "held_out": facts.held_out_record(manifest),
         "seconds": manifest.train["seconds"],
         "proof": manifest.proof,
     }

@@ -231,6 +231,31 @@ def chat(manifest: "PackManifest") -> Cell | None:
     return cell(line(Span(text, "good" if found["holds"] else "warn")))
 
 
+def held_out(manifest: "PackManifest") -> Cell | None:
+    """Describe what scores are measured on, and what makes them say little."""
+    data = manifest.train.get("data") or {}
+    if "held_out_documents" not in data:
+        return None
+    text = f"{plural(data['held_out'], 'row')} of {plural(data['held_out_documents'], 'document')}"
+    problems = [f"\nWarning: {problem}." for problem in data.get("problems", ())]
+    return cell(line(text, *(Span(problem, "warn") for problem in problems)))
+
+
+def held_out_record(manifest: "PackManifest") -> dict[str, Any]:
+    """Return what scores are measured on, for --json."""
+    data = manifest.train["data"]
+    return {
+        "rows": data["held_out"],
+        "documents": data.get("held_out_documents"),
+        "problems": list(data.get("problems", ())),
+    }
+
+
+def warnings(problems: "Iterable[str]") -> list[str]:
+    """Return a line of plain text for each problem."""
+    return [f"Warning: {problem}." for problem in problems]
+
+
 def probe_warning(probe: "ChatProbe") -> tuple[Block, ...]:
     """Warn of a domain that takes chat or older domains' text: what it takes, which questions, and what helps."""
     if probe.holds:

@@ -82,13 +82,17 @@ def check_corpus(sources: Sequence[Source], limit: int = 20) -> list[CorpusError
 def is_held_out(example: Example, fraction: float) -> bool:
     """Return whether an example belongs to the held-out set.
 
-    True if the first 8 bytes of the SHA-256 of its content, as a number in [0, 1), are below `fraction`. So the result
-    does not change when rows are added or shuffled, equal rows are never separated, and a larger fraction only adds
-    rows.
+    True if the SHA-256 of its content is below `fraction`. So the result does not change when rows are added or
+    shuffled, equal rows are never separated, and a larger fraction only adds rows.
     """
+    return is_below(example.digest(), fraction)
+
+
+def is_below(digest: bytes, fraction: float) -> bool:
+    """Return whether the first 8 bytes of a digest, as a number in [0, 1), are below `fraction`."""
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction is {fraction}, expected 0 to 1")
-    return int.from_bytes(example.digest()[:8], "big") < fraction * 2**64
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def split(examples: Iterable[Example], fraction: float) -> tuple[list[Example], list[Example]]:
@@ -101,7 +105,7 @@ def split(examples: Iterable[Example], fraction: float) -> tuple[list[Example], 
         raise ValueError(f"fraction is {fraction}, expected more than 0 and less than 1")
     keyed = [(example, example.digest()) for example in examples]
     digests = {digest for _, digest in keyed}
-    held_out = {digest for example, digest in keyed if is_held_out(example, fraction)}
+    held_out = {digest for digest in digests if is_below(digest, fraction)}
     if len(digests) >= 2 and not held_out:
         held_out = {min(digests)}
     elif len(digests) >= 2 and held_out == digests:

@@ -11,6 +11,9 @@ The first form whose keys are all present and not empty is used, in this order; 
 that would change what is learned: they are used or refused. `id`, a string or an integer, is kept as a label. A null
 value counts as missing. Text is not changed; it must be UTF-8 without NUL.
 
+Rows that name the same `doc`, `document`, `doc_id`, `document_id` or `group` (the first that is there) are of one
+document, and stay on one side of a split (documents.py).
+
 Messages may have `weight` 0 or 1 or `train` true or false; every other field (tool_calls, reasoning_content, name, ...)
 is given to the chat template, and the row is refused in tokenization if the template ignores it (chat.py). So are the
 `tools` of a row. Content is a string, a list of text parts, or null in a message that calls tools.
@@ -37,6 +40,7 @@ _ROLES = {
     "model": "assistant",
     "tool": "tool",
 }
+_DOCUMENT_KEYS = ("doc", "document", "doc_id", "document_id", "group")
 # keys of a row that would change what is learned, by form
 _UNUSED_IN_CHAT = (
     *("functions", "function_call", "tool_choice", "documents", "chat_template", "chat_template_kwargs"),
@@ -64,7 +68,7 @@ def to_example(row: Row, source: str) -> Example:
         CorpusError: The row is not an object, has no known keys, or a value cannot be used.
     """
     try:
-        return replace(_to_example(row.value), source=source, line=row.line)
+        return replace(_to_example(row.value), document=_document(row.value), source=source, line=row.line)
     except BadRowError as error:
         raise CorpusError(source, str(error), line=row.line) from error
 
@@ -311,6 +315,18 @@ def _choices(value: object) -> tuple[str, ...]:
     if len(set(choices)) < len(choices):
         raise BadRowError("'choices' has duplicates")
     return choices
+
+
+def _document(row: object) -> str:
+    """Return what the row says that it is a part of, as `key value`; empty if it says nothing."""
+    assert isinstance(row, Mapping)
+    key = next((key for key in _DOCUMENT_KEYS if row.get(key) not in (None, "")), None)
+    if key is None:
+        return ""
+    value = row[key]
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise BadRowError(f"{key!r} is {_kind(value)}, expected a string or a number")
+    return f"{key} {value}"
 
 
 def _label(row: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any, Final
 from ...adapters.composition import GENERAL
 from ...adapters.config import BankConfig
 from ...domains.data.corpus import Source
+from ...domains.data.documents import rows_apart
 from ...domains.data.example import Example
 from ...domains.data.spec import DomainSpec
 from ...domains.errors import InputError
@@ -70,12 +71,11 @@ def plan_retraining(
     spec = DomainSpec(name=name, description=parent.description, license=UNKNOWN_LICENSE)
     found = read_domain_data(spec, data, raw=raw)
     older = read_checked(gate_data, raw=raw) if gate_data else _held_out_of(store, parent)
-    judged_by = {example.digest() for example in older}
-    train = [example for example in found.train if example.digest() not in judged_by]
+    train = rows_apart(found.train, older)
     if not train:
         raise InputError(
             f"Every row of the new data of {name!r} is held out.",
-            cause="what a version is judged by is never trained on",
+            cause="what a version is judged by is never trained on, nor are other rows of its documents",
             fix="give rows that the parent did not hold out",
         )
     held_out = found.held_out if mode == FRESH else without_duplicates(older, found.held_out)

@@ -148,6 +148,7 @@ class TrainingRun:
         assert self.bank_config is not None
         settings = [asdict(self.bank_config), asdict(self.training)]
         parts = [self.name, self.data.record["digest"], self.record.weights, *settings, *origin]
+        parts.append(self.data.record.get("held_out_digest", ""))  # equal rows can name other documents
         if self.is_chat and any(example.prompt for example in (*self.data.train, *self.data.held_out)):
             parts.append("chat")
         if self._dtype != "float32":  # a checkpoint of another dtype is not resumed

@@ -21,6 +21,7 @@ from ...domains.data.corpus import (
     read_examples,
     split,
 )
+from ...domains.data.documents import split_documents
 from ...domains.data.example import Example
 from ...domains.data.row_list import RowList
 from ...domains.data.spec import DomainSpec
@@ -32,6 +33,7 @@ from ..store.manifest import PackManifest
 from ..store.store import Store
 
 HELD_OUT = 0.15  # share of the rows that is held out
+BY_DOCUMENT = "documents"  # how rows are split; before, by the content of each row
 FRESH = "fresh"  # the mode of retraining that inherits nothing from the parent
 UNKNOWN_LICENSE = "unknown"
 MAX_SCORED_BYTES = 120_000  # maximum of held-out text that is scored
@@ -100,7 +102,7 @@ def spec_of(name: str, data: Sequence[Source]) -> DomainSpec:
 
 
 def read_domain_data(spec: DomainSpec, data: Sequence[Source], *, raw: bool = False) -> DomainData:
-    """Read the examples of a domain from the user's files or the bundled corpus, and split them by content.
+    """Read the examples of a domain from the user's files or the bundled corpus, and split them by document.
 
     Args:
         raw: Whether prompts and completions are read without the base's chat template.
@@ -111,8 +113,8 @@ def read_domain_data(spec: DomainSpec, data: Sequence[Source], *, raw: bool = Fa
     """
     sources: list[Source] = list(data) or ([spec.corpus] if spec.corpus else [])
     examples = read_checked(sources, raw=raw)
-    train, held_out = split(examples, HELD_OUT)
-    if not train or not held_out:
+    found = split_documents(examples, HELD_OUT)
+    if not found.train or not found.held_out:
         raise InputError(
             f"The data of {spec.name!r} has too few different rows: at least two are needed, {len(examples)} given.",
             cause="one part is for training, the other is held out for measurements",
@@ -124,10 +126,16 @@ def read_domain_data(spec: DomainSpec, data: Sequence[Source], *, raw: bool = Fa
         "digest": corpus_digest(examples),
         "rows": counts.rows,
         "bytes": counts.bytes,
-        "held_out": len(held_out),
+        "held_out": len(found.held_out),
         "held_out_share": HELD_OUT,
+        "split": BY_DOCUMENT,
+        "documents": found.documents,
+        "held_out_documents": found.held_out_documents,
+        "held_out_digest": corpus_digest(found.held_out),
+        "problems": list(found.problems),
     }
-    return DomainData(train=train, held_out=held_out, record=record, raw=raw, sources=[_absolute(s) for s in sources])
+    where = [_absolute(source) for source in sources]
+    return DomainData(train=found.train, held_out=found.held_out, record=record, raw=raw, sources=where)
 
 
 def read_checked(sources: Sequence[Source], *, raw: bool = False) -> list[Example]:
@@ -170,10 +178,22 @@ def stored_held_out(store: Store, manifest: PackManifest) -> list[Example]:
     Raises:
         InputError: The files are no longer on this machine, or have changed.
     """
-    versions = _training_lineage(store, manifest)
-    return without_duplicates(
-        *(split(_examples_of(store, one), one.train["data"]["held_out_share"])[1] for one in versions)
-    )
+    return without_duplicates(*(_held_out_of(store, one) for one in _training_lineage(store, manifest)))
+
+
+def _held_out_of(store: Store, manifest: PackManifest) -> list[Example]:
+    """Return what a version itself holds out, by the rule of its time."""
+    examples, data = _examples_of(store, manifest), manifest.train["data"]
+    if data.get("split") != BY_DOCUMENT:
+        return split(examples, data["held_out_share"])[1]
+    found = split_documents(examples, data["held_out_share"]).held_out
+    if corpus_digest(found) != data["held_out_digest"]:
+        raise InputError(
+            f"The held-out rows of {manifest.name}@{manifest.version} are not those of its training.",
+            cause=f"expected {data['held_out_digest']}, found {corpus_digest(found)}: rows name other documents now",
+            fix=f"give held-out text: registry evaluate {manifest.name} --data FILE",
+        )
+    return found
 
 
 def held_out_at_hand(store: Store, manifest: PackManifest, *, max_bytes: int) -> list[Example]:
