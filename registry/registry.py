@@ -28,7 +28,7 @@ from .base.torch_state import in_usual_torch_state
 from .compose.plan import Plan, plan_composition
 from .compose.saved import is_saved_composition, open_plan, save_composition
 from .store.manifest import BaseRecord, PackManifest
-from .store.store import STORE_FILE, Store, locate_store
+from .store.store import STORE_FILE, OnUnreadable, Store, locate_store
 from .store.strict_json import record_to_json
 
 if TYPE_CHECKING:
@@ -263,15 +263,20 @@ class Registry:
         """
         return self.store.manifest(*parse_reference(reference))
 
-    def log(self, name: str | None = None) -> "Sequence[LogEntry]":
+    def log(self, name: str | None = None, *, on_unreadable: OnUnreadable | None = None) -> "Sequence[LogEntry]":
         """Return every version of a domain, or of all, newest first; removed and held-back versions included.
+
+        Args:
+            name: A domain; None for all.
+            on_unreadable: Called with `name@version` and the error of what is left out because it cannot be read.
 
         Raises:
             NotFoundError: There is no such domain.
+            IntegrityError: A manifest or alias cannot be read, and `on_unreadable` is not given.
         """
         from .maintenance.log import version_log
 
-        return version_log(self.store, name)
+        return version_log(self.store, name, on_unreadable=on_unreadable)
 
     def diff(self, before: str, after: str) -> "VersionDiff":
         """Compare two versions: experts and the size of their updates by layer, statistics, scores, files.
@@ -323,14 +328,21 @@ class Registry:
         """
         return self.store.restore(reference)
 
-    def verify(self, reference: str | None = None, *, deep: bool = False) -> "Sequence[FileCheck]":
+    def verify(self, reference: str | None = None, *, deep: bool = False, seal: bool = False) -> "Sequence[FileCheck]":
         """Read every stored file of a version, or of all, and compare it with its digest; return one entry a file.
 
-        Args:
-            deep: Also check each pack as strictly as one that is pulled; reads all tensors.
-        """
-        from .maintenance.verify import verify_store, verify_version
+        Aliases, tombstones, records of runs and the like have an entry only if they are damaged.
 
+        Args:
+            reference: `name`, `name@2` or `name@alias`; None for all.
+            deep: Also check each pack as strictly as one that is pulled; reads all tensors.
+            seal: First keep the digests of manifests and other small files that have none, because an older program
+                wrote them.
+        """
+        from .maintenance.verify import seal_store, verify_store, verify_version
+
+        if seal:
+            seal_store(self.store)
         if reference is None:
             return [*verify_store(self.store, deep=deep)]
         manifest = self.show(reference)
@@ -885,9 +897,24 @@ class Registry:
 
     # last: below it, `list` in annotations would mean this method
 
-    def list(self) -> Manifests:
-        """Return the manifest of every domain's latest version, KP's first."""
-        manifests = [self.store.manifest(name) for name in self.store.domains()]
+    def list(self, *, on_unreadable: OnUnreadable | None = None) -> Manifests:
+        """Return the manifest of every domain's latest version, KP's first.
+
+        Args:
+            on_unreadable: Called with the name and the error of each domain that is left out because its manifest
+                or an alias cannot be read.
+
+        Raises:
+            IntegrityError: One cannot be read, and `on_unreadable` is not given.
+        """
+        manifests: Manifests = []
+        for name in self.store.domains():
+            try:
+                manifests.append(self.store.manifest(name))
+            except IntegrityError as error:
+                if on_unreadable is None:
+                    raise
+                on_unreadable(name, error)
         return sorted(manifests, key=lambda manifest: (manifest.name != GENERAL, manifest.name))
 
 

@@ -55,8 +55,11 @@ def gc_page(found: "Collected") -> Page:
         "temporary": [str(path) for path in found.temporary],
         "checkpoints": [str(path) for path in found.checkpoints],
     }
-    hints = ("Delete it: registry gc",) if found.is_dry and found.bytes else ()
-    return Page(data=data, blocks=(fields(rows),), hints=hints)
+    hints = ["Delete it: registry gc"] if found.is_dry and found.bytes else []
+    if found.unreadable:
+        which = ", ".join(found.unreadable)
+        hints.append(f"No blobs are deleted while manifests cannot be read: {which}. See registry verify")
+    return Page(data=data, blocks=(fields(rows),), hints=tuple(hints))
 
 
 def parse_time(text: str) -> float:

@@ -3,11 +3,13 @@
 from typing import TYPE_CHECKING
 
 from ...adapters.composition import GENERAL
+from ...domains.errors import LoraryError
 from ..options import Json, StorePath
 from ..show import facts, output
 from ..show.numbers import exact, percent, short
 from ..show.page import Cell, Page, cell, table
 from ..startup import open_registry
+from .log import refuse_unreadable
 
 if TYPE_CHECKING:
     from ...registry import Registry
@@ -23,12 +25,14 @@ def list_domains(store: StorePath = None, as_json: Json = False) -> None:
     Example: registry list
     """
     registry = open_registry(store)
-    output.show(list_page(registry), command="list", as_json=as_json)
+    unreadable: dict[str, LoraryError] = {}
+    output.show(list_page(registry, unreadable), command="list", as_json=as_json)
+    refuse_unreadable(unreadable)
 
 
-def list_page(registry: "Registry") -> Page:
-    """Make the list of the latest version of every domain."""
-    manifests = registry.list()
+def list_page(registry: "Registry", unreadable: dict[str, LoraryError]) -> Page:
+    """Make the list of the latest version of every domain; those that cannot be read go to `unreadable`."""
+    manifests = registry.list(on_unreadable=unreadable.__setitem__)
     columns = ("NAME", "VERSION", "ROLE", "EXPERTS", "PARAMETERS", "BITS/BYTE", "GAIN", "CREATED")
     rows = table(
         columns,

@@ -1,11 +1,12 @@
 """`registry log`: every version, and where it comes from."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...domains.errors import IntegrityError, LoraryError
 from ..options import Json, StorePath
 from ..show import facts, output
 from ..show.page import Cell, Page, Span, cell, table
@@ -27,7 +28,25 @@ def log(
     Example: registry log medicine
     """
     registry = open_registry(store)
-    output.show(log_page(registry.log(name)), command="log", as_json=as_json)
+    unreadable: dict[str, LoraryError] = {}
+    entries = registry.log(name, on_unreadable=unreadable.__setitem__)
+    output.show(log_page(entries), command="log", as_json=as_json)
+    refuse_unreadable(unreadable)
+
+
+def refuse_unreadable(unreadable: "Mapping[str, LoraryError]") -> None:
+    """Raise an error that names what an answer leaves out because it cannot be read.
+
+    Raises:
+        IntegrityError: There is something.
+    """
+    if unreadable:
+        name, first = next(iter(unreadable.items()))
+        raise IntegrityError(
+            f"Not shown, because it cannot be read: {', '.join(unreadable)}.",
+            cause=f"{name}: {first.message} {first.cause or ''}".strip(),
+            fix="See what can be restored: registry verify",
+        )
 
 
 def log_page(entries: "Sequence[LogEntry]") -> Page:

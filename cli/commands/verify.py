@@ -31,16 +31,26 @@ def verify(
             "--deep", metavar="", help="Also check each pack as strictly as one from outside; reads all tensors."
         ),
     ] = False,
+    seal: Annotated[
+        bool,
+        typer.Option("--seal", metavar="", help="First keep digests of small files that an older program wrote."),
+    ] = False,
     store: StorePath = None,
     as_json: Json = False,
 ) -> None:
     """Read every file and compare it with its digest; exit with 5 if one is damaged or missing.
 
+    Manifests, aliases, tombstones and the records of runs are compared with their seals; those of older programs have
+    none, so that damage in them may go unnoticed until --seal.
+
     Example: registry verify --deep
     """
     registry = open_registry(store)
-    found = registry.verify(ref, deep=deep)
-    output.show(verify_page(found, in_full=ref is not None), command="verify", as_json=as_json)
+    found = registry.verify(ref, deep=deep, seal=seal)
+    from ...registry.maintenance.verify import unsealed_files
+
+    unsealed = len(unsealed_files(registry.store))
+    output.show(verify_page(found, in_full=ref is not None, unsealed=unsealed), command="verify", as_json=as_json)
     damaged = [one for one in found if one.state != "ok"]
     if damaged:
         raise IntegrityError(
@@ -50,7 +60,7 @@ def verify(
         )
 
 
-def verify_page(found: "Sequence[FileCheck]", *, in_full: bool) -> Page:
+def verify_page(found: "Sequence[FileCheck]", *, in_full: bool, unsealed: int = 0) -> Page:
     """Make the page: files by version and state; single files if one is damaged or `in_full`."""
     counts: dict[str, Counter[str]] = {}
     for one in found:
@@ -67,8 +77,13 @@ def verify_page(found: "Sequence[FileCheck]", *, in_full: bool) -> Page:
         blocks.append(table(("VERSION", "FILE", "STATE", "PROBLEM"), files, no_wrap=("VERSION", "STATE")))
     total = sum(one.size for one in found)
     summary = line(f"{plural(len(found), 'file')} of {size(total)} read")
-    data = {"files": [asdict(one) for one in found], "whole": all(one.state == "ok" for one in found)}
-    return Page(data=data, blocks=(*blocks, Paragraph(summary, in_pipes=False)))
+    data = {
+        "files": [asdict(one) for one in found],
+        "whole": all(one.state == "ok" for one in found),
+        "unsealed": unsealed,
+    }
+    hint = f"{plural(unsealed, 'small file')} of an older program without a digest: registry verify --seal"
+    return Page(data=data, blocks=(*blocks, Paragraph(summary, in_pipes=False)), hints=(hint,) if unsealed else ())
 
 
 def _count(state: str, number: int) -> Cell:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Final
 
 from ...domains.remote_ref import RemoteRef
-from ..store.files import make_folder, write_atomic
+from ..store.files import make_folder
 from ..store.manifest import PackManifest
+from ..store.seals import write_sealed
 from ..store.store import Store
 from ..store.strict_json import JsonObject, canonical_json, minor_of, parse_json, record_from_json, record_to_json
 
@@ -61,7 +62,7 @@ def record_origin(store: Store, manifest: PackManifest, origin: Origin) -> None:
         return
     path = _path(store, manifest)
     make_folder(path.parent)
-    write_atomic(path, canonical_json(record_to_json(OriginsRecord(origins=(*known, origin)))))
+    write_sealed(path, canonical_json(record_to_json(OriginsRecord(origins=(*known, origin)))))
 
 
 def origins_of(store: Store, manifest: PackManifest) -> tuple[Origin, ...]:

@@ -13,8 +13,8 @@ from torch import Tensor
 from ...domains.errors import IntegrityError
 from ...domains.statistics.statistics import DomainStatistics
 from ..pack.tensor_file import load_tensors, save_tensors
-from ..store.files import write_atomic
 from ..store.manifest import PackManifest
+from ..store.seals import write_sealed
 from ..store.store import Store
 
 RARE_FILE = "rare.safetensors"
@@ -28,7 +28,7 @@ def keep_rare_tokens(folder: Path, statistics: DomainStatistics) -> None:
         left_out = getattr(statistics, name) - getattr(kept, name)
         ids = left_out.nonzero().flatten()
         tensors |= {f"{name}.ids": ids.to(torch.int32), f"{name}.values": left_out[ids]}
-    write_atomic(folder / RARE_FILE, save_tensors(tensors))
+    write_sealed(folder / RARE_FILE, save_tensors(tensors))
 
 
 def with_rare_tokens(store: Store, manifest: PackManifest, statistics: DomainStatistics) -> DomainStatistics:

@@ -65,8 +65,9 @@ from ..pack.pack import (
     read_routing,
 )
 from ..store.blobs import sha256_of
-from ..store.files import make_folder, write_atomic
+from ..store.files import make_folder
 from ..store.manifest import BaseRecord, PackManifest, check_same_base
+from ..store.seals import write_sealed
 from ..store.store import LATEST, Store
 from ..store.strict_json import canonical_json
 from .chat_probe import ChatProbe, probe_chat
@@ -545,12 +546,12 @@ class TrainingRun:
         order, path = canonical_json({"rows": sha256_of(digests)}), self.folder / ORDER_FILE
         if path.is_file() and path.read_bytes() != order:
             discard_checkpoints(self.folder)
-        write_atomic(path, order)
+        write_sealed(path, order)
 
     def _write_record(self, state: Mapping[str, Any]) -> None:
         """Record, for this machine only, where the data was read, so that its held-out rows can be found again."""
         record = {"name": self.name, "sources": list(self._kept_sources), **state}
-        write_atomic(self.folder / "run.json", canonical_json(record))
+        write_sealed(self.folder / "run.json", canonical_json(record))
 
     @cached_property
     def _kept_sources(self) -> tuple[str, ...]:
@@ -559,7 +560,7 @@ class TrainingRun:
         for number, source in enumerate(self.data.sources, start=1):
             if isinstance(source, RowList):
                 path = self.folder.resolve() / f"rows-{number}.jsonl"
-                write_atomic(path, source.to_jsonl())
+                write_sealed(path, source.to_jsonl())
                 kept.append(str(path))
             else:
                 kept.append(source)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from ..store.store import Store
+from ...domains.errors import IntegrityError, LoraryError
+from ..store.store import OnUnreadable, Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,19 +24,35 @@ class LogEntry:
     digest: str
 
 
-def version_log(store: Store, name: str | None = None) -> list[LogEntry]:
+def version_log(store: Store, name: str | None = None, *, on_unreadable: OnUnreadable | None = None) -> list[LogEntry]:
     """Return every version of a domain, or of all, newest first; removed versions included.
+
+    Args:
+        on_unreadable: Called for each version, or domain, that is left out because a file cannot be read.
 
     Raises:
         NotFoundError: There is no such domain.
+        IntegrityError: A manifest or alias cannot be read, and `on_unreadable` is not given.
     """
     names = [name] if name is not None else store.domains(removed=True)
-    entries = [entry for each in names for entry in _versions(store, each)]
+    entries = [entry for each in names for entry in _versions(store, each, on_unreadable or _refuse)]
     return sorted(entries, key=lambda entry: (entry.created, entry.name, entry.version), reverse=True)
 
 
-def _versions(store: Store, name: str) -> list[LogEntry]:
-    removed, aliases = store.removed(name), store.aliases(name)
+def _refuse(_reference: str, error: LoraryError) -> None:
+    raise error
+
+
+def _versions(store: Store, name: str, on_unreadable: OnUnreadable) -> list[LogEntry]:
+    removed = store.removed(name)
+    manifests, unreadable = store.readable_history(name)
+    for version, error in unreadable.items():
+        on_unreadable(f"{name}@{version}", error)
+    aliases: dict[str, int] = {}
+    try:
+        aliases = store.aliases(name)
+    except IntegrityError as error:
+        on_unreadable(f"aliases of {name}", error)
     return [
         LogEntry(
             name=name,
@@ -50,5 +67,5 @@ def _versions(store: Store, name: str) -> list[LogEntry]:
             created=manifest.created,
             digest=manifest.digest,
         )
-        for manifest in store.history(name)
+        for manifest in manifests
     ]

@@ -1,12 +1,20 @@
-"""Verify a store: every file of every version against its digest, packs against the strict reader, and aliases."""
+"""Verify a store: every file against its digest or seal, and packs against the strict reader."""
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
 from typing import Literal
 
 from ...domains.errors import IntegrityError, LoraryError
+from ...domains.names import is_name
 from ..store.manifest import MANIFEST_FILE, PackManifest
-from ..store.store import Store
+from ..store.seals import Seals
+from ..store.store import STORE_FILE, Store
+from ..store.strict_json import canonical_json, parse_json
 from ..store.versions import DomainFolder
 
 State = Literal["ok", "bad", "missing"]
@@ -43,7 +51,16 @@ def verify_version(store: Store, name: str, version: int, *, deep: bool = False)
     except (LoraryError, OSError) as error:
         yield FileCheck(name=name, version=version, path=MANIFEST_FILE, state="bad", problem=_problem_of(error))
         return
-    yield FileCheck(name=name, version=version, path=MANIFEST_FILE, state="ok", size=len(manifest.to_json()))
+    data = DomainFolder(store.path, name).manifest_path(manifest.version).read_bytes()
+    is_canonical = manifest.to_json() == data
+    yield FileCheck(
+        name=name,
+        version=version,
+        path=MANIFEST_FILE,
+        state="ok" if is_canonical else "bad",
+        size=len(data),
+        problem="" if is_canonical else "it is not canonical JSON",
+    )
     is_whole = True
     for file in manifest.files:
         state, problem = _check_blob(store, file.sha256, size=file.size)
@@ -54,11 +71,112 @@ def verify_version(store: Store, name: str, version: int, *, deep: bool = False)
 
 
 def verify_store(store: Store, *, deep: bool = False) -> Iterator[FileCheck]:
-    """Check every version that is not removed, and that every alias points at a version."""
+    """Check every version that is not removed, and every small file of the store.
+
+    Of the small files, only the damaged ones have an entry, but for manifests of versions that are not removed.
+    """
+    reported = set()
     for name in store.domains():
         for version in store.versions(name):
-            yield from verify_version(store, name, version, deep=deep)
-        yield from _check_aliases(store, name)
+            for one in verify_version(store, name, version, deep=deep):
+                reported.add((one.name, one.version, one.path))
+                yield one
+    yield from (one for one in check_small_files(store) if (one.name, one.version, one.path) not in reported)
+
+
+def check_small_files(store: Store) -> Iterator[FileCheck]:
+    """Check every manifest, alias, tombstone, record of a run or origin, and store.json; yield the damaged ones."""
+    for file in _small_files(store):
+        try:
+            file.check(file.seals.read(file.key))
+        except FileNotFoundError:  # deleted by another process
+            continue
+        except (LoraryError, OSError, ValueError) as error:
+            yield FileCheck(
+                name=file.name, version=file.version, path=file.path, state="bad", problem=_problem_of(error)
+            )
+
+
+def unsealed_files(store: Store) -> list[Path]:
+    """Return the small files without a seal: damage that leaves them well-formed would not be noticed."""
+    return [file.seals.folder / file.key for file in _small_files(store) if not file.seals.of(file.key)]
+
+
+def seal_store(store: Store) -> int:
+    """Seal every small file that has no seal and is well-formed; return how many were sealed."""
+    sealed = 0
+    for file in _small_files(store):
+        with suppress(LoraryError, ValueError, FileNotFoundError):  # verify reports what is not well-formed
+            sealed += file.seals.seal(file.key, check=file.check)
+    return sealed
+
+
+@dataclass(frozen=True)
+class _SmallFile:
+    """A file that has a seal, or should have one."""
+
+    name: str  # of the domain, or of the folder in the store
+    version: int | None
+    path: str  # as reports name it
+    seals: Seals
+    key: str  # its name in the seals' folder
+    check: Callable[[bytes], object]  # raises where bytes are not well-formed
+
+
+def _small_files(store: Store) -> Iterator[_SmallFile]:
+    root = Seals(store.path)
+    yield _SmallFile(STORE_FILE, None, STORE_FILE, root, STORE_FILE, partial(_check_record, source=STORE_FILE))
+    for name in sorted(name for name in os.listdir(store.path / "domains") if is_name(name)):
+        folder = DomainFolder(store.path, name)
+        numbers = folder.numbers()
+        for path in folder.files():
+            key = path.relative_to(folder.path).as_posix()
+            if key == f"{path.stem}.json":
+                check = partial(_check_manifest, name=name, version=int(path.stem))
+                yield _SmallFile(name, int(path.stem), MANIFEST_FILE, folder.seals, key, check)
+            else:
+                check = partial(_check_alias, numbers=numbers) if key.startswith("aliases/") else _check_time
+                yield _SmallFile(name, None, key, folder.seals, key, check)
+        yield from _records(folder.path / "origins", name=name, prefix="origins/")
+    for run in sorted(path for path in store.runs.iterdir() if path.is_dir()) if store.runs.is_dir() else ():
+        yield from _records(run, name="runs", prefix=f"{run.name}/")
+
+
+def _records(folder: Path, *, name: str, prefix: str) -> Iterator[_SmallFile]:
+    """Yield the JSON files of a folder, and whatever else of it is sealed."""
+    seals = Seals(folder)
+    keys = {path.name for path in folder.glob("*.json")} | {key for key in seals.all() if (folder / key).is_file()}
+    for key in sorted(keys):
+        check = partial(_check_record, source=key) if key.endswith(".json") else bytes
+        yield _SmallFile(name, None, prefix + key, seals, key, check)
+
+
+def _check_manifest(data: bytes, *, name: str, version: int) -> None:
+    manifest = PackManifest.from_json(data, source=MANIFEST_FILE)
+    if (manifest.name, manifest.version) != (name, version):
+        raise ValueError(f"it is the manifest of {manifest.name}@{manifest.version}")
+    if manifest.to_json() != data:
+        raise ValueError("it is not canonical JSON")
+
+
+def _check_record(data: bytes, *, source: str) -> None:
+    if canonical_json(parse_json(data, source=source)) != data:
+        raise ValueError("it is not canonical JSON")
+
+
+def _check_alias(data: bytes, *, numbers: list[int]) -> None:
+    text = data.decode("ascii")
+    if not text.endswith("\n") or not text[:-1].isdecimal():
+        raise ValueError(f"expected one line with a version, found {data[:40]!r}")
+    if int(text) not in numbers:
+        raise ValueError(f"it points at version {int(text)}, which does not exist")
+
+
+def _check_time(data: bytes) -> None:
+    text = data.decode("ascii")
+    if not text.endswith("\n"):
+        raise ValueError(f"expected one line with a time, found {data[:40]!r}")
+    datetime.fromisoformat(text[:-1])
 
 
 def _check_blob(store: Store, digest: str, *, size: int) -> tuple[State, str]:
@@ -82,19 +200,6 @@ def _check_whole_pack(store: Store, manifest: PackManifest) -> FileCheck:
     except LoraryError as error:
         state, problem = "bad", _problem_of(error)
     return FileCheck(name=manifest.name, version=manifest.version, path=WHOLE_PACK, state=state, problem=problem)
-
-
-def _check_aliases(store: Store, name: str) -> Iterator[FileCheck]:
-    numbers = DomainFolder(store.path, name).numbers()
-    try:
-        aliases = store.aliases(name)
-    except (IntegrityError, OSError) as error:
-        yield FileCheck(name=name, version=None, path="aliases", state="bad", problem=_problem_of(error))
-        return
-    for alias, version in aliases.items():
-        if version not in numbers:
-            problem = f"it points at version {version}, which does not exist"
-            yield FileCheck(name=name, version=None, path=f"aliases/{alias}", state="bad", problem=problem)
 
 
 def _problem_of(error: Exception) -> str:

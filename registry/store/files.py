@@ -46,6 +46,18 @@ def write_once(path: Path, data: bytes, *, mode: int = 0o644) -> None:
         fsync_folder(path.parent)
 
 
+def make_empty(path: Path) -> None:
+    """Create an empty file durably; an existing file is left unchanged.
+
+    Raises:
+        StorageFullError: No space is left.
+    """
+    with _explained(path):
+        with suppress(FileExistsError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o444))
+        fsync_folder(path.parent)
+
+
 def delete(path: Path) -> None:
     """Delete a file durably; a missing file is not an error."""
     with _explained(path), suppress(FileNotFoundError):

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final
 
-from ...domains.errors import StorageFullError
+from ...domains.errors import IntegrityError, StorageFullError
 from .blobs import PREFIX
 from .files import TEMPORARY_PREFIX, delete, delete_tree, folder_lock, make_folder, move
 from .store import Store
@@ -38,18 +38,18 @@ class Collected:
     bytes: int  # total size
     young: int  # unreferenced blobs still within the grace period
     is_dry: bool
+    unreadable: tuple[str, ...] = ()  # versions whose manifest cannot be read; no blob is deleted beside one
 
 
 def collect_garbage(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Collected:
     """Delete unreferenced files that have not been touched for the grace period.
 
-    Raises:
-        IntegrityError: A manifest cannot be read, so its blobs are unknown; nothing is deleted.
+    Where a manifest cannot be read, its blobs are unknown, and no blob is deleted.
     """
     oldest = time.time() - grace_s
-    needed = needed_blobs(store, since=oldest)
+    needed, unreadable = needed_blobs(store, since=oldest)
     unnamed = {digest: store.blobs.path(digest) for digest in store.blobs.all() if digest not in needed}
-    old = {digest: path for digest, path in unnamed.items() if _is_older(path, oldest)}
+    old = {digest: path for digest, path in unnamed.items() if not unreadable and _is_older(path, oldest)}
     temporary = tuple(path for path in _temporary_files(store) if _is_older(path, oldest))
     checkpoints = tuple(path for path in _finished_checkpoints(store) if _is_older(path, oldest))
     sizes = {digest: _size(path) for digest, path in old.items()}
@@ -68,22 +68,25 @@ def collect_garbage(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = F
         bytes=others + sum(sizes[digest] for digest in old),
         young=len(unnamed) - len(old),
         is_dry=dry_run,
+        unreadable=unreadable,
     )
 
 
-def needed_blobs(store: Store, *, since: float) -> set[str]:
+def needed_blobs(store: Store, *, since: float) -> tuple[set[str], tuple[str, ...]]:
     """Return the digests referenced by versions that are not removed, or were removed after `since`.
 
-    Raises:
-        IntegrityError: A manifest cannot be read.
+    The second value names the versions whose manifest cannot be read.
     """
     needed: set[str] = set()
+    unreadable: list[str] = []
     for name in store.domains(removed=True):
         gone = {number for number, removed in store.removed(name).items() if _seconds(removed, unknown=since) < since}
-        for manifest in store.history(name):
+        manifests, problems = store.readable_history(name)
+        unreadable += [f"{name}@{number}" for number in problems]
+        for manifest in manifests:
             if manifest.version not in gone:
                 needed.update(file.sha256 for file in manifest.files)
-    return needed
+    return needed, tuple(unreadable)
 
 
 def _delete_blobs(store: Store, old: dict[str, Path], *, since: float) -> dict[str, Path]:
@@ -93,11 +96,11 @@ def _delete_blobs(store: Store, old: dict[str, Path], *, since: float) -> dict[s
         for digest, path in old.items():
             with suppress(FileNotFoundError):  # another gc was faster
                 move(path, aside / digest.removeprefix(PREFIX))
-        needed = needed_blobs(store, since=since)
+        needed, unreadable = needed_blobs(store, since=since)
         for entry in sorted(os.listdir(aside)):
             digest, path = PREFIX + entry, aside / entry
             with suppress(FileNotFoundError):
-                if digest in needed or not _is_older(path, since):
+                if unreadable or digest in needed or not _is_older(path, since):
                     old.pop(digest, None)
                     _put_back(store, digest, path)
                 else:
@@ -137,7 +140,7 @@ def _finished_checkpoints(store: Store) -> Iterator[Path]:
     finished = {
         manifest.train.get("run")
         for name in store.domains()
-        for manifest in store.history(name)
+        for manifest in store.readable_history(name)[0]
         if manifest.version in store.versions(name)
     }
     for checkpoint in sorted(store.runs.glob("*/checkpoint-*")):
@@ -148,7 +151,7 @@ def _finished_checkpoints(store: Store) -> Iterator[Path]:
 def _is_done(run: Path) -> bool:
     try:
         record = parse_json((run / "run.json").read_bytes(), source=str(run))
-    except FileNotFoundError:
+    except (FileNotFoundError, IntegrityError):  # verify reports a damaged one; its checkpoints are kept
         return False
     return isinstance(record, dict) and record.get("state") == "done"
 

@@ -5,6 +5,7 @@
     <store>/domains/<name>/<n>.json         the manifest of version n, immutable
     <store>/domains/<name>/removed/<n>      a tombstone, while version n is removed
     <store>/domains/<name>/aliases/<alias>  one line: the version it points to
+    <store>/**/seals/                       digests of the small files above, see seals.py
     <store>/runs/  <store>/cache/           training runs; derived, disposable files
     <store>/ballast                         reserved space, freed to recover from a full disk
 
@@ -14,19 +15,27 @@ atomic; of two concurrent writers one gets the number and the other the next one
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 from ...adapters.composition import GENERAL, parse_reference
-from ...domains.errors import ConflictError, InputError, IntegrityError, NotFoundError, StorageFullError
+from ...domains.errors import (
+    ConflictError,
+    InputError,
+    IntegrityError,
+    LoraryError,
+    NotFoundError,
+    StorageFullError,
+)
 from ...domains.names import check_alias, is_name, parse_selector
 from .blobs import BlobStore
 from .files import delete, make_folder, write_atomic, write_once
 from .manifest import PackFile, PackManifest, check_path
+from .seals import Seals
 from .strict_json import JsonObject, canonical_json, minor_of, parse_json, record_from_json, record_to_json
 from .versions import DomainFolder, collected_version, no_such_domain, no_such_store, no_such_version, removed_version
 
@@ -35,6 +44,8 @@ STORE_FILE: Final = "store.json"
 LATEST: Final = "latest"
 BALLAST: Final = "ballast"
 BALLAST_SIZE: Final = 64 << 10  # bytes
+
+OnUnreadable: TypeAlias = Callable[[str, LoraryError], None]  # what is left out, and why
 
 
 def locate_store(explicit: str | Path | None, environ: Mapping[str, str], cwd: Path) -> Path:
@@ -86,7 +97,9 @@ class Store:
         write_atomic(root / BALLAST, os.urandom(BALLAST_SIZE))
         record = StoreRecord(id=os.urandom(16).hex(), created=_now(), settings=copy.deepcopy(settings))
         try:
-            write_once(root / STORE_FILE, canonical_json(record_to_json(record)))
+            data = canonical_json(record_to_json(record))
+            Seals(root).add(STORE_FILE, data)
+            write_once(root / STORE_FILE, data)
         except FileExistsError as error:
             raise _taken_folder(root) from error
         return cls(root, record)
@@ -102,7 +115,7 @@ class Store:
         root = Path(path).absolute()
         source = root / STORE_FILE
         try:
-            value = parse_json(source.read_bytes(), source=str(source))
+            value = parse_json(Seals(root).read(STORE_FILE), source=str(source))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise no_such_store(root) from error
         schema = value.get("schema") if isinstance(value, dict) else None
@@ -157,6 +170,24 @@ class Store:
         if not numbers:
             raise no_such_domain(name, known=self.domains())
         return [self._read(name, number) for number in numbers]
+
+    def readable_history(self, name: str) -> tuple[list[PackManifest], dict[int, LoraryError]]:
+        """Return the manifests of `history` that can be read, and why each other one cannot.
+
+        Raises:
+            NotFoundError: The domain never had a version.
+        """
+        numbers = DomainFolder(self.path, name).numbers()
+        if not numbers:
+            raise no_such_domain(name, known=self.domains())
+        readable: list[PackManifest] = []
+        unreadable: dict[int, LoraryError] = {}
+        for number in numbers:
+            try:
+                readable.append(self._read(name, number))
+            except LoraryError as error:
+                unreadable[number] = error
+        return readable, unreadable
 
     def aliases(self, name: str) -> dict[str, int]:
         """Return the aliases of a domain and the version that each points to."""
@@ -265,7 +296,7 @@ class Store:
 
     def _read(self, name: str, version: int) -> PackManifest:
         path = DomainFolder(self.path, name).manifest_path(version)
-        manifest = PackManifest.from_json(path.read_bytes(), source=str(path))
+        manifest = PackManifest.from_json(DomainFolder(self.path, name).read_manifest(version), source=str(path))
         if (manifest.name, manifest.version) != (name, version):
             cause = f"Expected {name}@{version}, found {manifest.name}@{manifest.version}."
             raise IntegrityError(

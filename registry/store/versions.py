@@ -3,6 +3,7 @@
 <n>.json            the manifest of version n; linked once, immutable
 removed/<n>         a tombstone with the time of removal; deleted when version n is restored
 aliases/<alias>     one line: the version it points to; replaced by rename
+seals/              the digests of all these files, see seals.py
 
 A removed version keeps its manifest, so its number is never reused.
 """
@@ -18,10 +19,12 @@ from typing import Final
 from ...domains.data.catalog import builtin_domains
 from ...domains.errors import IntegrityError, NotFoundError
 from ...domains.names import NAME_PATTERN, VERSION_PATTERN, check_alias, check_name
-from .files import delete, folder_lock, make_folder, write_atomic, write_once
+from .files import delete, folder_lock, make_folder, write_once
+from .seals import Seals
 
 _MANIFEST_NAME: Final = re.compile(rf"({VERSION_PATTERN})\.json")
 _LISTED: Final = 20
+UNKNOWN_TIME: Final = "unknown"
 
 
 class DomainFolder:
@@ -29,6 +32,7 @@ class DomainFolder:
 
     def __init__(self, store: Path, name: str):
         self.path = store / "domains" / check_name(name)
+        self.seals = Seals(self.path)
 
     def numbers(self) -> list[int]:
         """Return the numbers of all versions, including removed ones, ascending."""
@@ -41,12 +45,24 @@ class DomainFolder:
         return [number for number in self.numbers() if str(number) not in removed]
 
     def removed(self) -> dict[int, str]:
-        """Return the removed versions, ascending, and when each was removed."""
+        """Return the removed versions, ascending, and when each was removed; "unknown" where that line is damaged."""
         removed = {}
         for version in self.numbers():
-            with suppress(FileNotFoundError):
-                removed[version] = (self.path / "removed" / str(version)).read_text("utf-8").strip()
+            try:
+                removed[version] = self.seals.read(f"removed/{version}").decode().strip()
+            except FileNotFoundError:
+                continue
+            except (IntegrityError, UnicodeDecodeError):
+                removed[version] = UNKNOWN_TIME
         return removed
+
+    def read_manifest(self, version: int) -> bytes:
+        """Return the bytes of a version's manifest.
+
+        Raises:
+            IntegrityError: They differ from what was committed.
+        """
+        return self.seals.read(f"{version}.json")
 
     def files(self) -> list[Path]:
         """Return the manifests, aliases and tombstones, sorted within each kind."""
@@ -80,12 +96,15 @@ class DomainFolder:
     def remove(self, version: int, *, time: str) -> None:
         """Write a version's tombstone, the commit point of a removal; keep an existing one."""
         make_folder(self.path / "removed")
+        line = f"{time}\n".encode()
+        self.seals.add(f"removed/{version}", line)
         with suppress(FileExistsError):
-            write_once(self.path / "removed" / str(version), f"{time}\n".encode())
+            write_once(self.path / "removed" / str(version), line)
 
     def restore(self, version: int) -> None:
         """Delete a version's tombstone, the commit point of a restore."""
         delete(self.path / "removed" / str(version))
+        self.seals.drop(f"removed/{version}")
 
     def link(self, version: int, manifest: bytes) -> None:
         """Link a manifest to a version number, the commit point of a new version.
@@ -94,6 +113,7 @@ class DomainFolder:
             FileExistsError: The number is taken.
         """
         make_folder(self.path)
+        self.seals.add(f"{version}.json", manifest)
         write_once(self.manifest_path(version), manifest)
 
     def aliases(self) -> dict[str, int]:
@@ -104,12 +124,16 @@ class DomainFolder:
         """
         folder = self.path / "aliases"
         names = sorted(name for name in _entries(folder) if re.fullmatch(NAME_PATTERN, name))
-        return {name: _read_alias(folder / name) for name in names}
+        found = {}
+        for name in names:
+            with suppress(FileNotFoundError):  # deleted by another process
+                found[name] = self._read_alias(folder / name)
+        return found
 
     def alias_or_zero(self, alias: str) -> int:
         """Return the version that an alias points to, or 0 if it is missing or damaged; a commit replaces both."""
         try:
-            return _read_alias(self.path / "aliases" / alias)
+            return self._read_alias(self.path / "aliases" / alias)
         except (FileNotFoundError, IntegrityError):
             return 0
 
@@ -118,7 +142,7 @@ class DomainFolder:
         path = self._make_alias_folder() / check_alias(alias)
         with folder_lock(path.parent):
             if when(self.alias_or_zero(alias)):
-                _write_alias(path, version)
+                self.seals.write(f"aliases/{alias}", f"{version}\n".encode())
 
     def advance_alias(self, alias: str, version: int) -> None:
         """Point `alias` at `version` unless it points to a higher one, so that the later of concurrent commits wins.
@@ -132,6 +156,18 @@ class DomainFolder:
         path = self._make_alias_folder() / check_alias(alias)
         with folder_lock(path.parent):
             delete(path)
+            self.seals.drop(f"aliases/{alias}")
+
+    def _read_alias(self, path: Path) -> int:
+        fix = f"Set it again: registry alias {self.path.name}@VERSION {path.name}"
+        try:
+            data = self.seals.read(f"aliases/{path.name}")
+        except IntegrityError as error:
+            raise IntegrityError(f"The alias {path} is damaged.", cause=error.cause, fix=fix) from error
+        if not re.fullmatch(VERSION_PATTERN.encode() + rb"\n", data):
+            cause = f"Expected one line with a version, found {data[:40]!r}."
+            raise IntegrityError(f"The alias {path} is damaged.", cause=cause, fix=fix)
+        return int(data)
 
     def _make_alias_folder(self) -> Path:
         folder = self.path / "aliases"
@@ -187,21 +223,6 @@ def _entries(folder: Path) -> list[str]:
         return os.listdir(folder)
     except FileNotFoundError:
         return []
-
-
-def _write_alias(path: Path, version: int) -> None:
-    write_atomic(path, f"{version}\n".encode())
-
-
-def _read_alias(path: Path) -> int:
-    data = path.read_bytes()
-    if not re.fullmatch(VERSION_PATTERN.encode() + rb"\n", data):
-        raise IntegrityError(
-            f"The alias {path} is damaged.",
-            cause=f"Expected one line with a version, found {data[:40]!r}.",
-            fix=f"Set it again: registry alias {path.parent.parent.name}@VERSION {path.name}",
-        )
-    return int(data)
 
 
 def _listed(items: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from lorary.cli.errors import INTERRUPTED
+from lorary.registry.store.seals import write_sealed
 
 SHORT = ["--steps", "1", "--block", "64", "--batch", "2"]
 
@@ -124,7 +125,7 @@ def test_another_base_model(run, bare, base_folder, tmp_path):
     shutil.copytree(base_folder, base)
     record = json.loads((bare / "store.json").read_text())
     record["settings"]["source"] = str(base)
-    (bare / "store.json").write_text(json.dumps(record))
+    write_sealed(bare / "store.json", json.dumps(record).encode())
     weights = bytearray((base / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (base / "model.safetensors").write_bytes(weights)

@@ -39,6 +39,8 @@ ADDED = {
     "add-domain": {"chat_probe", "held_out", "proof.chat", "scores.share_reason", "proof.frozen.store"},
     "retrain": {"chat_probe", "held_out", "proof.chat", "scores.share_reason", "proof.frozen.store"},
     "import": {"chat_probe", "routing", "near_duplicate", "scores.share_reason"},
+    "verify": {"unsealed"},
+    "gc": {"unreadable"},
     "route": {"left_out"},
     "generate": {"finish"},
     "compose": {"answer.finish"},

@@ -18,6 +18,7 @@ import pytest
 
 from lorary.registry.store.blobs import sha256_of
 from lorary.registry.store.manifest import BaseRecord, ExpertRecord, PackManifest
+from lorary.registry.store.seals import write_sealed
 from lorary.registry.store.strict_json import canonical_json
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def rewrite() -> "Callable[..., PackManifest]":
             for file in manifest.files
         ]
         altered = replace(manifest, files=tuple(files), **changes)
-        (store.path / "domains" / name / f"{manifest.version}.json").write_bytes(altered.to_json())
+        write_sealed(store.path / "domains" / name / f"{manifest.version}.json", altered.to_json())
         return altered
 
     return change_file

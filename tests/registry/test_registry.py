@@ -13,6 +13,7 @@ import torch
 
 from lorary.domains.errors import ConflictError, IncompatibleError, InputError, IntegrityError, NotFoundError
 from lorary.registry import BankConfig, Registry
+from lorary.registry.store.seals import write_sealed
 
 
 def test_the_general_bank_comes_first_in_the_list(whole: Registry) -> None:
@@ -54,10 +55,10 @@ def test_every_stored_file_verifies(whole: Registry) -> None:
 
 
 def test_a_finished_run_leaves_no_checkpoint(whole: Registry) -> None:
-    runs = sorted(whole.store.runs.iterdir())
+    runs = sorted(run for run in whole.store.runs.iterdir() if run.name != "locks")
 
     assert [run.name.partition("-")[0] for run in runs] == ["cooking", "general", "sailing"]
-    assert {path.name for run in runs for path in run.iterdir()} == {"run.json", "rare.safetensors"}
+    assert {path.name for run in runs for path in run.iterdir()} == {"run.json", "rare.safetensors", "seals"}
 
 
 def test_a_composed_model_is_finite_and_not_the_base(whole: Registry, logits_of: Any) -> None:
@@ -203,7 +204,7 @@ def _moved_base(registry: Registry, base_folder: Path, tmp_path: Path) -> Path:
     path = registry.store.path / "store.json"
     record = json.loads(path.read_text(encoding="utf-8"))
     record["settings"]["source"] = str(folder)
-    path.write_text(json.dumps(record), encoding="utf-8")
+    write_sealed(path, json.dumps(record).encode())
     return folder
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from lorary.registry.store.seals import write_sealed
+
 SHORT = ["--max-new-tokens", "4", "--temperature", "0.7", "--seed", "3"]
 
 
@@ -73,7 +75,7 @@ def test_a_base_without_a_template_chats_only_raw(run: Any, tmp_path: Path, stor
     copied = tmp_path / "plain"
     shutil.copytree(store, copied)
     settings["settings"]["base"]["chat_template"] = None
-    (copied / "store.json").write_text(json.dumps(settings), encoding="utf-8")
+    write_sealed(copied / "store.json", json.dumps(settings).encode())
 
     refused = run("chat", "medicine", store=copied, input="The patient?\n")
 

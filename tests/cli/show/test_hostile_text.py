@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lorary.registry.store.seals import write_sealed
 from lorary.registry.store.strict_json import canonical_json
 
 EVIL = "\x1b[31mred\x1b]0;title\x07 \x9b2J\u202egpj\u2066x\u200f\r\n\tname: !!python/object <script>x</script> =cmd()"
@@ -53,7 +54,7 @@ def hostile(store: Path, tmp_path: Path) -> Path:
     manifest["base"]["id"] += EVIL
     manifest["experts"][0]["targets"][0] += EVIL
     manifest["files"][0]["kind"] += EVIL
-    path.write_bytes(canonical_json(manifest))
+    write_sealed(path, canonical_json(manifest))
     return copy
 
 

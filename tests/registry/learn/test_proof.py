@@ -25,6 +25,7 @@ from lorary.registry.learn.proof import (
 from lorary.registry.maintenance.verify import verify_store
 from lorary.registry.store.gc import collect_garbage
 from lorary.registry.store.root import StoreState, read_state
+from lorary.registry.store.seals import write_sealed
 from lorary.registry.store.strict_json import canonical_json
 from lorary.registry.store.versions import DomainFolder
 
@@ -224,7 +225,7 @@ def test_a_version_that_is_not_the_latest_is_proved_as_well(
     old_only = store.blobs.put(b"# Cooking")
     path = store.path / "domains" / "cooking" / "1.json"
     card = replace(first.files[0], path="README.md", sha256=old_only, size=9, kind="card")
-    path.write_bytes(replace(first, files=(*first.files, card)).to_json())
+    write_sealed(path, replace(first, files=(*first.files, card)).to_json())
     store.commit(replace(first, description="a second version"), other)
     store.blobs.path(old_only).chmod(0o644)
     store.blobs.path(old_only).write_bytes(b"# cooking")

@@ -111,7 +111,7 @@ def test_dangling_and_malformed_aliases_are_found(registry: Registry) -> None:
 
     assert problems(verify_store(registry.store)) == [
         ("cooking", "aliases/production", "bad"),
-        ("sailing", "aliases", "bad"),
+        ("sailing", "aliases/latest", "bad"),
     ]
 
 

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
-from lorary.domains.errors import IntegrityError, NotFoundError, StorageFullError
+from lorary.domains.errors import NotFoundError, StorageFullError
 from lorary.registry.store.gc import GRACE_S, collect_garbage
 from lorary.registry.store.store import Store
 from lorary.registry.store.strict_json import canonical_json
+from lorary.registry.store.versions import DomainFolder
 
 DAY = 24 * 3600.0
 
@@ -38,8 +39,7 @@ def age(store: Store, seconds: float = 2 * DAY) -> None:
 
 
 def tombstone_since(store: Store, name: str, version: int, moment: str) -> None:
-    path = store.path / "domains" / name / "removed" / str(version)
-    path.write_text(moment + "\n", encoding="utf-8")
+    DomainFolder(store.path, name).seals.write(f"removed/{version}", f"{moment}\n".encode())
 
 
 def test_blobs_of_versions_stay_and_all_others_go(store: Store, draft: Any) -> None:
@@ -121,16 +121,25 @@ def test_a_tombstone_that_cannot_be_read_deletes_nothing(store: Store, draft: An
     assert collect_garbage(store).blobs == ()
 
 
-def test_nothing_is_deleted_while_a_manifest_cannot_be_read(store: Store, draft: Any) -> None:
+def test_no_blob_is_deleted_while_a_manifest_cannot_be_read(store: Store, draft: Any) -> None:
     commit(store, draft, b"one")
     stray = store.blobs.put(b"stray")
     age(store)
     (store.path / "domains" / "legal" / "1.json").write_bytes(b"{")
 
-    with pytest.raises(IntegrityError):
-        collect_garbage(store)
+    found = collect_garbage(store)
 
+    assert (found.unreadable, found.blobs) == (("legal@1",), ())
     assert stray in store.blobs
+
+
+def test_a_damaged_tombstone_keeps_its_blobs(store: Store, draft: Any) -> None:
+    commit(store, draft, b"one")
+    store.remove("legal@1")
+    age(store)
+    (store.path / "domains" / "legal" / "removed" / "1").write_bytes(b"2006-01-02T03:04:05+00:00\n")
+
+    assert collect_garbage(store).blobs == ()
 
 
 def test_temporary_files_go_and_young_ones_stay(store: Store, draft: Any) -> None:

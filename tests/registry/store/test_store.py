@@ -13,6 +13,7 @@ from lorary.domains.errors import (
     NotFoundError,
     StorageFullError,
 )
+from lorary.registry.store.seals import write_sealed
 from lorary.registry.store.store import Store, locate_store
 
 FILES = {"README.md": (b"# legal\n", "card"), "experts/e0/adapter_model.safetensors": (b"tensors", "expert")}
@@ -84,7 +85,7 @@ def test_open_without_a_store_says_how_to_make_one(tmp_path, place):
 
 
 def test_store_of_a_newer_program_is_refused(store):
-    damage(store.path / "store.json", (store.path / "store.json").read_bytes().replace(b"store/1", b"store/2"))
+    write_sealed(store.path / "store.json", (store.path / "store.json").read_bytes().replace(b"store/1", b"store/2"))
 
     with pytest.raises(IncompatibleError):
         Store.open(store.path)

@@ -218,7 +218,7 @@ def test_a_process_that_ends_while_removing_leaves_a_store_that_works(three, dra
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lorary.registry.store.versions._write_alias", end)
+        patch.setattr("lorary.registry.store.seals.Seals.write", end)
         if when == "before the alias moved":
             with pytest.raises(KeyboardInterrupt):
                 three.remove("legal@3")

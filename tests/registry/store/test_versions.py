@@ -93,10 +93,11 @@ def test_damaged_alias_says_how_to_repair_it(folder):
     folder.set_alias("latest", 1)
     (folder.path / "aliases" / "latest").write_bytes(b"\xff" * 100)
 
-    with pytest.raises(IntegrityError) as caught:
-        folder.aliases()
-
-    assert caught.value.fix == "Set it again: registry alias legal@VERSION latest"
+    for _sealed in (True, False):
+        with pytest.raises(IntegrityError, match="latest is damaged") as caught:
+            folder.aliases()
+        assert caught.value.fix == "Set it again: registry alias legal@VERSION latest"
+        folder.seals.drop("aliases/latest")
 
 
 @pytest.mark.parametrize(
