@@ -116,6 +116,11 @@ def folder(base_folder: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(base_folder, tmp_path / "base"))
 
 
+@pytest.mark.own_failure(
+    "a base model with surplus weights, integer weights without a quantisation, or a broken generation_config.json",
+    before="loaded without them, as they are, and with defaults",
+    now="refused by name before there is a registry, exit 6",
+)
 @pytest.mark.filterwarnings("ignore:Casting complex values")
 @pytest.mark.parametrize(
     ("says", "change"),
@@ -169,6 +174,11 @@ SETTINGS = {
 }
 
 
+@pytest.mark.own_failure(
+    "another end token or added token in the tokenizer's configs",
+    before="the same fingerprint",
+    now="another base model, exit 6",
+)
 @pytest.mark.parametrize("change", SETTINGS.values(), ids=SETTINGS)
 def test_another_setting_of_the_tokenizer_is_another_base(change: Change, folder: Path) -> None:
     before = record_of(folder)

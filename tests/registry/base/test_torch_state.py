@@ -30,6 +30,11 @@ def learned(kp_store: Path, texts: Any, short_run: Any, tmp_path_factory: pytest
     return digests(registry, "cooking")
 
 
+@pytest.mark.own_failure(
+    "learning inside `torch.autocast`, `no_grad` or `inference_mode`",
+    before="another pack, or an error of autograd",
+    now="the same bytes as outside",
+)
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 def test_learning_stores_the_same_bytes(
     state: Callable, kp_store: Path, learned: dict, texts: Any, short_run: Any, tmp_path: Path

@@ -338,6 +338,11 @@ def test_a_question_of_a_chat_is_one_text(question: Any, whole: Registry, model:
         whole.chat(model, max_new_tokens=2).ask(question)
 
 
+@pytest.mark.own_failure(
+    "a model of another registry in `generate` and `chat`",
+    before="its base read the tokens of another tokenizer",
+    now="refused, exit 6",
+)
 def test_a_model_of_a_registry_with_another_base_is_refused(
     whole: Registry, model: Any, tmp_path: Any, tiny_llama: Any, tiny_tokenizer: Any, texts: Any, short_run: Any
 ) -> None:
@@ -357,6 +362,11 @@ def test_a_model_of_a_registry_with_another_base_is_refused(
 SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
 
 
+@pytest.mark.own_failure(
+    "what the base's generation_config.json says of sampling, penalties and lengths",
+    before="partly followed, partly not, without a word",
+    now="the answer names both",
+)
 @pytest.mark.parametrize(
     ("said", "settings", "followed", "replaced"),
     [

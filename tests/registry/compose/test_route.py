@@ -69,6 +69,11 @@ def test_a_static_composition_is_refused(whole: Registry) -> None:
         route_text(plan, read_packs(whole.store, plan), whole.base, "mast")
 
 
+@pytest.mark.own_failure(
+    "`route` of a text longer than the context",
+    before="its beginning was routed",
+    now="refused with both lengths, exit 2",
+)
 def test_a_text_beyond_the_context_is_refused_not_truncated(whole: Registry) -> None:
     length = whole.route("mast", raw=True).tokens - 1  # without the begin token
 
