@@ -141,7 +141,7 @@ class Registry:
         settings["base"] = record_to_json(record)
         if not (root / STORE_FILE).exists():
             # before anything is written: a base that cannot be used, or cannot have experts, is refused here
-            loaded.check()
+            loaded.check(raw=raw)
             loaded.targets.choose((bank or BankConfig()).targets)
         try:
             store = Store.create(root, settings)

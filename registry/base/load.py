@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...domains.base_model import ModelLayout, check_device, find_layout, load_base_model
 from ...domains.check_base import check_finite, check_special_tokens
+from ...domains.data.prompt import prompt_ids
 from ...domains.errors import IntegrityError
 from ...domains.linear import linear_modules, linear_shape
 from ...domains.statistics.token_roles import TokenRoles, token_roles
@@ -49,14 +50,19 @@ class LoadedBase:
         """The model's tokenizer."""
         return self._loaded[1]
 
-    def check(self) -> None:
+    def check(self, *, raw: bool) -> None:
         """Check once, before a registry is made, what digests keep from then on: weights, tokenizer, a forward pass.
+
+        Args:
+            raw: Leave out the chat template.
 
         Raises:
             IncompatibleError: A weight or what the model computes is not finite, or the tokenizer is of another model.
+            InputError: The chat template cannot render a question.
         """
         check_finite(self.folder, self.model)
         check_special_tokens(self.folder, self.model, self.tokenizer)
+        prompt_ids("a question", self.tokenizer, raw=raw)
 
     @cached_property
     def roles(self) -> TokenRoles:
