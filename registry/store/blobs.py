@@ -9,11 +9,12 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
 from ...domains.errors import IntegrityError
-from .files import make_folder, touch, write_atomic
+from .files import folder_lock, make_folder, touch, write_atomic
 
 PREFIX: Final = "sha256:"
 READ_ONLY: Final = 0o444
@@ -58,6 +59,33 @@ class BlobStore:
     def __init__(self, root: Path):
         self.folder = root / "blobs" / "sha256"
 
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Hold off the deletion of blobs while new or renewed ones are not yet named by a version.
+
+        Raises:
+            ConflictError: A garbage collection hangs.
+        """
+        # a collection holds the first lock while it waits for the second, so that new leases wait for it
+        if not self.folder.is_dir():
+            make_folder(self.folder)
+        with ExitStack() as held:
+            with folder_lock(self.folder, is_shared=True):
+                held.enter_context(folder_lock(self.folder.parent, is_shared=True))
+            yield
+
+    @contextmanager
+    def no_leases(self) -> Iterator[None]:
+        """Wait for all leases to end, and keep new ones waiting: blobs that no version names are named by none to come.
+
+        Raises:
+            ConflictError: A writer hangs.
+        """
+        if not self.folder.is_dir():
+            make_folder(self.folder)
+        with folder_lock(self.folder), folder_lock(self.folder.parent):
+            yield
+
     def path(self, digest: str) -> Path:
         """Return the path of the blob with this digest; it need not exist."""
         name = hex_of(digest)
@@ -75,6 +103,11 @@ class BlobStore:
         if not _keep(path, digest=digest, size=len(data)):
             write_atomic(path, data, mode=READ_ONLY)
         return digest
+
+    def put_if_missing(self, data: bytes) -> None:
+        """Store the bytes again if their blob is gone; its bytes are not read."""
+        if sha256_of(data) not in self:
+            self.put(data)
 
     def get(self, digest: str) -> bytes:
         """Return the bytes of a blob after checking their digest.

@@ -8,6 +8,7 @@ before a function returns, so the write is durable. A crash leaves at most a `.t
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Final
 from ...domains.errors import ConflictError, LoraryError, StorageFullError
 
 TEMPORARY_PREFIX: Final = ".tmp-"
+
+LOCK_TIMEOUT_S: Final = 60.0  # locks are held for the time of a few file operations
+LOCK_PAUSE_S: Final = 0.01
 
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 _FORBIDDEN: Final = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -141,21 +145,93 @@ def new_path(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock on a folder; do nothing where the file system has no locks."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+def folder_lock(path: Path, *, is_shared: bool = False, timeout_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+    """Hold a lock on a folder, exclusive or shared; do nothing where the file system has no locks.
+
+    The operating system releases it when the process ends, however it ends.
+
+    Raises:
+        ConflictError: Another process holds it for longer than `timeout_s`.
+    """
+    with _opened(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)) as descriptor:
+        end = time.monotonic() + timeout_s
+        while not _lock(descriptor, is_shared=is_shared):
+            if time.monotonic() > end:
+                raise _held(path, timeout_s)
+            time.sleep(LOCK_PAUSE_S)
         yield
+
+
+@contextmanager
+def file_lock(path: Path) -> Iterator[bool]:
+    """Hold an exclusive lock on a file if it is free, and yield whether it was; true where there are no locks."""
+    with _opened(path, os.O_RDONLY) as descriptor:
+        yield _lock(descriptor, is_shared=False)
+
+
+def process_start(process: int) -> str:
+    """Return when a process began, as the operating system counts; empty if it does not run or that is not known."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+@contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int | None]:
+    """Yield a descriptor of a file or folder; None where folders cannot be opened (Windows)."""
+    if os.name == "nt":
+        yield None
         return
     with _explained(path):
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(path, flags)
     try:
-        with suppress(OSError):  # NFS and others refuse locks on folders
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int | None, *, is_shared: bool) -> bool:
+    """Return whether the lock was free, or cannot exist: NFS and others refuse locks on folders, Windows has none."""
+    try:
+        import fcntl
+    except ImportError:
+        return True
+    if descriptor is None:
+        return True
+    try:
+        fcntl.flock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        return error.errno not in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EINTR)
+    return True
+
+
+def _held(path: Path, timeout_s: float) -> ConflictError:
+    holders = _holders(path)
+    named = "; ".join(f"process {process}: {command}" for process, command in holders.items())
+    return ConflictError(
+        f"{path} is locked by another process.",
+        cause=f"{named or 'a process that is not known'}, for more than {timeout_s:g} s",
+        fix=f"End it if it hangs, then repeat the command: kill {' '.join(map(str, holders))}"
+        if holders
+        else f"Find it, and end it if it hangs: fuser {path}",
+    )
+
+
+def _holders(path: Path) -> dict[int, str]:
+    """Return process ids and commands of those who hold a lock on a folder, as far as Linux says."""
+    try:
+        inode, lines = path.stat().st_ino, Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return {}
+    fields = (line.split() for line in lines)
+    owners = {int(one[4]) for one in fields if len(one) > 5 and one[5].rpartition(":")[2] == str(inode)}
+    found = {}
+    for process in sorted(owners - {0}):
+        with suppress(OSError):
+            words = Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+            found[process] = b" ".join(words).decode("utf-8", "replace").strip()[:200]
+    return found
 
 
 @contextmanager
@@ -169,7 +245,14 @@ def _temporary_file(folder: Path, data: bytes, mode: int) -> Iterator[Path]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
-        yield temporary
+        try:
+            yield temporary
+        except FileNotFoundError as error:
+            raise LoraryError(
+                f"Cannot write a file in {folder}.",
+                cause="its temporary file was deleted, as by a gc without a grace period",
+                fix="Repeat the command.",
+            ) from error
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)

@@ -1,10 +1,14 @@
 """Garbage collection: delete unreferenced blobs, stale temporary files and finished checkpoints.
 
 A blob is needed while a manifest references it, including the manifest of a version removed less than the grace period
-ago. A writer stores its blobs first and links its manifest last, so an unreferenced blob may be about to be referenced:
-only blobs untouched for longer than the grace period are deleted. Writers touch a blob that already exists
-(`BlobStore.put`). To avoid a race between check and deletion, blobs are first moved to quarantine; then all manifests
-are read again, and a blob that is referenced by now, or was touched before it was moved, is moved back.
+ago. A writer stores its blobs first and links its manifest last, so an unreferenced blob may be about to be referenced.
+It holds a lease meanwhile (`BlobStore.lease`), a lock that ends with its process; blobs are deleted while there is
+none. So the grace period is for people who want a removed version back, and for packs that are being pulled: with a
+wrong clock, or without a grace period, a pull has to be repeated, and nothing that a version names is lost.
+
+Where a file system has no locks, order protects: blobs are first moved to quarantine; then all manifests are read
+again, and a blob that is referenced by now, or was touched before it was moved, is moved back. A writer looks for its
+blobs again after its manifest is linked, and stores what was moved away.
 
 Deleting needs no disk space. Creating the quarantine folder may; on a full disk the ballast is deleted for it.
 """
@@ -55,11 +59,12 @@ def collect_garbage(store: Store, *, grace_s: float = GRACE_S, dry_run: bool = F
     sizes = {digest: _size(path) for digest, path in old.items()}
     others = sum(map(_size, [*temporary, *checkpoints]))
     if not dry_run:
-        for path in temporary:
-            delete(path)
         for path in checkpoints:
             delete_tree(path)
-        old = _delete_blobs(store, old, since=oldest)
+        with store.blobs.no_leases():
+            for path in temporary:
+                delete(path)
+            old = _delete_blobs(store, old, since=oldest)
         store.fill_ballast()
     return Collected(
         blobs=tuple(sorted(old)),

@@ -278,10 +278,11 @@ class Store:
         if version not in folder.numbers():
             raise no_such_version(name, version, versions=folder.numbers(), aliases={})
         manifest = self._read(name, version)
-        missing = [file.path for file in manifest.files if not self.blobs.renew(file.sha256)]
-        if missing:
-            raise collected_version(name, version, missing=missing, files=len(manifest.files))
-        folder.restore(version)
+        with self.blobs.lease():
+            missing = [file.path for file in manifest.files if not self.blobs.renew(file.sha256)]
+            if missing:
+                raise collected_version(name, version, missing=missing, files=len(manifest.files))
+            folder.restore(version)
         self._repair_latest(name)
         return manifest
 
@@ -330,14 +331,18 @@ class Store:
         folder = DomainFolder(self.path, draft.name)
         if alias is not None:
             check_alias(alias)
-        draft = replace(draft, files=self._put(files))
-        # parse before the commit point, so that no unreadable manifest is stored
-        draft = PackManifest.from_json(draft.to_json(), source=f"The draft of {draft.name}")
-        try:
-            version = folder.append(lambda n: replace(draft, version=n).to_json(), first_only=first_only)
-        except FileExistsError as error:
-            fix = f"Look at it: registry show {draft.name}; or choose another name"
-            raise ConflictError(f"The domain {draft.name!r} is there already.", fix=fix) from error
+        with self.blobs.lease():
+            draft = replace(draft, files=self._put(files))
+            # parse before the commit point, so that no unreadable manifest is stored
+            draft = PackManifest.from_json(draft.to_json(), source=f"The draft of {draft.name}")
+            try:
+                version = folder.append(lambda n: replace(draft, version=n).to_json(), first_only=first_only)
+            except FileExistsError as error:
+                fix = f"Look at it: registry show {draft.name}; or choose another name"
+                raise ConflictError(f"The domain {draft.name!r} is there already.", fix=fix) from error
+            # a gc without locks moves blobs away before it reads the manifests: it has seen this one, or we see that
+            for data, _kind in files.values():
+                self.blobs.put_if_missing(data)
         if alias is not None:
             folder.advance_alias(alias, version)
         self._repair_latest(draft.name)
@@ -357,11 +362,16 @@ class Store:
             IntegrityError: A blob is missing or damaged.
             StorageFullError: No space is left.
         """
+        with self.blobs.lease():
+            self._check_blobs(manifest, [f for f in manifest.files if not self.blobs.holds(f.sha256, size=f.size)])
+            stored = self._adopt(manifest, alias=alias)
+            # see commit; here the version stays, and the repeated command brings its blobs again
+            self._check_blobs(manifest, [f for f in manifest.files if f.sha256 not in self.blobs])
+        self._repair_latest(manifest.name)
+        return stored
+
+    def _adopt(self, manifest: PackManifest, *, alias: str | None) -> PackManifest:
         folder = DomainFolder(self.path, manifest.name)
-        lacking = [file.path for file in manifest.files if not self.blobs.holds(file.sha256, size=file.size)]
-        if lacking:
-            cause = f"missing or damaged in the store: {', '.join(lacking)}"
-            raise IntegrityError(f"The pack {manifest.name} is not complete.", cause=cause, fix="repeat the command")
         while (stored := self.find_same(manifest)) is None:
             numbers = folder.numbers()
             if removed := self._same(manifest, numbers):
@@ -376,8 +386,13 @@ class Store:
                     continue
             if alias is not None:
                 folder.advance_alias(alias, number)
-        self._repair_latest(manifest.name)
         return stored
+
+    @staticmethod
+    def _check_blobs(manifest: PackManifest, lacking: list[PackFile]) -> None:
+        if lacking:
+            cause = f"missing or damaged in the store: {', '.join(file.path for file in lacking)}"
+            raise IntegrityError(f"The pack {manifest.name} is not complete.", cause=cause, fix="repeat the command")
 
     def find_same(self, manifest: PackManifest) -> PackManifest | None:
         """Return the version of the domain with the same content, or None; removed versions are ignored."""

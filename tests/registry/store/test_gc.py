@@ -1,18 +1,21 @@
 """gc: deletes what nothing needs, spares what is young, and never takes what a writer is about to need."""
 
 import errno
+import fcntl
 import os
 import random
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorary.domains.errors import NotFoundError, StorageFullError
+from lorary.domains.errors import ConflictError, IntegrityError, LoraryError, NotFoundError, StorageFullError
+from lorary.registry.store.files import folder_lock
 from lorary.registry.store.gc import GRACE_S, collect_garbage
 from lorary.registry.store.store import Store
 from lorary.registry.store.strict_json import canonical_json
@@ -191,8 +194,18 @@ def test_checkpoints_of_a_repeated_run_stay_where_its_first_version_was_removed(
 # --- writers at the same time ---
 
 
+@pytest.fixture
+def no_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file system that refuses locks, as NFS may: only the order of what is done protects."""
+
+    def refuse(*_arguments: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
 def test_a_blob_that_a_writer_takes_up_while_gc_looks_is_moved_back(
-    store: Store, draft: Any, monkeypatch: pytest.MonkeyPatch
+    store: Store, draft: Any, monkeypatch: pytest.MonkeyPatch, no_locks: None
 ) -> None:
     store.blobs.put(b"same")
     age(store)
@@ -212,7 +225,7 @@ def test_a_blob_that_a_writer_takes_up_while_gc_looks_is_moved_back(
 
 
 def test_a_blob_that_a_writer_puts_again_while_it_is_moved_aside_is_there(
-    store: Store, draft: Any, monkeypatch: pytest.MonkeyPatch
+    store: Store, draft: Any, monkeypatch: pytest.MonkeyPatch, no_locks: None
 ) -> None:
     store.blobs.put(b"same")
     age(store)
@@ -228,6 +241,97 @@ def test_a_blob_that_a_writer_puts_again_while_it_is_moved_aside_is_there(
 
     store.verify(committed[0])
     assert not os.listdir(store.blobs.folder.with_name("quarantine"))
+
+
+def test_without_locks_a_commit_stores_again_what_a_gc_took_before_its_link(
+    store: Store, draft: Any, monkeypatch: pytest.MonkeyPatch, no_locks: None
+) -> None:
+    real, collected = os.link, []
+
+    def after_a_collection(*paths: Any) -> None:
+        if not collected and str(paths[1]).endswith("1.json"):
+            with monkeypatch.context() as only_blobs:  # a missing temporary file is refused, see below
+                only_blobs.setattr("lorary.registry.store.gc._temporary_files", lambda _store: ())
+                collected.extend(collect_garbage(store, grace_s=-2 * DAY).blobs)  # by a clock two days ahead
+        real(*paths)
+
+    monkeypatch.setattr(os, "link", after_a_collection)
+
+    manifest = commit(store, draft, b"one", b"two")
+
+    assert len(collected) == 2
+    store.verify(manifest)
+
+
+def test_without_locks_a_pull_is_not_acknowledged_where_a_gc_took_its_files(
+    store: Store, draft: Any, monkeypatch: pytest.MonkeyPatch, no_locks: None
+) -> None:
+    manifest = commit(store, draft, b"one")
+    real = os.link
+
+    def after_a_collection(*paths: Any) -> None:
+        if str(paths[1]).endswith("tax/1.json"):
+            store.remove("legal@1")
+            with monkeypatch.context() as only_blobs:
+                only_blobs.setattr("lorary.registry.store.gc._temporary_files", lambda _store: ())
+                collect_garbage(store, grace_s=-2 * DAY)
+        real(*paths)
+
+    monkeypatch.setattr(os, "link", after_a_collection)
+
+    with pytest.raises(IntegrityError, match="not complete"):
+        store.adopt(replace(manifest, name="tax"), alias="latest")
+
+
+def test_without_locks_a_writer_whose_temporary_file_is_gone_is_refused_and_works_again(
+    store: Store, draft: Any, monkeypatch: pytest.MonkeyPatch, no_locks: None
+) -> None:
+    real = os.link
+
+    def after_a_collection(*paths: Any) -> None:
+        collect_garbage(store, grace_s=-2 * DAY)
+        real(*paths)
+
+    with monkeypatch.context() as seam:
+        seam.setattr(os, "link", after_a_collection)
+        with pytest.raises(LoraryError, match="Cannot write"):
+            commit(store, draft, b"one")
+
+    assert store.domains() == []
+    store.verify(commit(store, draft, b"one"))
+
+
+def test_gc_waits_for_a_writer_that_has_stored_blobs_and_linked_no_manifest(store: Store) -> None:
+    stray = store.blobs.put(b"about to be named")
+    seen = []
+    with ThreadPoolExecutor() as pool:
+        with store.blobs.lease():
+            done = pool.submit(collect_garbage, store, grace_s=-2 * DAY)
+            time.sleep(0.1)
+            seen.append((stray in store.blobs, done.done()))
+        assert done.result().blobs == (stray,)
+
+    assert seen == [(True, False)]
+
+
+def test_a_hung_holder_of_a_lock_is_named(store: Store) -> None:
+    script = (
+        "import fcntl, os, sys, time; f = os.open(sys.argv[1], os.O_RDONLY); fcntl.flock(f, 2); print(); time.sleep(99)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, store.path], stdout=subprocess.PIPE) as hung:
+        assert hung.stdout is not None
+        hung.stdout.readline()
+        with (
+            pytest.raises(ConflictError, match="is locked by another process") as caught,
+            folder_lock(store.path, timeout_s=0.1),
+        ):
+            pass
+        hung.kill()
+
+    assert f"process {hung.pid}: " in str(caught.value.cause)
+    assert str(caught.value.fix).endswith(f"kill {hung.pid}")
+    with folder_lock(store.path, timeout_s=0.1):  # it is free as soon as its holder has ended
+        pass
 
 
 def test_what_an_interrupted_gc_left_aside_is_put_back_or_deleted(store: Store, draft: Any) -> None:
@@ -267,14 +371,13 @@ for _ in range(int(sys.argv[4])):
 """
 
 
-def race(store: Store, draft: Any, tmp_path: Path, *, commits: int) -> int:
+def race(store: Store, draft: Any, tmp_path: Path, *, commits: int, grace_s: float = 1.0) -> int:
     (tmp_path / "draft.json").write_bytes(draft.to_json())
     command = [sys.executable, "-c", COMMITTER, str(store.path), str(tmp_path / "draft.json")]
     writers = [subprocess.Popen([*command, str(seed), str(commits)]) for seed in range(3)]
     deleted = 0
     while any(writer.poll() is None for writer in writers):
-        # one second of grace: writers need less between their first blob and their manifest
-        deleted += len(collect_garbage(store, grace_s=1.0).blobs)
+        deleted += len(collect_garbage(store, grace_s=grace_s).blobs)
         time.sleep(random.random() / 50)
     assert [writer.returncode for writer in writers] == [0, 0, 0]
     time.sleep(1.1)
@@ -286,8 +389,9 @@ def race(store: Store, draft: Any, tmp_path: Path, *, commits: int) -> int:
     return deleted
 
 
-def test_writers_lose_nothing_to_a_gc_beside_them(store: Store, draft: Any, tmp_path: Path) -> None:
-    race(store, draft, tmp_path, commits=15)
+@pytest.mark.parametrize("grace_s", [0, -2 * DAY], ids=["without grace", "by a clock two days ahead"])
+def test_writers_lose_nothing_to_a_gc_beside_them(store: Store, draft: Any, tmp_path: Path, grace_s: float) -> None:
+    race(store, draft, tmp_path, commits=10, grace_s=grace_s)
 
 
 @pytest.mark.slow
