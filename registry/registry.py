@@ -400,13 +400,15 @@ class Registry:
         Raises:
             InputError: The name or the data cannot be used.
             NotFoundError: No data was given and no built-in domain has this name.
-            ConflictError: The domain exists.
+            ConflictError: The domain exists, or another process trains it.
             IntegrityError: Something frozen changed; nothing is stored.
             GateFailedError: `strict`, and the domain takes text that is not its own; nothing is trained or stored.
         """
-        from .learn.add_domain import add_domain
+        from .learn.run_lock import only_training_of
 
-        with self._drop_base_on_failed_proof():
+        with only_training_of(self.store, name), self._drop_base_on_failed_proof():
+            from .learn.add_domain import add_domain
+
             return add_domain(
                 self.store,
                 self.base,
@@ -471,10 +473,12 @@ class Registry:
             gate_data=_sources(gate_data, "gate_data"),
             tolerance=tolerance,
         )
-        from .learn.retrain import retrain
+        from .learn.run_lock import only_training_of
 
         settings = training or TrainingConfig()
-        with self._drop_base_on_failed_proof():
+        with only_training_of(self.store, plan.parent.name), self._drop_base_on_failed_proof():
+            from .learn.retrain import retrain
+
             return retrain(
                 self.store,
                 self.base,
