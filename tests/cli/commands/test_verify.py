@@ -56,6 +56,30 @@ def test_verify_ends_with_five_and_names_what_is_damaged(run, own):
     assert json.loads(as_json.stderr)["error"]["code"] == "integrity"
 
 
+def test_one_unreadable_manifest_stops_neither_list_nor_log_nor_gc(run, own):
+    (own / "domains" / "legal" / "1.json").write_bytes(b"{")
+
+    listed, logged, collected = (run(command, store=own) for command in ("list", "log", "gc"))
+
+    for result, name in ((listed, "legal"), (logged, "legal@1")):
+        assert result.exit_code == 5
+        assert "medicine" in result.stdout
+        assert f"Not shown, because it cannot be read: {name}." in result.stderr
+    assert collected.exit_code == 0
+    assert "No blobs are deleted while manifests cannot be read: legal@1." in collected.stderr
+    assert run("verify", store=own).exit_code == 5
+
+
+def test_small_files_of_an_older_program_are_counted_and_sealed(run, own, document):
+    for folder in list(own.rglob("seals")):
+        shutil.rmtree(folder)
+
+    before, after = document(run("verify", "--json", store=own)), document(run("verify", "--seal", "--json", store=own))
+
+    assert (before["whole"], before["unsealed"] > 0) == (True, True)
+    assert (after["whole"], after["unsealed"]) == (True, 0)
+
+
 def test_gc_says_what_it_would_delete_and_deletes_it(run, own, document):
     stray = Store.open(own).blobs.put(b"stray")
     os.utime(Store.open(own).blobs.path(stray), (0, 0))
