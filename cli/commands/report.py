@@ -6,7 +6,7 @@ import os
 import shlex
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from ...domains.errors import InputError
 from ..options import Device, Dtype, Json, NoQuestions, StorePath
 from ..report.formatting import not_measurable
 from ..report.html import PageSource, retention_html
+from ..report.markdown import retention_markdown
 from ..report.svg import retention_svg
 from ..report.terminal import (
     MAX_COLUMNS,
@@ -21,6 +22,7 @@ from ..report.terminal import (
     domains_table,
     figures_table,
     heat_table,
+    kind_blocks,
     questions_table,
     verdict_lines,
     verdicts_table,
@@ -72,6 +74,12 @@ def report(
     no_questions: NoQuestions = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
+    form: Annotated[
+        Literal["table", "github"],
+        typer.Option(
+            "--format", metavar="table|github", help="github prints Markdown, for a comment on a pull request."
+        ),
+    ] = "table",
     store: StorePath = None,
     as_json: Json = False,
 ) -> None:
@@ -84,6 +92,8 @@ def report(
     """
     from ...registry.measure.thresholds import check_verdicts, judge, parse_threshold
 
+    if form == "github" and as_json:
+        raise InputError("--format github and --json exclude each other.", fix="leave one of them out")
     thresholds = [parse_threshold(text) for text in gate or []]
     for path in filter(None, (html, svg, csv)):
         _check_writable(path)  # measuring may take long
@@ -100,7 +110,10 @@ def report(
         _write(html, retention_html(_page_source(registry, found, verdicts)).encode())
     if svg:
         _write(svg, retention_svg(found).encode())
-    output.show(retention_page(found, verdicts), command="report", as_json=as_json)
+    if form == "github":
+        output.show_document(retention_markdown(found, verdicts))
+    else:
+        output.show(retention_page(found, verdicts), command="report", as_json=as_json)
     check_verdicts(verdicts)
 
 
@@ -141,7 +154,7 @@ def retention_page(report: "RetentionReport", verdicts: "list[Verdict]") -> Page
     blocks += [questions_table(report, report.accuracy)] if report.accuracy else []
     blocks += [title("Routing", faint("   held-out texts by the slot with the largest gate"))]
     blocks += [confusion_table(report), title("Figures", faint("   " + SYMBOLS)), figures_table(report.figures)]
-    blocks += verdict_lines(verdicts)
+    blocks += [*kind_blocks(report, verdicts), *verdict_lines(verdicts)]
     hints = [f"Left out: {name}: {why}" for name, why in report.left_out.items()]
     hints += [f"Not measurable: {what} of {name}: {why}" for (what, name), why in not_measurable(report).items()]
     data = report.as_json() | {"gates": [verdict.as_json() for verdict in verdicts]}

@@ -1,6 +1,6 @@
 """`registry retrain`: the next version of a domain, trained on new text."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -146,6 +146,7 @@ def retrained_page(done: "RetrainedDomain") -> Page:
             "acceptance check",
             cell(judged, f"{exact(check.parent)} {exact(check.new)} {'holds' if check.holds else 'held back'}"),
         ),
+        ("kinds", f"{len(check.kinds)} judged, {len(check.failing) or 'none'} worse" if check.kinds else None),
         ("experts", facts.experts(manifest)),
         ("per layer", facts.per_layer(manifest.allocation["counts"])),
         ("training", facts.training(manifest)),
@@ -161,7 +162,8 @@ def retrained_page(done: "RetrainedDomain") -> Page:
         f"{manifest.name} was retrained" if not done.is_repeated else f"{facts.reference(manifest)} was stored before"
     )
     hints = (f"Compare them: registry diff {facts.reference(done.parent)} {facts.reference(manifest)}",)
-    blocks = (title(head), fields(rows), facts.scores(manifest), *facts.probe_warning(done.probe))
+    failing = facts.failing_kinds(check)
+    blocks = (title(head), fields(rows), *failing, facts.scores(manifest), *facts.probe_warning(done.probe))
     return Page(data=_data(done), blocks=blocks, hints=hints)
 
 
@@ -174,10 +176,17 @@ def held_back(done: "RetrainedDomain") -> GateFailedError:
     """Make the error of a version that did not pass the acceptance check."""
     check, name = done.acceptance, facts.reference(done.manifest)
     limit, found = percent(check.tolerance, digits=2), percent(check.change, digits=2)
+    causes = [f"bits per byte on the parent's held-out text rose by {found} ({check.parent:.4f} -> {check.new:.4f})"]
+    if check.new <= check.parent * (1 + check.tolerance):
+        causes = []
+    causes += [
+        f"on its kind {kind.kind!r} they rose by {percent(kind.change, digits=2)} "
+        f"({kind.before:.4f} -> {kind.now:.4f}, {plural(kind.rows, 'row')})"
+        for kind in check.failing
+    ]
     return GateFailedError(
         f"{name} was stored but held back: {done.manifest.name} still means {facts.reference(done.parent)}.",
-        cause=f"bits per byte on the parent's held-out text rose by {found} ({check.parent:.4f} -> {check.new:.4f}); "
-        f"the tolerance is {limit}",
+        cause=f"{'; '.join(causes)}; the tolerance is {limit}",
         fix=f"accept it anyway: registry alias {name} latest",
     )
 
@@ -190,6 +199,7 @@ def _data(done: "RetrainedDomain") -> dict[str, object]:
         "mode": manifest.lineage["mode"],
         "held_back": not done.acceptance.holds,
         "gate": done.acceptance.as_json(),
+        "failing_kinds": [asdict(one) for one in done.acceptance.portraits],
         "chat_probe": done.probe.as_json(),
         "is_repeated": done.is_repeated,
         "resumed_from": done.resumed_from,

@@ -1,5 +1,6 @@
 """Format the figures of a retention report: values, intervals, steps, and the colour levels of a heat map."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
 from ...registry.measure.measurable import NOT_MEASURABLE, SMALL_SAMPLE
@@ -7,6 +8,7 @@ from ..show.charts import heat
 from ..show.numbers import bits, percent
 
 if TYPE_CHECKING:
+    from ...registry.measure.changes import Change
     from ...registry.measure.report import Interval, RetentionReport, ScoreTable, Value
     from ...registry.measure.thresholds import Verdict
 
@@ -32,6 +34,12 @@ def worse_columns(report: "RetentionReport", scores: "ScoreTable") -> set[int]:
     metric = "bits per byte" if scores.matrix.lower_is_better else "accuracy"
     names = {change.domain for change in report.worse if change.metric == metric}
     return {j for j, name in enumerate(scores.matrix.domains) if name in names}
+
+
+def failing_kinds(report: "RetentionReport", verdicts: "Sequence[Verdict]") -> "list[Change]":
+    """Return the kinds of text that got worse or miss a threshold."""
+    failed = {name for verdict in verdicts for name in verdict.failed}
+    return [change for change in report.kind_changes if change.is_worse or change.domain in failed]
 
 
 def score_unit(scores: "ScoreTable") -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from .formatting import format_value, not_measurable
+from .formatting import failing_kinds, format_value, not_measurable
 from .grids import HEAT_LEVELS, confusion_grid, heat_grid, layers_grid
 from .pictures import lineage_picture, prototype_map, shares_picture
 from .templates import read_asset, render
@@ -127,6 +127,7 @@ def retention_html(source: PageSource) -> str:
         data_rows=list(_data_rows(report)),
         symbols=SYMBOLS,
         not_measurable=not_measurable(report),
+        kinds=failing_kinds(report, source.verdicts),
     )
 
 

@@ -9,7 +9,15 @@ from ..show import facts
 from ..show.charts import HEAT_LEVELS
 from ..show.numbers import bits, exact, percent
 from ..show.page import Block, Cell, Span, Table, cell, faint, line, table, title
-from .formatting import VERDICT_STYLES, format_failed, format_interval, format_step, format_value, heat_levels
+from .formatting import (
+    VERDICT_STYLES,
+    failing_kinds,
+    format_failed,
+    format_interval,
+    format_step,
+    format_value,
+    heat_levels,
+)
 
 if TYPE_CHECKING:
     from ...registry.measure.report import Figure, Interval, RetentionReport, ScoreTable, Value
@@ -84,6 +92,28 @@ def verdicts_table(report: "RetentionReport") -> Table:
             ]
         )
     return table(columns, rows, right=columns[2:], no_wrap=(columns[0], *columns[2:]))
+
+
+def kind_blocks(report: "RetentionReport", verdicts: Sequence["Verdict"]) -> list[Block]:
+    """Make the table of kinds of text that got worse or miss a threshold, and what each is recognized by."""
+    shown = failing_kinds(report, verdicts)
+    if not shown:
+        return []
+    columns = ("KIND", "VERDICT", "LEARNED", "NOW", "95 % OF CHANGE", "N")
+    rows = [
+        [
+            cell(change.domain),
+            cell(Span(change.words, VERDICT_STYLES[change.verdict])),
+            cell(bits(change.before), exact(change.before)),
+            cell(bits(change.now), exact(change.now)),
+            _interval(change.interval, "share"),
+            cell(str(change.samples)),
+        ]
+        for change in shown
+    ]
+    listed = table(columns, rows, right=columns[2:], no_wrap=columns[2:])
+    found = [report.portrait(change.domain) for change in shown]
+    return [title("Kinds of text", faint("   that an average hides")), listed, *facts.portraits(found)]
 
 
 def questions_table(report: "RetentionReport", scores: "ScoreTable") -> Table:

@@ -1,6 +1,6 @@
 """Cells and records that describe a stored version, from its manifest; several commands share them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ...domains.names import is_name
@@ -11,7 +11,9 @@ from .page import Block, Cell, Line, Paragraph, Part, Span, Table, cell, faint, 
 
 if TYPE_CHECKING:
     from ...domains.statistics.prototypes import Neighbour
+    from ...registry.learn.acceptance import AcceptanceCheck
     from ...registry.learn.chat_probe import ChatProbe
+    from ...registry.measure.kinds import KindPortrait
     from ...registry.store.manifest import PackManifest
 
 SHOWN_QUESTIONS = 8
@@ -266,6 +268,31 @@ def probe_warning(probe: "ChatProbe") -> tuple[Block, ...]:
     columns = ("TAKEN QUESTION", "GATE")
     listed = (table(columns, rows, right=("GATE",), no_wrap=("GATE",)),) if rows else ()
     return problems, *listed, advice
+
+
+def failing_kinds(check: "AcceptanceCheck") -> tuple[Block, ...]:
+    """Show the kinds of text that got worse: scores, n-grams that stand out, and some rows."""
+    if not check.failing:
+        return ()
+    columns = ("WORSE KIND", "ROWS", "PARENT", "NEW", "CHANGE")
+    rows = [
+        [
+            cell(Span(kind.kind, "bad")),
+            cell(str(kind.rows)),
+            number(kind.before),
+            number(kind.now),
+            cell(Span(percent(kind.change, digits=1), "bad"), exact(kind.change)),
+        ]
+        for kind in check.failing
+    ]
+    return table(columns, rows, right=columns[1:], no_wrap=columns[1:]), *portraits(check.portraits)
+
+
+def portraits(found: "Iterable[KindPortrait]") -> Iterator[Block]:
+    """Yield what people recognize each kind by."""
+    for one in found:
+        lines = [f"{one.kind} stands out by: {', '.join(one.words) or '-'}", *(f"- {row}" for row in one.examples)]
+        yield Paragraph(line("\n".join(lines)), in_pipes=False)
 
 
 def neighbours(found: "Iterable[Neighbour]") -> Cell | None:

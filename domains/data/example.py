@@ -24,6 +24,8 @@ class Example:
     # prompt and completion are read as they are, though the tokenizer has a chat template; no content of the row
     raw: bool = False
     document: str = field(default="", compare=False, repr=False)  # that the row is a part of; no content of the row
+    # name of the kind of text inside its domain, which scores are told apart by; no content of the row
+    kind: str | None = field(default=None, compare=False, repr=False)
     source: str = field(default="", compare=False, repr=False)  # file or other source, for errors
     line: int | None = field(default=None, compare=False, repr=False)
 
@@ -68,7 +70,7 @@ class Example:
         return sum(_bytes(value) for i in self.learned_turns for key, value in turns[i].items() if key != "role")
 
     def digest(self) -> bytes:
-        """Return the SHA-256 of the content: all fields but id, raw, document, source and line."""
+        """Return the SHA-256 of the content: all fields but id, raw, document, kind, source and line."""
         content = [self.prompt, self.completion, list(self.choices), [list(message) for message in self.messages]]
         if self.more:  # digests of other rows are older than this field
             content.append(self.more)

@@ -29,6 +29,7 @@ from ..errors import CorpusError
 from .example import Example
 
 ACCEPTED_KEYS = "text | prompt, completion[, choices] | messages | instruction, output[, input] | conversations"
+MAX_KIND = 64  # characters of the name of a kind
 _ROLES = {
     "system": "system",
     "user": "user",
@@ -68,7 +69,8 @@ def to_example(row: Row, source: str) -> Example:
         CorpusError: The row is not an object, has no known keys, or a value cannot be used.
     """
     try:
-        return replace(_to_example(row.value), document=_document(row.value), source=source, line=row.line)
+        document, kind = _document(row.value), _row_kind(row.value)
+        return replace(_to_example(row.value), document=document, kind=kind, source=source, line=row.line)
     except BadRowError as error:
         raise CorpusError(source, str(error), line=row.line) from error
 
@@ -334,6 +336,14 @@ def _label(row: Mapping[str, Any]) -> str:
     if isinstance(label, bool) or not isinstance(label, str | int):
         raise BadRowError(f"'id' is {_kind(label)}, expected a string or a number")
     return _checked(str(label), "id", may_be_empty=True)
+
+
+def _row_kind(row: object) -> str | None:
+    """Return the kind of text that a row names in `source` or `label`; other values than short names are ignored."""
+    found = [row.get(key) for key in ("source", "label")] if isinstance(row, Mapping) else []
+    names = [str(name) for name in found if isinstance(name, str | int) and not isinstance(name, bool)]
+    names = [" ".join(re.split(r"[/\\]", name)[-1].split()) for name in names]  # folders are private
+    return next((name for name in names if 0 < len(name) <= MAX_KIND and name.isprintable()), None)
 
 
 def _text(row: Mapping[str, Any], key: str, *, may_be_empty: bool = False) -> str:

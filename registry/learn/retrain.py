@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, replace
 
 from ...adapters.bank import ExpertBank, LayerExperts
 from ...adapters.config import TrainingConfig
-from ...domains.data.corpus import corpus_digest
+from ...domains.data.corpus import corpus_digest, limit_bytes
 from ...domains.errors import IntegrityError
 from ...domains.progress import OnProgress
 from ...domains.statistics.statistics import DomainStatistics
 from ..base.load import LoadedBase
 from ..measure.evaluate import score_new_domain
-from ..measure.held_out import general_examples
+from ..measure.held_out import MAX_SCORED_BYTES, general_examples
 from ..pack.pack import DomainPack, read_pack
 from ..store.manifest import BaseRecord, PackManifest, check_same_base
 from ..store.store import LATEST, Store
@@ -125,6 +125,7 @@ def _repeated(
     if strict:
         check_probe(probe)
     acceptance = AcceptanceCheck.from_json(stored.evaluation["gate"], tolerance=plan.tolerance)
+    acceptance = acceptance.described(limit_bytes(plan.older, MAX_SCORED_BYTES))
     if acceptance.holds and store.manifest(stored.name).version == plan.parent.version:
         store.set_alias(stored.name, LATEST, stored.version)
     return RetrainedDomain(

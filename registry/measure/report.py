@@ -7,7 +7,7 @@ its own interval.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,6 +19,7 @@ from ..compose.notebook import html_table
 from ..store.manifest import PackManifest
 from .changes import Change, find_changes
 from .held_out import HeldOut
+from .kinds import KindPortrait, portrait, rows_by_kind
 from .measurable import NOT_MEASURABLE, why_not_measurable
 from .metrics import METRICS, Metric, RetentionMatrix, Values, mean
 from .scores import CellScores
@@ -30,6 +31,9 @@ Interval = tuple[float, float]
 
 _BITS: Final = "bits/byte"
 _SHARE: Final = "share"
+_OF_KIND: Final = ": "  # no name of a domain has a colon
+# figures that compare a text with itself: others differ between kinds without any harm
+KIND_METRICS: Final = ("backward_transfer", "forgetting", "retention", "oracle_share")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +166,50 @@ class RetentionReport:
         return tuple(one for one in self.changes if one.is_worse)
 
     @cached_property
+    def kinds(self) -> ScoreTable | None:
+        """Bits per byte of each kind of text with enough rows; None if no domain has several."""
+        parts = {
+            kind_label(data.name, kind): (j, rows)
+            for j, data in enumerate(self.scores.data)
+            if j > 0
+            for kind, rows in rows_by_kind(data.texts).items()
+        }
+        if not parts:
+            return None
+        return self._table(
+            list(parts),
+            lower_is_better=True,
+            above=lambda cell: [nats / math.log(2) for nats in cell.text_nats],
+            below=lambda cell: cell.text_bytes,
+            parts=parts,
+        )
+
+    @cached_property
+    def kind_figures(self) -> dict[str, Figure]:
+        """The figures that compare a kind with itself, by name; their domains are kinds."""
+        table = self.kinds
+        if table is None:
+            return {}
+        names = [name for name in METRICS if name in KIND_METRICS]
+        return {name: _figure(name, table, table.matrix.domains, prefix="", unit=_BITS) for name in names}
+
+    @cached_property
+    def kind_changes(self) -> tuple[Change, ...]:
+        """What became of each kind; what got worse is first."""
+        table = self.kinds
+        found = find_changes(table.matrix, table.draws, table.counts) if table else ()
+        return tuple(sorted(found, key=lambda one: (not one.is_worse, -one.change)))
+
+    def portrait(self, label: str) -> KindPortrait:
+        """Describe a kind, by its name among `kinds`."""
+        domain, kind = split_label(label)
+        j = self.columns.index(domain)
+        learned, now = self.scores.cells[j + 1, j], self.scores.cells[len(self.steps) - 1, j]
+        nats = zip(learned.text_nats, now.text_nats, now.text_bytes, strict=True)
+        rises = [(after - before) / max(size, 1) for before, after, size in nats]
+        return replace(portrait(self.scores.data[j].texts, kind, rises), kind=label)
+
+    @cached_property
     def confusion(self) -> dict[str, dict[str, int]]:
         """Number of texts by true domain and by the slot with the largest mean gate, after the last step."""
         last = len(self.steps) - 1
@@ -223,6 +271,7 @@ class RetentionReport:
             "accuracy": _table_json(self.accuracy, "accuracy") if self.accuracy else None,
             "figures": {figure.name: figure.as_json() for figure in self.figures},
             "changes": [change.as_json() for change in self.changes],
+            "kinds": [change.as_json() for change in self.kind_changes],
             "routing": {"texts": self.confusion, "mean_gates": self.mean_gates},
             "left_out": self.left_out,
         }
@@ -234,23 +283,33 @@ class RetentionReport:
         lower_is_better: bool,
         above: Callable[[CellScores], Sequence[float]],
         below: Callable[[CellScores], Sequence[float]],
+        parts: Mapping[str, tuple[int, Sequence[int]]] | None = None,
     ) -> ScoreTable:
-        """Return point values, draws and intervals of some columns; a score is sum(above) / sum(below)."""
+        """Return point values, draws and intervals of some columns; a score is sum(above) / sum(below).
+
+        Args:
+            parts: For columns that are parts of one: the index of that, and its texts.
+        """
         shape = len(self.steps), len(columns)
         R, draws = np.full(shape, np.nan), np.full((DRAWS, *shape), np.nan)
         oracle, oracle_draws = np.full(shape[1], np.nan), np.full((DRAWS, shape[1]), np.nan)
         counts = {}
         for k, name in enumerate(columns):
-            j = self.columns.index(name)
+            j, texts = (self.columns.index(name), None) if parts is None else parts[name]
             rows = [i for i in range(len(self.steps)) if (i, j) in self.scores.cells]
             cells = [*(self.scores.cells[i, j] for i in rows), self.scores.alone[j]]
             numerators, denominator = [above(cell) for cell in cells], below(cells[0])
+            if texts is not None:
+                numerators = [[values[i] for i in texts] for values in numerators]
+                denominator = [denominator[i] for i in texts]
             values = np.asarray(numerators, dtype=np.float64).sum(1) / sum(denominator)
             drawn = ratio_draws(numerators, denominator, seed=j)  # one seed per column: domains are independent
             R[rows, k], oracle[k] = values[:-1], values[-1]
             draws[:, rows, k], oracle_draws[:, k] = drawn[:, :-1], drawn[:, -1]
             counts[name] = len(denominator)
         about: dict[str, Any] = {"steps": self.steps, "domains": columns, "lower_is_better": lower_is_better}
+        if parts is not None:
+            about["learned"] = [parts[name][0] + 1 for name in columns]
         matrix = RetentionMatrix(R=R, oracle=oracle, **about)
         intervals = tuple(
             tuple(_cell_interval(R[i, k], draws[:, i, k], counts[columns[k]], lower_is_better) for k in range(shape[1]))
@@ -320,6 +379,17 @@ class RetentionReport:
                 **shared,
             ),
         ]
+
+
+def kind_label(domain: str, kind: str) -> str:
+    """Return how a kind of a domain's text is named."""
+    return f"{domain}{_OF_KIND}{kind}"
+
+
+def split_label(label: str) -> tuple[str, str]:
+    """Return domain and kind of a label; the kind is empty for the name of a domain."""
+    domain, _, kind = label.partition(_OF_KIND)
+    return domain, kind
 
 
 def figure_names() -> set[str]:

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from ...domains.errors import GateFailedError, InputError
 from .measurable import NOT_MEASURABLE
-from .report import Figure, RetentionReport, figure_names
+from .report import Figure, RetentionReport, figure_names, split_label
 
 _COMPARE: Final[dict[str, Callable[[float, float], bool]]] = {
     ">=": operator.ge,
@@ -109,7 +109,9 @@ def judge(report: RetentionReport, thresholds: Sequence[Threshold]) -> list[Verd
                 cause="it needs questions with choices: no domain has any, or --no-questions was given",
                 fix="remove the threshold, or run the report without --no-questions",
             )
-        verdicts.append(_judge(figures[threshold.name], threshold))
+        verdict = _judge(figures[threshold.name], threshold)
+        kinds = report.kind_figures.get(threshold.name)
+        verdicts.append(_with_kinds(verdict, kinds, report) if kinds else verdict)
     return verdicts
 
 
@@ -141,6 +143,22 @@ def _judge(figure: Figure, threshold: Threshold) -> Verdict:
     )
 
 
+def _with_kinds(verdict: Verdict, figure: Figure, report: RetentionReport) -> Verdict:
+    """Return the verdict with the kinds of text that miss the threshold beyond their interval.
+
+    A kind whose share is not measurable fails if it got worse beyond its interval.
+    """
+    worse = {change.domain: change.words for change in report.kind_changes if change.is_worse}
+    failed, reasons = dict(verdict.failed), dict(verdict.reasons)
+    for name, value in figure.applying.items():
+        if value.value is None:
+            if name in worse:
+                failed[name], reasons[name] = None, worse[name]
+        elif not any(map(verdict.threshold.holds, (value.value, *(value.interval or ())))):
+            failed[name] = value.value
+    return replace(verdict, failed=failed, reasons=reasons, checked=verdict.checked + len(figure.applying))
+
+
 def _listed(verdict: Verdict) -> str:
     return ", ".join(f"{name} is {_told(value, verdict.reasons.get(name))}" for name, value in verdict.failed.items())
 
@@ -154,8 +172,8 @@ def _told(value: float | None, reason: str | None) -> str:
 def _fix(verdicts: Sequence[Verdict]) -> str:
     """Return commands that work as they stand: on what is kept exactly, and to judge by what can be reached."""
     failed = [verdict for verdict in verdicts if not verdict.holds]
-    names = [name for verdict in failed for name in verdict.failed if name not in figure_names()]
-    unmeasured = {name for verdict in failed for name, value in verdict.failed.items() if value is None}
+    names = [split_label(name)[0] for verdict in failed for name in verdict.failed if name not in figure_names()]
+    unmeasured = {split_label(one)[0] for verdict in failed for one, value in verdict.failed.items() if value is None}
     measured = [name for name in names if name not in unmeasured]
     fixes = []
     if measured:

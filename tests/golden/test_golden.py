@@ -37,14 +37,16 @@ TRAINED = PASSING | {"tool", "description"}
 ADDED = {
     "init": {"adaptable", "dtype", "scores.share_reason", "proof.frozen.store"},
     "add-domain": {"chat_probe", "held_out", "proof.chat", "scores.share_reason", "proof.frozen.store"},
-    "retrain": {"chat_probe", "held_out", "proof.chat", "scores.share_reason", "proof.frozen.store"},
+    "retrain": {
+        *("chat_probe", "failing_kinds", "held_out", "proof.chat", "scores.share_reason", "proof.frozen.store")
+    },
     "import": {"chat_probe", "routing", "near_duplicate", "scores.share_reason"},
     "verify": {"unsealed"},
     "gc": {"unreadable"},
     "route": {"left_out"},
     "generate": {"finish"},
     "compose": {"answer.finish"},
-    "report": {"changes", "figures.*.reason", "figures.*.domains.*.reason", "gates.*.reasons"},
+    "report": {"changes", "kinds", "figures.*.reason", "figures.*.domains.*.reason", "gates.*.reasons"},
     "evaluate": {"domains.*.share_reason"},
     "show": {"manifest.evaluation.share_reason"},
     "manifest": {

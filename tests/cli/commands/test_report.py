@@ -105,3 +105,13 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(r
         assert result.exit_code == 2
         assert words in result.stderr
         assert "reading held-out text" not in result.stderr
+
+
+def test_github_gets_markdown_and_the_exit_code(run, store, reported):
+    result = run("report", "--format", "github", "--gate", "average_score<0.001", store=store)
+
+    assert result.exit_code == 9
+    assert result.stdout.startswith("### Retention after 2 domains: ")
+    assert "| `average_score<0.001` | :red_circle: fails |" in result.stdout
+    refused = run("report", "--format", "github", "--json", store=store)
+    assert (refused.exit_code, refused.stdout) == (2, "")

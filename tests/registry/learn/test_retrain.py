@@ -1,5 +1,6 @@
 """Retraining: what each mode keeps, what it adds, and what the gate lets through."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -304,6 +305,39 @@ def test_a_version_that_is_worse_is_stored_and_held_back(
     settings: dict[str, Any] = {**worse, "tolerance": 100.0}
     accepted = registry.retrain("cooking", data=[texts["sailing"]], **settings)
     assert (accepted.is_repeated, registry.show("cooking").version) == (True, 2)
+
+
+@pytest.mark.slow
+def test_harm_to_one_kind_holds_a_version_back_though_the_average_is_better(
+    registry: Registry, texts: Any, run: Any, tmp_path: Path
+) -> None:
+    rows = [
+        json.loads(line) | {"source": name}
+        for name in ("cooking", "sailing")
+        for line in texts[name].read_text().splitlines()
+    ]
+    judge = tmp_path / "judge.jsonl"
+    judge.write_text("".join(json.dumps(row) + "\n" for row in rows[12:]), encoding="utf-8")  # half as much cooking
+    more = tmp_path / "more.jsonl"
+    draw = random.Random("other")
+    mixed = [" ".join(draw.sample(row["text"].split(), 14)) for row in rows[24:] for _ in range(2)]
+    more.write_text("".join(json.dumps({"text": text}) + "\n" for text in mixed), encoding="utf-8")
+    learned = {"training": replace(run["training"], steps=30, learning_rate=0.05), "mode": "fresh"}
+
+    outcome = registry.retrain("cooking", data=[more], gate_data=[judge], **learned)
+
+    check = outcome.acceptance
+    assert check.change < 0
+    assert [kind.kind for kind in check.failing] == ["cooking"]
+    assert outcome.manifest.is_held_back
+    (found,) = check.portraits
+    assert len(found.examples) == 3
+    stored = outcome.manifest.evaluation["gate"]
+    assert {kind["kind"] for kind in stored["kinds"]} == {"cooking", "sailing"}
+    assert not any(word in json.dumps(stored) for example in found.examples for word in example.split())
+    again = registry.retrain("cooking", data=[more], gate_data=[judge], **learned)
+    assert (again.is_repeated, again.acceptance.kinds) == (True, check.kinds)
+    assert len(again.acceptance.portraits) == 1
 
 
 def test_other_text_may_be_the_judge(registry: Registry, texts: Any, more: Path, run: Any) -> None:

@@ -39,7 +39,7 @@ def constructed_report(**changes: Any) -> RetentionReport:
         for j, bits in enumerate(row)
     }
     manifests = [SimpleNamespace(version=1, digest="sha256:0")] * 3
-    data = [SimpleNamespace(name=n, texts=[0] * 6, questions=[], digest="sha256:1") for n in STEPS[1:]]
+    data = [SimpleNamespace(name=n, texts=(), questions=[], digest="sha256:1") for n in STEPS[1:]]
     scores = SimpleNamespace(
         steps=STEPS,
         columns=STEPS[1:],
