@@ -5,6 +5,7 @@ A subclass of TyperGroup does this, so that it also works under typer's CliRunne
 
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,27 @@ import typer
 from typer.core import TyperGroup
 
 from ..domains.errors import LoraryError
+from ..domains.names import is_name
 from .show import output
 
 INTERRUPTED = 130
 DEBUG = "LORARY_DEBUG"  # set to 1, errors have a traceback
 # commands that resume when they are repeated
 RESUMING = ("init", "add-domain", "retrain", "quickstart", "report", "pull")
+
+# words of other programs, and what they are here
+INSTEAD = {
+    "add": "add-domain",
+    "rm": "remove",
+    "delete": "remove",
+    "ls": "list",
+    "help": "--help",
+    "--version": "version",
+    "--lr": "--learning-rate",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "fp32": "float32",
+}
 
 
 class ReportingGroup(TyperGroup):
@@ -61,11 +77,34 @@ def _reporting(words: list[str]) -> Iterator[None]:
     except (KeyboardInterrupt, typer.Abort):
         _fail(_interrupted_record(words), words)
     except LoraryError as error:
-        _fail(_expected_record(error), words)
+        _fail(_with_correction(_expected_record(error), words), words)
     except typer.TyperException as error:
-        _fail(_usage_record(error), words)
+        _fail(_with_correction(_usage_record(error), words), words)
     except Exception as error:
         _fail(_unexpected_record(error), words)
+
+
+def _with_correction(record: dict[str, Any], words: list[str]) -> dict[str, Any]:
+    """Return the record with the corrected command as its fix, if the error names a word with a known correction."""
+    said = record["message"].split("\n", 1)[0]
+    corrected = [_corrected(word, record["cause"] or "") if word in said else word for word in words]
+    if record["exit"] not in (2, 3) or corrected == words or not all(corrected):
+        return record
+    otherwise = f"; otherwise: {record['fix']}" if record["fix"] else ""
+    return record | {"fix": f"did you mean: {shlex.join(['registry', *corrected])}{otherwise}"}
+
+
+def _corrected(word: str, cause: str) -> str:
+    """Return what a word most likely means: another word for a command, option or type, or a composition's grammar."""
+    if word in INSTEAD:
+        return INSTEAD[word]
+    spec = re.sub(r"\s*[+,;]\s*", "+", word.strip().lower())
+    version = re.search(r"@v([1-9][0-9]*)$", spec)
+    if version and not re.search(rf"versions: [^.]*\b{version[1]}\b", cause):
+        return word
+    spec = re.sub(r"@v(?=[1-9][0-9]*$)", "@", spec)
+    names = [re.split("[@:]", part)[0] for part in spec.split("+")]
+    return spec if all(map(is_name, names)) else word
 
 
 def _fail(record: dict[str, Any], words: list[str]) -> None:

@@ -1,11 +1,13 @@
 """`registry init`: a registry for a base model, with a trained knowledge-preservation bank."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...adapters.composition import GENERAL
+from ...domains.errors import InputError
 from ..options import BankOptions, Data, Device, Dtype, Json, RawRows, StorePath, TrainingOptions, expand_option_groups
 from ..show import facts, output
 from ..show.page import Page, cell, fields, title
@@ -15,6 +17,7 @@ from ..startup import quiet_libraries, store_option
 if TYPE_CHECKING:
     from ...registry import Registry
 
+STORE_ENTRIES = {"store.json", "blobs", "domains", "runs"}  # what an interrupted init may have left
 BaseModel = Annotated[
     str,
     typer.Option(
@@ -63,6 +66,13 @@ def init(
     """
     from ...registry import Registry
 
+    if path is not None and store is not None and path != store:
+        raise InputError(
+            "Two folders are given for one registry.",
+            cause=f"PATH is {path}, --store is {store}",
+            fix=f"give one of them: registry init {shlex.quote(str(store))}",
+        )
+    _check_folder(path or store)
     shape = bank.config()
     _fetch_base(base, revision, trust_remote_code=trust_remote_code)
     quiet_libraries()
@@ -81,6 +91,21 @@ def init(
             on_progress=progress.on_progress,
         )
     output.show(init_page(registry), command="init", as_json=as_json)
+
+
+def _check_folder(folder: Path | None) -> None:
+    """Refuse to put a registry among other files.
+
+    Raises:
+        InputError: The folder has files, and none of them is a registry's.
+    """
+    entries = sorted(entry.name for entry in folder.iterdir()) if folder is not None and folder.is_dir() else []
+    if entries and not STORE_ENTRIES.intersection(entries):
+        raise InputError(
+            f"{folder} is not empty, and no registry.",
+            cause=f"it has {', '.join(entries[:5])}{', ...' * (len(entries) > 5)}",
+            fix=f"name a new folder: registry init {shlex.quote(f'{folder}/registry')}",
+        )
 
 
 def _fetch_base(base: str, revision: str | None, *, trust_remote_code: bool) -> None:

@@ -44,15 +44,26 @@ _STYLES = {
 
 def show(page: Page, *, command: str, as_json: bool) -> None:
     """Write the result of a command to stdout and its hints to stderr."""
-    if as_json:
-        print(_json({"schema": SCHEMA, "command": command, **page.data}, indent=2))
-    elif is_terminal(sys.stdout):
-        _draw(page.blocks)
-    else:
-        print("\n\n".join(filter(None, map(_tsv, page.blocks))))
-    sys.stdout.flush()
+    with _open_pipe():
+        if as_json:
+            print(_json({"schema": SCHEMA, "command": command, **page.data}, indent=2))
+        elif is_terminal(sys.stdout):
+            _draw(page.blocks)
+        else:
+            print("\n\n".join(filter(None, map(_tsv, page.blocks))))
+        sys.stdout.flush()
     if page.hints and not as_json:
         hint("\n".join(("", *page.hints) if sys.stdout.isatty() else page.hints))
+
+
+@contextmanager
+def _open_pipe() -> Iterator[None]:
+    """Go on where the reader of stdout, such as head, has enough: the command ends with its own exit code."""
+    try:
+        yield
+    except BrokenPipeError:
+        with open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def show_blocks(*blocks: Block) -> None:
@@ -91,8 +102,9 @@ def read_lines(prompt: str) -> Iterator[str]:
 
 def show_document(text: str) -> None:
     """Write a document to stdout: byte for byte in a pipe, without control characters on a terminal."""
-    print(clean(text) if is_terminal(sys.stdout) else text)
-    sys.stdout.flush()
+    with _open_pipe():
+        print(clean(text) if is_terminal(sys.stdout) else text)
+        sys.stdout.flush()
 
 
 def hint(text: str) -> None:

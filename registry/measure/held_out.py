@@ -84,7 +84,7 @@ def check_new_name(store: Store, name: str) -> None:
         raise ConflictError(
             f"There already is a domain named {name!r}.",
             cause=f"its versions: {', '.join(map(str, store.versions(name)))}",
-            fix=f"look at it with: registry show {name}; or choose another name",
+            fix=f"train its next version: registry retrain {name} --data FILE; or choose another name",
         )
 
 

@@ -1,7 +1,10 @@
 """Every failure: its exit code, its three lines, and that nothing is stored."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -207,3 +210,56 @@ def test_text_of_others_is_no_markup_and_holds_no_escapes(run, store):
 
 def test_interrupted_has_its_own_code():
     assert INTERRUPTED == 130
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["compose", "Medicine"], "registry compose medicine"),
+        (["compose", "medicine + legal"], "registry compose medicine+legal"),
+        (["compose", "medicine,legal"], "registry compose medicine+legal"),
+        (["compose", "legal@v1"], "registry compose legal@1"),
+        (["show", "Legal"], "registry show legal"),
+        (["evaluate", "legal", "--dtype", "bf16"], "registry evaluate legal --dtype bfloat16"),
+        (["add-domain", "x", "--lr", "3"], "registry add-domain x --learning-rate 3"),
+        (["add", "x"], "registry add-domain x"),
+        (["rm", "legal"], "registry remove legal"),
+        (["ls"], "registry list"),
+        (["help"], "registry --help"),
+        (["--version"], "registry version"),
+        (["add-domain", "medicine"], "registry retrain medicine --data FILE"),
+        (["init", "--store", "a", "b"], "registry init a"),
+    ],
+    ids=" ".join,
+)
+def test_a_mistake_is_answered_with_what_was_meant(run, store, words, meant):
+    more = {} if words[0] == "init" else {"store": store}
+    result = run(*words, **more)
+
+    assert result.exit_code in (2, 3, 4)
+    assert meant in result.stderr.splitlines()[-1]
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("word", ["compose", "legal@v7", "hf://a/b@v2", "no such, thing!"])
+def test_nothing_is_guessed_that_is_not_known(run, store, word):
+    assert "did you mean: registry" not in run("compose", word, store=store).stderr or word == "compose"
+
+
+def test_a_reader_that_has_enough_does_not_change_the_exit_code(store):
+    program = f"set -o pipefail; {sys.executable} -m lorary.cli show legal --manifest | head -c 1"
+    found = os.environ | {"LORARY_STORE": str(store)}
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=False, env=found)
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "{", "")
+
+
+def test_a_folder_of_other_files_is_not_filled_with_a_registry(run, tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("mine")
+
+    result = run("init", str(folder))
+
+    check(result, 2, "is not empty", "thesis.txt", "registry init")
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
