@@ -135,6 +135,9 @@ def test_evaluate_scores_every_domain(run, store, document):
 
 def test_evaluate_on_other_text_with_questions(run, store, rows, tmp_path, values):
     data = rows(tmp_path / "other.jsonl", "medicine", count=4, seed=9)
+    question = {"prompt": "Is the patient given milligrams?", "completion": "yes", "choices": ["yes", "no"]}
+    with data.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(question) + "\n")
 
     lines = values(run("evaluate", "medicine", "--data", str(data), store=store))
 
