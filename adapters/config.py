@@ -15,6 +15,7 @@ _MIN_VALUES: Final = {
     "batch": 1,
     "accumulation": 1,
     "checkpoint_every": 1,
+    "patience": 0,
 }
 
 
@@ -57,8 +58,10 @@ class TrainingConfig:
     learning_rate: float | None = None  # peak; None: LEARNING_RATE_TIMES_WIDTH / hidden size
     warmup: float = 0.06  # fraction of the steps
     balance: float = 0.01  # weight of the load-balancing loss inside the bank
+    validation: float = 0.0  # share of the rows, by document, that is left out of training to measure it by
+    patience: int = 3  # points of the validation curve without a better one after which training ends; 0: never
     seed: int = 0
-    checkpoint_every: int = 50  # steps
+    checkpoint_every: int = 50  # steps; and every two minutes
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -73,6 +76,8 @@ class TrainingConfig:
                 raise InputError(f"{name} must be positive, found {value}.")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must be at least 0 and below 2**32, found {self.seed}.")
+        if not 0 <= self.validation <= 0.5:
+            raise InputError(f"validation must be in [0, 0.5], found {self.validation}.")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"warmup must be in [0, 1], found {self.warmup}.")
         if not (math.isfinite(self.balance) and self.balance >= 0):

@@ -161,10 +161,28 @@ class TrainingOptions:
         float | None, _training("Peak learning rate.", "2 / hidden size of the base model; for init 0.03 of that")
     ] = None
     seed: Annotated[int | None, _training("Random seed.", str(_DEFAULTS.seed))] = None
+    validation: Annotated[
+        float | None,
+        _training(
+            "Share of the rows, by document, to measure the training by: its best state is kept, and it ends early.",
+            "none",
+            min=0.0,
+            max=0.5,
+        ),
+    ] = None
+    patience: Annotated[
+        int | None,
+        _training(
+            "Points of the validation curve without a better one after which training ends; 0 is never.",
+            str(_DEFAULTS.patience),
+            min=0,
+        ),
+    ] = None
     checkpoint_every: Annotated[
         int | None,
         _training(
-            "Steps between checkpoints; a repeated command resumes from the last one.",
+            "Steps between checkpoints, which are also written every two minutes; a repeated command resumes from the "
+            "last one.",
             str(_DEFAULTS.checkpoint_every),
             min=1,
         ),

@@ -36,6 +36,7 @@ from ...domains.linear import is_quantised, linear_shape
 from ...domains.progress import OnProgress, Progress
 from ..config import TrainingConfig
 from ..layer.routing import recording_expert_use
+from .validation import BEST_FILE, Validation, best_point, curve
 
 BANK_FILE, OPTIMIZER_FILE, RANDOM_FILE, SCHEDULE_FILE, STATE_FILE = (
     "bank.safetensors",
@@ -44,6 +45,7 @@ BANK_FILE, OPTIMIZER_FILE, RANDOM_FILE, SCHEDULE_FILE, STATE_FILE = (
     "schedule.json",
     "trainer_state.json",
 )
+CHECKPOINT_SECONDS = 120  # after which a checkpoint is written, whatever the steps
 
 
 class BlockDataset(Dataset):
@@ -72,6 +74,7 @@ def train_bank(
     stage: str,
     on_progress: OnProgress,
     report_to: str = "none",
+    validation: Blocks | None = None,
 ) -> dict[str, Any]:
     """Train the model's trainable bank in place, resuming from the last complete checkpoint in `run`, if any.
 
@@ -79,9 +82,11 @@ def train_bank(
         run: Folder of the checkpoints.
         stage: Name of the stage in progress reports.
         report_to: Integration that logs the run, as in `transformers.TrainingArguments`: "tensorboard", "wandb", "all".
+        validation: Text to measure the training by. The best bank along the curve is kept, and training ends early.
 
     Returns:
-        Figures of the run: steps, tokens, the loss of every step, the step resumed from, seconds.
+        Figures of the run: steps, tokens, the loss of every step, the step resumed from, seconds; and the validation
+        curve with the step whose bank was kept.
 
     Raises:
         IncompatibleError: The base model is quantised in a way that no gradient passes.
@@ -126,19 +131,24 @@ def train_bank(
                 model=model,
                 args=arguments,
                 train_dataset=BlockDataset(blocks),
-                callbacks=[progress],
+                callbacks=[progress, _CheckpointCallback()],
                 balance=config.balance,
             )
+            if validation is not None:
+                trainer.validate(validation, steps=steps, batch=config.batch, patience=config.patience)
         trainer.remove_callback(PrinterCallback)  # what Trainer adds where tqdm is disabled
         if checkpoint is not None and resumed_from >= steps:
             trainer.load_finished(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        validated = _validation_figures(trainer, steps)
     model.eval()
+    if trainer.validation is not None:
+        trainer.validation.restore()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {
-        "steps": steps,
-        "tokens": steps * tokens_per_step,
+    return validated | {
+        "steps": len(losses),
+        "tokens": len(losses) * tokens_per_step,
         "losses": [round(loss, 4) for loss in losses],
         "resumed_from": resumed_from,
         "seconds": round(time.monotonic() - began, 1),
@@ -153,6 +163,12 @@ class BankTrainer(Trainer):
         self._balance = balance
         self._composed: PreTrainedModel = arguments["model"]
         self._trained = {name: p for name, p in self._composed.named_parameters() if p.requires_grad}
+        self.validation: Validation | None = None
+
+    def validate(self, blocks: Blocks, *, steps: int, batch: int, patience: int) -> None:
+        """Measure the training by these blocks."""
+        self.validation = Validation(blocks, self._trained, steps=steps, batch=batch, patience=patience)
+        self.add_callback(self.validation)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -175,6 +191,8 @@ class BankTrainer(Trainer):
         folder = Path(str(output_dir or self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: p.detach().contiguous() for name, p in self._trained.items()}, folder / BANK_FILE)
+        if self.validation is not None and self.validation.best:
+            save_file(self.validation.best, folder / BEST_FILE)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer, scheduler = self._optimizer_and_scheduler()
@@ -195,6 +213,8 @@ class BankTrainer(Trainer):
         with torch.no_grad():
             for name, parameter in self._trained.items():
                 parameter.copy_(saved[name])
+        if self.validation is not None and (Path(resume_from_checkpoint) / BEST_FILE).is_file():
+            self.validation.best = load_file(Path(resume_from_checkpoint) / BEST_FILE)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -244,6 +264,20 @@ def balance_loss(
         use = (gates * weight).sum((0, 1)) / weight.sum().clamp(min=1)
         losses.append(len(use) * use.square().sum() - 1)
     return torch.stack(losses).mean() if losses else weight.new_zeros(())
+
+
+def _validation_figures(trainer: BankTrainer, steps: int) -> dict[str, Any]:
+    points = curve(trainer.state.log_history)
+    if not points:
+        return {}
+    return {
+        "validation": {
+            "steps": [step for step, _ in points],
+            "losses": [round(loss, 4) for _, loss in points],
+            "best_step": best_point(points)[0],
+            "stopped_early": trainer.state.global_step < steps,
+        }
+    }
 
 
 def divergence_error(cause: str, learning_rate: float) -> IntegrityError:
@@ -334,6 +368,20 @@ def _is_complete(folder: Path) -> bool:
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, int | float | list) and not (isinstance(value, list) and any(map(callable, value)))
+
+
+class _CheckpointCallback(TrainerCallback):
+    """Callback that asks for a checkpoint every two minutes, so that no more is lost on large models."""
+
+    def __init__(self) -> None:
+        self._saved = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if time.monotonic() - self._saved >= CHECKPOINT_SECONDS:
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        self._saved = time.monotonic()
 
 
 class _ProgressCallback(TrainerCallback):

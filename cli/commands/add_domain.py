@@ -163,6 +163,7 @@ def added_page(added: "AddedDomain", data: list[str]) -> Page:
         ("training", facts.training(manifest)),
         ("resumed", f"from step {added.resumed_from}" if added.resumed_from else None),
         ("loss", facts.loss(manifest)),
+        ("validation", facts.validation(manifest)),
         ("held out", facts.held_out(manifest)),
         ("neighbours", facts.neighbours(added.neighbours)),
         ("warm start", f"from the experts of {added.copied_from}" if added.copied_from else None),

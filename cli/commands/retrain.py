@@ -153,6 +153,7 @@ def retrained_page(done: "RetrainedDomain") -> Page:
         ("inherited", _inherited(inherited) if inherited else None),
         ("resumed", f"from step {done.resumed_from}" if done.resumed_from else None),
         ("loss", facts.loss(manifest)),
+        ("validation", facts.validation(manifest)),
         ("held out", facts.held_out(manifest)),
         ("routing drift", facts.drift(manifest)),
         ("everyday chat", facts.chat(manifest)),

@@ -54,6 +54,7 @@ def show_page(registry: "Registry", manifest: "PackManifest") -> Page:
         ("data", facts.data(manifest) or "-"),
         ("training", facts.training(manifest)),
         ("loss", facts.loss(manifest)),
+        ("validation", facts.validation(manifest)),
         ("routing drift", facts.drift(manifest)),
         ("everyday chat", facts.chat(manifest)),
         ("frozen", facts.proof(manifest)),

@@ -150,6 +150,20 @@ def loss(manifest: "PackManifest") -> Cell | None:
     return cell(shown, " ".join(map(str, losses)))
 
 
+def validation(manifest: "PackManifest") -> Cell | None:
+    """Show the validation curve, and which step was kept."""
+    found = manifest.train.get("validation")
+    if not found:
+        return None
+    losses = found["losses"]
+    best = losses[found["steps"].index(found["best_step"])]
+    ended = f", ended at step {found['steps'][-1]}" if found["stopped_early"] else ""
+    shown = line(
+        f"{losses[0]:.3f} ", Span(sparkline(losses), "slot1"), f" {best:.3f}, kept of step {found['best_step']}{ended}"
+    )
+    return cell(shown, " ".join(map(str, losses)))
+
+
 def training(manifest: "PackManifest") -> Cell:
     """Describe the training: steps, tokens, time; or where the adapter was imported from."""
     train = manifest.train

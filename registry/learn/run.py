@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ...adapters.allocation import bearing_layers
 from ...adapters.bank import ExpertBank, extend_bank, new_bank
@@ -42,6 +43,8 @@ from ...adapters.training.warm_start import (
 )
 from ...domains.data.blocks import Blocks, encode, pack_blocks
 from ...domains.data.catalog import everyday_requests
+from ...domains.data.documents import split_documents
+from ...domains.data.example import Example
 from ...domains.data.row_list import RowList
 from ...domains.data.spec import DomainSpec
 from ...domains.errors import InputError
@@ -133,6 +136,7 @@ class TrainingRun:
         self.proof: dict[str, Any] = {}
         self.figures: dict[str, Any] = {}
         self.blocks: Blocks
+        self.validation: Blocks | None = None
         self.statistics: DomainStatistics
         self.prototypes: Tensor
         self.bank: ExpertBank
@@ -279,7 +283,8 @@ class TrainingRun:
         tokenizer = self.base.tokenizer
         for example in self.data.held_out:  # a row that cannot be measured is refused before training, not after
             encode(example, tokenizer)
-        encoded = [encode(example, tokenizer) for example in self.data.train]
+        train = self._without_validation(tokenizer)
+        encoded = [encode(example, tokenizer) for example in train]
         self.blocks = pack_blocks(encoded, self.training.block)
         if self.preservation is None:  # everyday questions are general text, too, and few texts hold any
             encoded += [encode(example, tokenizer) for example in everyday_requests()]
@@ -301,6 +306,20 @@ class TrainingRun:
             first_edition=self.temperatures.is_first_edition,
         )
         self.prototypes = make_prototypes(means, general.feature_mean)
+
+    def _without_validation(self, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        """Return the rows to train on, and set aside those that the training is measured by."""
+        if not self.training.validation:
+            return self.data.train
+        found = split_documents(self.data.train, self.training.validation)
+        if not found.train or not found.held_out:
+            raise InputError(
+                f"The data of {self.name!r} has too few documents to set some aside for validation.",
+                cause=f"{len(self.data.train)} rows are trained on, of {found.documents} documents",
+                fix="give more text, or leave out --validation",
+            )
+        self.validation = pack_blocks([encode(one, tokenizer) for one in found.held_out], self.training.block)
+        return found.train
 
     def prepare_without_text(self) -> None:
         """Prepare a bank that comes without text, and so without routing data."""
@@ -412,6 +431,7 @@ class TrainingRun:
             composed,
             self.blocks,
             self.training,
+            validation=self.validation,
             base=self.base.model,
             store=self.store,
             folder=self.folder,
@@ -534,6 +554,7 @@ class TrainingRun:
             "steps": self.figures["steps"],
             "warm_start": self._lender,
             "seconds": self.figures["seconds"],
+            **({"validation": self.figures["validation"]} if "validation" in self.figures else {}),
         }
 
     def _lineage(self) -> dict[str, Any] | None:

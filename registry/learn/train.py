@@ -26,6 +26,7 @@ def train_frozen(
     blocks: Blocks,
     training: TrainingConfig,
     *,
+    validation: Blocks | None = None,
     base: PreTrainedModel,
     store: Store,
     folder: Path,
@@ -41,7 +42,9 @@ def train_frozen(
     before = frozen_digests(base, composed, store)
     check_only_new_is_trainable(composed)
     try:
-        figures = train_bank(composed, blocks, training, run=folder, stage=stage, on_progress=on_progress)
+        figures = train_bank(
+            composed, blocks, training, run=folder, stage=stage, on_progress=on_progress, validation=validation
+        )
         check_only_new_is_trainable(composed)
         proof = prove(before, frozen_digests(base, composed, store))
         _check_finite(composed, training)

@@ -52,6 +52,7 @@ ADDED = {
     "manifest": {
         *("proof.chat", "base.template_tokens", "train.dtype", "evaluation.share_reason", "proof.frozen.store"),
         "base.tokenizer_settings",
+        *("train.settings.validation", "train.settings.patience"),
         *(f"train.data.{key}" for key in ("split", "documents", "held_out_documents", "held_out_digest", "problems")),
     },
 }
