@@ -165,7 +165,7 @@ class TrainingOptions:
         float | None,
         _training(
             "Share of the rows, by document, to measure the training by: its best state is kept, and it ends early.",
-            "none",
+            str(_DEFAULTS.validation),
             min=0.0,
             max=0.5,
         ),

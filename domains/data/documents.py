@@ -14,8 +14,8 @@ import re
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-
-import numpy as np
+from functools import cache
+from typing import TYPE_CHECKING
 
 from .corpus import is_below, split
 from .example import Example
@@ -30,9 +30,9 @@ LEAST_DOCUMENTS = 5  # held out, or it is pointed out
 _SIGNATURE, _BANDS = 32, 8  # numbers of a signature, and parts of it by which candidates are found
 _WORD = re.compile(r"[^\W\d_]+|\d+")
 _DIGIT = re.compile(r"\d+")
-_FACTORS = np.array(
-    [int.from_bytes(hashlib.sha256(b"%d" % i).digest()[:8], "big") | 1 for i in range(_SIGNATURE)], dtype=np.uint64
-)
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,14 +156,16 @@ def _key(rows: Sequence[Example]) -> bytes:
     return min(example.digest() for example in rows)
 
 
-def _without_templates(shingles: Sequence[np.ndarray]) -> list[np.ndarray]:
+def _without_templates(shingles: "Sequence[np.ndarray]") -> "list[np.ndarray]":
     """Return the shingles of each text that few other texts have."""
+    import numpy as np
+
     kinds, counts = np.unique(np.concatenate([*shingles, np.zeros(0, dtype=np.uint64)]), return_counts=True)
     common = kinds[counts >= max(LEAST_COMMON, COMMON * len(shingles))]
     return [one[~np.isin(one, common, assume_unique=True)] for one in shingles]
 
 
-def _near_duplicates(shingles: Sequence[np.ndarray], own: Sequence[np.ndarray]) -> Iterable[tuple[int, int]]:
+def _near_duplicates(shingles: "Sequence[np.ndarray]", own: "Sequence[np.ndarray]") -> Iterable[tuple[int, int]]:
     """Yield pairs of texts that are nearly the same, so that pairs connect every cluster of them."""
     signatures = [_signature(rest if len(rest) else whole) for rest, whole in zip(own, shingles, strict=True)]
     found: dict[tuple[int, bytes, bool], int] = {}
@@ -178,8 +180,10 @@ def _near_duplicates(shingles: Sequence[np.ndarray], own: Sequence[np.ndarray]) 
                 yield first, index
 
 
-def _shingles(text: str) -> np.ndarray:
+def _shingles(text: str) -> "np.ndarray":
     """Return the hashes of a text's shingles, each once; one of a text that is shorter than a shingle."""
+    import numpy as np
+
     words = [zlib.crc32(_DIGIT.sub("0", word).encode()) for word in _WORD.findall(text.casefold())]
     if not words:
         return np.zeros(0, dtype=np.uint64)
@@ -191,9 +195,19 @@ def _shingles(text: str) -> np.ndarray:
     return np.unique(joined ^ (joined >> np.uint64(29)))
 
 
-def _signature(shingles: np.ndarray) -> np.ndarray | None:
+def _signature(shingles: "np.ndarray") -> "np.ndarray | None":
     """Return the MinHash signature of shingles; None if there are none."""
+    import numpy as np
+
     if not len(shingles):
         return None
-    products = (shingles[None] * _FACTORS[:, None]) >> np.uint64(20)
+    factors = np.array(_factors(), dtype=np.uint64)
+    products = (shingles[None] * factors[:, None]) >> np.uint64(20)
     return products.min(axis=1)
+
+
+@cache
+def _factors() -> list[int]:
+    """Return odd multipliers, each a hash function of its own; from integers, so that they never change."""
+    digests = (hashlib.sha256(b"%d" % number).digest() for number in range(_SIGNATURE))
+    return [int.from_bytes(digest[:8], "big") | 1 for digest in digests]

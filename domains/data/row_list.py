@@ -51,6 +51,8 @@ class RowList:
 
 def _to_line(example: Example) -> bytes:
     row: dict[str, Any] = {"id": example.id} if example.id else {}
+    if example.document:
+        row["doc"] = example.document
     if example.kind:
         row["source"] = example.kind
     if example.messages:

@@ -320,15 +320,16 @@ def _choices(value: object) -> tuple[str, ...]:
 
 
 def _document(row: object) -> str:
-    """Return what the row says that it is a part of, as `key value`; empty if it says nothing."""
-    assert isinstance(row, Mapping)
+    """Return what the row says that it is a part of; empty if it says nothing."""
+    if not isinstance(row, Mapping):
+        return ""
     key = next((key for key in _DOCUMENT_KEYS if row.get(key) not in (None, "")), None)
     if key is None:
         return ""
     value = row[key]
     if isinstance(value, bool) or not isinstance(value, str | int):
         raise BadRowError(f"{key!r} is {_kind(value)}, expected a string or a number")
-    return f"{key} {value}"
+    return str(value)
 
 
 def _label(row: Mapping[str, Any]) -> str:

@@ -167,7 +167,7 @@ def test_what_makes_scores_uncertain_is_pointed_out() -> None:
 def test_a_row_names_its_document(key: str, value: object) -> None:
     (found,) = read_examples([RowList([{"text": "some text", key: value}])])
 
-    assert found.document == f"{key} {value}"
+    assert found.document == str(value)
     assert found.digest() == Example(completion="some text").digest()
 
 
@@ -181,4 +181,13 @@ def test_a_file_of_documents(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one", "doc": null, "group": "g"}\n{"text": "two"}\n', encoding="utf-8")
 
-    assert [one.document for one in read_examples([path])] == ["group g", ""]
+    assert [one.document for one in read_examples([path])] == ["g", ""]
+
+
+def test_rows_in_memory_keep_their_documents_when_they_are_read_again(tmp_path: Path) -> None:
+    rows = RowList([{"text": "one", "group": "g"}, {"prompt": "a", "completion": "b", "doc": 7}, {"text": "two"}])
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(rows.to_jsonl())
+
+    assert [one.document for one in read_examples([path])] == ["g", "7", ""]
+    assert rows.to_jsonl() == path.read_bytes()
