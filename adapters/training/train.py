@@ -137,7 +137,7 @@ def train_bank(
             if validation is not None:
                 trainer.validate(validation, steps=steps, batch=config.batch, patience=config.patience)
         trainer.remove_callback(PrinterCallback)  # what Trainer adds where tqdm is disabled
-        if checkpoint is not None and resumed_from >= steps:
+        if checkpoint is not None and (resumed_from >= steps or trainer.had_ended(checkpoint)):
             trainer.load_finished(checkpoint)
         else:
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -181,6 +181,10 @@ class BankTrainer(Trainer):
         is_summed = self.model_accepts_loss_kwargs and num_items_in_batch is not None
         micro_batches = self.current_gradient_accumulation_steps if is_summed else 1
         return loss + self._balance / micro_batches * balance_loss(use, inputs["attention_mask"])
+
+    def had_ended(self, checkpoint: Path) -> bool:
+        """Return whether a training ended early at this checkpoint."""
+        return self.validation is not None and self.validation.has_ended(_log_of(checkpoint))
 
     def load_finished(self, checkpoint: Path) -> None:
         """Load the checkpoint of a finished run; `train` would resume there and take one step too many."""
@@ -302,6 +306,10 @@ def discard_checkpoints(run: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _log_of(checkpoint: Path) -> list[dict[str, Any]]:
+    return json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))["log_history"]
+
+
 def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
 
@@ -358,7 +366,8 @@ def _is_complete(folder: Path) -> bool:
     try:
         json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))  # Trainer writes it last
         json.loads((folder / SCHEDULE_FILE).read_text(encoding="utf-8"))
-        for name in (BANK_FILE, OPTIMIZER_FILE, RANDOM_FILE):
+        best = [BEST_FILE] if curve(_log_of(folder)) else []
+        for name in (BANK_FILE, OPTIMIZER_FILE, RANDOM_FILE, *best):
             with safe_open(folder / name, "pt"):
                 pass
     except (OSError, ValueError, SafetensorError):

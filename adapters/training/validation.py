@@ -1,5 +1,6 @@
 """Validation while a bank trains: a curve of losses on text that it does not train on, and the best bank along it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback
 
 from ...domains.data.blocks import NO_TARGET, Blocks
+from ...domains.errors import IntegrityError
 
 POINTS = 12  # of the curve, evenly spaced over the planned steps
 MAX_BLOCKS = 16  # that are scored at each point, so that validation costs a few percent of the training
@@ -32,12 +34,23 @@ class Validation(TrainerCallback):
         if state.global_step not in self.points:
             return
         loss = mean_loss(model, self.blocks, batch=self.batch)
+        if not math.isfinite(loss):
+            raise IntegrityError(
+                "Training diverged.",
+                cause=f"the validation loss after step {state.global_step} is {loss}",
+                fix=f"repeat with a lower learning rate: --learning-rate {args.learning_rate / 3:.1g}",
+            )
         if all(loss < earlier for _, earlier in curve(state.log_history)):
             self.best = {name: parameter.detach().clone() for name, parameter in self.trained.items()}
         state.log_history.append({"step": state.global_step, KEY: loss})
-        found = curve(state.log_history)
-        if self.patience and len(found) - 1 - found.index(best_point(found)) >= self.patience:
-            control.should_training_stop = True
+        control.should_training_stop |= self.has_ended(state.log_history)
+        # what ends here is resumed from here, where the command is killed before it stores the version
+        control.should_save |= control.should_training_stop
+
+    def has_ended(self, log: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether a training with this log is over, since nothing has got better for long."""
+        found = curve(log)
+        return bool(self.patience and found) and len(found) - 1 - found.index(best_point(found)) >= self.patience
 
     def restore(self) -> None:
         """Set the trained parameters to the best ones, if there are any."""

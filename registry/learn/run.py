@@ -283,9 +283,10 @@ class TrainingRun:
         tokenizer = self.base.tokenizer
         for example in self.data.held_out:  # a row that cannot be measured is refused before training, not after
             encode(example, tokenizer)
-        train = self._without_validation(tokenizer)
-        encoded = [encode(example, tokenizer) for example in train]
+        encoded = [encode(example, tokenizer) for example in self._without_validation(tokenizer)]
         self.blocks = pack_blocks(encoded, self.training.block)
+        if self.validation is not None:  # routing learns from all rows
+            encoded = [encode(example, tokenizer) for example in self.data.train]
         if self.preservation is None:  # everyday questions are general text, too, and few texts hold any
             encoded += [encode(example, tokenizer) for example in everyday_requests()]
         self.statistics = measure_statistics(

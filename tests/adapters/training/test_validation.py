@@ -10,16 +10,16 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM, TrainerCallback
 
-import lorary.adapters.training.train as train_module
+import lorary.adapters.training.validation as validation_module
 from lorary.adapters.bank import new_bank
 from lorary.adapters.config import BankConfig, TrainingConfig
 from lorary.adapters.layer.attach import attach, trained_bank
 from lorary.adapters.layer.stack import Stack
-from lorary.adapters.training.train import train_bank
-from lorary.adapters.training.validation import MAX_BLOCKS, POINTS, mean_loss
+from lorary.adapters.training.train import BankTrainer, train_bank
+from lorary.adapters.training.validation import BEST_FILE, MAX_BLOCKS, POINTS, mean_loss
 from lorary.domains.base_model import find_layout
 from lorary.domains.data.blocks import NO_TARGET, Blocks
-from lorary.domains.errors import InputError
+from lorary.domains.errors import InputError, IntegrityError
 from lorary.domains.progress import silent
 
 
@@ -83,30 +83,83 @@ def test_training_ends_when_nothing_gets_better(train: Callable[..., Any]) -> No
     assert len(curve["losses"]) - 1 - curve["losses"].index(min(curve["losses"])) == 2
 
 
-@pytest.mark.parametrize("last", [5, 8, 11, 14, 17])
+class KilledError(Exception):
+    pass
+
+
+class Killer(TrainerCallback):
+    """Stops the process after a step, before its checkpoint is written, or right after that."""
+
+    def __init__(self, step: int, *, is_saved: bool):
+        self.step, self.is_saved = step, is_saved
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step and not self.is_saved:
+            raise KilledError
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KilledError
+
+
+@pytest.mark.parametrize(
+    ("last", "is_saved"), [(5, False), (8, False), (8, True), (10, False), (12, True), (17, False)]
+)
 def test_an_interrupted_training_ends_with_the_same_bank(
-    last: int, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    last: int, is_saved: bool, train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether it was killed before or after a better point, and before or after a checkpoint."""
+    """Whether it was killed before or after a better point, and between that point and its checkpoint."""
     whole, expected, _ = train(blocks_of(1), run="whole", patience=0)
+    add = BankTrainer.validate
 
-    class KilledError(Exception):
-        pass
-
-    class Killer(TrainerCallback):
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == last:
-                raise KilledError
+    def validate(self: BankTrainer, *args: Any, **options: Any) -> None:
+        add(self, *args, **options)
+        self.add_callback(Killer(last, is_saved=is_saved))  # called after Validation
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_CheckpointCallback", Killer)
+        patch.setattr(BankTrainer, "validate", validate)
         with pytest.raises(KilledError):
             train(blocks_of(1), run="killed", patience=0)
     figures, found, _ = train(blocks_of(1), run="killed", patience=0)
 
-    assert figures["resumed_from"] == (last - 1) // 4 * 4
+    assert figures["resumed_from"] == (last if is_saved else (last - 1) // 4 * 4)
     assert figures["validation"] == whole["validation"]
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_training_that_ended_early_stays_ended_when_it_is_resumed(train: Callable[..., Any]) -> None:
+    figures, expected, _ = train(blocks_of(1), run="one", patience=2, checkpoint_every=50)
+
+    again, found, _ = train(blocks_of(1), run="one", patience=2, checkpoint_every=50)
+
+    assert figures["validation"]["stopped_early"]
+    assert again["resumed_from"] == figures["steps"] == again["steps"]
+    assert again["validation"] == figures["validation"]
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-9])])
+def test_a_checkpoint_without_its_best_bank_is_not_resumed(
+    damage: Callable[[Path], object], train: Callable[..., Any], tmp_path: Path
+) -> None:
+    figures, expected, _ = train(blocks_of(1), run="one", patience=2)
+    (newest,) = (tmp_path / "one").glob(f"checkpoint-{figures['steps']}")
+    damage(newest / BEST_FILE)
+
+    again, found, _ = train(blocks_of(1), run="one", patience=2)
+
+    assert again["resumed_from"] < figures["steps"]
+    assert again["validation"] == figures["validation"]
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_validation_loss_that_is_not_finite_is_refused(
+    train: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validation_module, "mean_loss", lambda *_args, **_options: float("nan"))
+
+    with pytest.raises(IntegrityError, match="Training diverged"):
+        train(blocks_of(1))
 
 
 def test_the_loss_is_that_of_the_model_and_leaves_its_mode(tiny_llama: Callable[..., LlamaForCausalLM]) -> None:
