@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-MAX_FILES = 91
+MAX_FILES = 101
 
 
 def test_add_domain_enters_few_files():
