@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lorary.domains.data.corpus import read_examples, split
+from lorary.domains.data.corpus import read_examples
+from lorary.domains.data.documents import split_documents
 from lorary.domains.data.example import Example
 from lorary.registry.measure.held_out import HELD_OUT, general_examples
 
@@ -53,9 +54,9 @@ class Domain:
     questions: tuple[Example, ...] = ()  # scored by accuracy
 
     def training_examples(self) -> list[Example]:
-        """Return the training rows."""
+        """Return the rows that `add-domain` would train on."""
         assert self.source is not None
-        return split(list(read_examples([self.source])), HELD_OUT)[0]
+        return split_documents(list(read_examples([self.source])), HELD_OUT).train
 
 
 def read_stream(
